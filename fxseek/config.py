@@ -1,0 +1,296 @@
+"""``SeekConfig``: every choice of a token-selective training step, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+__all__ = ["BACKENDS", "GRADIENT_NORMS", "OUTPUTS", "SCORES", "SELECTS", "SeekConfig"]
+
+SCORES = ("tokenseek", "context", "gradient", "random")
+SELECTS = ("topk", "sample")
+GRADIENT_NORMS = ("l1", "l2", "sum")
+BACKENDS = ("eager", "aot_eager", "inductor")
+OUTPUTS = ("loss", "selected", "full")
+
+_CALLABLES = ("score", "loss")
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SeekConfig:
+    """How tokens are scored and selected, and how the training step runs.
+
+    All problems of a configuration are reported together, in one ``ConfigError``.
+
+    Args:
+        ratio: Share of each row's tokens that is trained on, in (0, 1]; a row of ``n`` tokens
+            keeps ``ceil(ratio * n)``. Default 0.1.
+        score: What makes a token worth keeping: ``"tokenseek"`` (context and gradient combined),
+            ``"context"`` (attention received in the last layer; no backward pass),
+            ``"gradient"`` (of the loss, at the input of the last block), ``"random"``, or a
+            callable from ``ScoreInputs`` to a float tensor ``[batch, tokens]``.
+            Default ``"tokenseek"``.
+        select: ``"topk"`` keeps the best-scoring tokens with weight 1; ``"sample"`` draws labelled
+            tokens without replacement, weighted so that the expected loss is the full-token
+            loss. Default ``"topk"``.
+        alpha: Weight of the context score in ``"tokenseek"``; at least 0. Default 1.0.
+        beta: Weight of the gradient score in ``"tokenseek"``; at least 0. Default 1.0. Only the
+            ratio of alpha to beta changes the ranking.
+        gradient_norm: How a token's gradient vector becomes one number: ``"l1"``, ``"l2"`` or
+            ``"sum"`` (signed). Default ``"l1"``.
+        supervised_only: Select only positions that have a label. Default False.
+        uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
+            in (0, 1]. Default 0.5.
+        seed: Seed of random scores and of sampling, a non-negative integer. Default 0.
+        backend: What runs the three stages: ``"eager"``, ``"aot_eager"`` or ``"inductor"``.
+            Default ``"eager"``.
+        outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None),
+            ``"selected"`` (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at
+            the selected ones). Default ``"loss"``.
+        chunk_bytes: Largest transient tensor of the score stage, in bytes. Default 64 MiB.
+        loss: ``loss(outputs, batch) -> scalar tensor``, for models that are given no labels.
+            Default None.
+        token_dim: Which dimension of the model's inputs counts tokens. Default 1.
+
+    Raises:
+        ConfigError: A value is of the wrong type or out of range; the message names each
+            argument, the value given, and what is accepted.
+    """
+
+    ratio: float = 0.1
+    _: KW_ONLY
+    score: str | Callable[..., Any] = "tokenseek"
+    select: str = "topk"
+    alpha: float = 1.0
+    beta: float = 1.0
+    gradient_norm: str = "l1"
+    supervised_only: bool = False
+    uniform: float = 0.5
+    seed: int = 0
+    backend: str = "eager"
+    outputs: str = "loss"
+    chunk_bytes: int = 64 * 1024 * 1024
+    loss: Callable[..., Any] | None = None
+    token_dim: int = 1
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ConfigError(_listing(problems))
+        for name in ("ratio", "alpha", "beta", "uniform"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("seed", "chunk_bytes", "token_dim"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+
+    @classmethod
+    def make(cls, ratio: float | SeekConfig = 0.1, **options: Any) -> SeekConfig:
+        """The configuration that ``fxseek.compile(model, ratio, **options)`` asks for.
+
+        ``ratio`` may itself be a ``SeekConfig``; options then replace its fields.
+
+        Raises:
+            ConfigError: An option is unknown (the closest name is suggested) or has a bad value.
+        """
+        base = ratio if isinstance(ratio, SeekConfig) else None
+        unknown = _unknown(options, "option")
+        if base is not None:
+            values = {field.name: getattr(base, field.name) for field in _fields()} | options
+        else:
+            values = {"ratio": ratio} | options
+        return cls._checked(values, unknown)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, ready for JSON.
+
+        Raises:
+            ConfigError: ``score`` or ``loss`` is a callable, which has no plain form.
+        """
+        values = {field.name: getattr(self, field.name) for field in _fields()}
+        callables = [name for name in _CALLABLES if callable(values[name])]
+        if callables:
+            raise ConfigError(
+                _listing(
+                    [
+                        f"{name}={_shown(values[name])} is a callable and cannot be saved; save "
+                        f"the configuration with {name}={_default(name)!r} and pass the callable "
+                        f"again when you load it: "
+                        f"dataclasses.replace(SeekConfig.from_dict(saved), {name}=your_callable)"
+                        for name in callables
+                    ],
+                    what="SeekConfig cannot be turned into plain values",
+                )
+            )
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SeekConfig:
+        """The configuration that ``to_dict`` described; fields left out take their defaults.
+
+        Raises:
+            ConfigError: Not a mapping, an unknown key (the closest name is suggested), or a value
+                that is not accepted.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"SeekConfig.from_dict needs a mapping of field names to values, "
+                f"got {_shown(values)}; pass what SeekConfig.to_dict() returned"
+            )
+        return cls._checked(values, _unknown(values, "key"))
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """``to_dict`` as JSON text.
+
+        Raises:
+            ConfigError: as ``to_dict``.
+        """
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> SeekConfig:
+        """The configuration that ``to_json`` wrote.
+
+        Raises:
+            ConfigError: The text is not a JSON object, or as ``from_dict``.
+        """
+        try:
+            values = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"SeekConfig.from_json needs JSON text, got {_shown(text)} ({error}); "
+                f"pass what SeekConfig.to_json() returned"
+            ) from error
+        return cls.from_dict(values)
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any], unknown: list[str]) -> SeekConfig:
+        """Builds a configuration, listing unknown names and bad values in one error."""
+        if not unknown:
+            return cls(**values)
+        names = {field.name for field in _fields()}
+        probe = object.__new__(cls)
+        for field in _fields():
+            given = field.name in values and field.name in names
+            object.__setattr__(probe, field.name, values[field.name] if given else field.default)
+        raise ConfigError(_listing(unknown + _problems(probe)))
+
+
+def _fields() -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(SeekConfig)
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in _fields() if field.name == name)
+
+
+def _unknown(values: Mapping[Any, Any], kind: str) -> list[str]:
+    """One line for each name that is no field, with the closest field suggested."""
+    names = [field.name for field in _fields()]
+    lines = []
+    for name in values:
+        if name in names:
+            continue
+        close = difflib.get_close_matches(str(name), names, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+        lines.append(f"unknown {kind} {name!r} (value {_shown(values[name])}); {remedy}")
+    return lines
+
+
+def _problems(config: SeekConfig) -> list[str]:
+    """Every reason why ``config`` cannot be used, one line each; empty when it can."""
+    lines = [
+        *_choice("score", config.score, SCORES, callable_too=True),
+        *_choice("select", config.select, SELECTS),
+        *_choice("gradient_norm", config.gradient_norm, GRADIENT_NORMS),
+        *_choice("backend", config.backend, BACKENDS),
+        *_choice("outputs", config.outputs, OUTPUTS),
+        *_share("ratio", config.ratio, "0.1 trains on a tenth of the tokens, 1.0 on all of them"),
+        *_share("uniform", config.uniform, "0.5 is half uniform, 1.0 ignores the scores"),
+        *_weight("alpha", config.alpha),
+        *_weight("beta", config.beta),
+        *_integer("seed", config.seed, 0, _MAX_SEED),
+        *_integer("chunk_bytes", config.chunk_bytes, 1, None),
+        *_integer("token_dim", config.token_dim, 1, None),
+    ]
+    if not isinstance(config.supervised_only, bool):
+        lines.append(
+            f"supervised_only={_shown(config.supervised_only)} is not a bool; pass True to select "
+            f"only positions that have a label, or False"
+        )
+    if config.loss is not None and not callable(config.loss):
+        lines.append(
+            f"loss={_shown(config.loss)} is not callable; pass a function "
+            f"loss(outputs, batch) -> scalar tensor, or None to use the model's own loss"
+        )
+    if config.score == "tokenseek" and _is_zero(config.alpha) and _is_zero(config.beta):
+        lines.append(
+            f"alpha={_shown(config.alpha)} and beta={_shown(config.beta)} leave "
+            f"score='tokenseek' nothing to rank by; make one of them positive, "
+            f"or use score='random'"
+        )
+    return lines
+
+
+def _choice(
+    name: str, value: object, accepted: tuple[str, ...], *, callable_too: bool = False
+) -> list[str]:
+    if (callable_too and callable(value)) or (isinstance(value, str) and value in accepted):
+        return []
+    close = difflib.get_close_matches(value, accepted, n=1) if isinstance(value, str) else []
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    also = " or a callable" if callable_too else ""
+    choices = ", ".join(repr(choice) for choice in accepted)
+    return [f"{name}={_shown(value)} is not accepted; {hint}use one of {choices}{also}"]
+
+
+def _share(name: str, value: object, examples: str) -> list[str]:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return [f"{name}={_shown(value)} is not a number; pass a float in (0, 1]: {examples}"]
+    if not 0 < float(value) <= 1:
+        return [f"{name}={_shown(value)} is outside (0, 1]; pass a share of the whole: {examples}"]
+    return []
+
+
+def _weight(name: str, value: object) -> list[str]:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return [f"{name}={_shown(value)} is not a number; pass a finite float that is 0 or more"]
+    if not (math.isfinite(value) and float(value) >= 0):
+        return [
+            f"{name}={_shown(value)} is negative or not finite; pass a finite float "
+            f"that is 0 or more"
+        ]
+    return []
+
+
+def _integer(name: str, value: object, low: int, high: int | None) -> list[str]:
+    span = f"of at least {low}" if high is None else f"from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return [f"{name}={_shown(value)} is not an integer; pass an integer {span}"]
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        return [f"{name}={_shown(value)} is out of range; pass an integer {span}"]
+    return []
+
+
+def _is_zero(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0
+
+
+def _shown(value: object) -> str:
+    """``value`` for an error message, at most about eighty characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _listing(problems: list[str], what: str = "invalid fxseek configuration") -> str:
+    if len(problems) == 1:
+        return f"{what}: {problems[0]}"
+    return f"{what}, {len(problems)} problems:\n" + "\n".join(f"  - {line}" for line in problems)

@@ -1,0 +1,49 @@
+"""The exceptions fxseek raises: one base class, one child per kind of cause.
+
+Every message says what was wrong, what was found, and what to do about it. The children that stand
+for a bad value are also ``ValueError``, so that callers who catch the built-in class still do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CaptureError",
+    "ConfigError",
+    "FxseekError",
+    "GradientMismatch",
+    "GraphError",
+    "InputError",
+    "ScoreError",
+]
+
+
+class FxseekError(RuntimeError):
+    """Base of everything fxseek raises on purpose."""
+
+
+class ConfigError(FxseekError, ValueError):
+    """An argument of ``fxseek.compile`` or a field of ``SeekConfig`` cannot be used."""
+
+
+class InputError(FxseekError, ValueError):
+    """A batch cannot be trained on: no labels, sizes that disagree, positions out of range."""
+
+
+class CaptureError(FxseekError):
+    """Dynamo could not capture the model as one graph."""
+
+
+class GraphError(FxseekError):
+    """A captured graph cannot be rewritten.
+
+    For example: no token dimension, no attention for a score that needs one, a mutation that
+    cannot be undone.
+    """
+
+
+class ScoreError(FxseekError, ValueError):
+    """Token scores are NaN or have the wrong shape."""
+
+
+class GradientMismatch(FxseekError, AssertionError):
+    """Gradients differ from masked full backprop by more than the tolerance."""

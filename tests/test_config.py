@@ -1,0 +1,204 @@
+"""SeekConfig: defaults, what it refuses and how it says so, and its plain forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxseek import errors
+from fxseek.config import BACKENDS, GRADIENT_NORMS, OUTPUTS, SCORES, SELECTS, SeekConfig
+from fxseek.errors import ConfigError
+
+
+def test_defaults():
+    config = SeekConfig()
+    assert config.to_dict() == {
+        "ratio": 0.1,
+        "score": "tokenseek",
+        "select": "topk",
+        "alpha": 1.0,
+        "beta": 1.0,
+        "gradient_norm": "l1",
+        "supervised_only": False,
+        "uniform": 0.5,
+        "seed": 0,
+        "backend": "eager",
+        "outputs": "loss",
+        "chunk_bytes": 64 * 2**20,
+        "loss": None,
+        "token_dim": 1,
+    }
+
+
+def test_ratio_is_the_only_positional_field():
+    assert SeekConfig(0.25).ratio == 0.25
+    with pytest.raises(TypeError):
+        SeekConfig(0.25, "random")  # type: ignore[misc]
+
+
+def test_frozen_and_hashable():
+    config = SeekConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.ratio = 0.5  # type: ignore[misc]
+    assert hash(config) == hash(SeekConfig())
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_numbers_are_stored_as_plain_numbers():
+    config = SeekConfig(1, alpha=2)
+    assert type(config.ratio) is float
+    assert type(config.alpha) is float
+
+
+BAD = [
+    ("ratio", 0.0, ["ratio=0.0", "(0, 1]", "0.1"]),
+    ("ratio", 1.5, ["ratio=1.5", "(0, 1]"]),
+    ("ratio", -0.1, ["ratio=-0.1", "(0, 1]"]),
+    ("ratio", math.nan, ["ratio=nan", "(0, 1]"]),
+    ("ratio", "0.1", ["ratio='0.1'", "not a number"]),
+    ("ratio", True, ["ratio=True", "not a number"]),
+    ("score", "contxt", ["score='contxt'", "did you mean 'context'", "'random'", "callable"]),
+    ("score", None, ["score=None", "'tokenseek'"]),
+    ("select", "top_k", ["select='top_k'", "did you mean 'topk'", "'sample'"]),
+    ("alpha", -1.0, ["alpha=-1.0", "0 or more"]),
+    ("alpha", math.inf, ["alpha=inf", "finite"]),
+    ("beta", "1", ["beta='1'", "not a number"]),
+    ("gradient_norm", "L3", ["gradient_norm='L3'", "'l1', 'l2', 'sum'"]),
+    ("supervised_only", 1, ["supervised_only=1", "True"]),
+    ("uniform", 0, ["uniform=0", "(0, 1]"]),
+    ("seed", -1, ["seed=-1", "from 0"]),
+    ("seed", 2**63, ["seed=9223372036854775808", "out of range"]),
+    ("seed", 0.5, ["seed=0.5", "not an integer"]),
+    ("backend", "cuda", ["backend='cuda'", "'inductor'"]),
+    ("outputs", "logits", ["outputs='logits'", "'selected'", "'full'"]),
+    ("chunk_bytes", 0, ["chunk_bytes=0", "at least 1"]),
+    ("chunk_bytes", True, ["chunk_bytes=True", "not an integer"]),
+    ("loss", 3, ["loss=3", "loss(outputs, batch)", "None"]),
+    ("token_dim", 0, ["token_dim=0", "at least 1"]),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), BAD)
+def test_bad_values_name_argument_value_and_remedy(name, value, expected):
+    with pytest.raises(ConfigError) as caught:
+        SeekConfig(**{name: value})
+    for part in expected:
+        assert part in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_field_has_a_bad_value_tested():
+    assert {name for name, _, _ in BAD} == {field.name for field in dataclasses.fields(SeekConfig)}
+
+
+def test_all_problems_at_once():
+    with pytest.raises(ConfigError) as caught:
+        SeekConfig(2.0, score="contxt", seed=-1)
+    message = str(caught.value)
+    assert "3 problems" in message
+    assert all(part in message for part in ("ratio=2.0", "score='contxt'", "seed=-1"))
+
+
+def test_tokenseek_needs_one_weight():
+    with pytest.raises(ConfigError, match="nothing to rank by"):
+        SeekConfig(alpha=0, beta=0)
+    SeekConfig(alpha=0)
+    SeekConfig(beta=0)
+    SeekConfig(score="random", alpha=0, beta=0)
+
+
+def test_long_values_are_shortened():
+    with pytest.raises(ConfigError) as caught:
+        SeekConfig(backend="x" * 1000)
+    assert len(str(caught.value)) < 300
+
+
+def test_make_takes_a_ratio_a_config_and_options():
+    assert SeekConfig.make() == SeekConfig()
+    assert SeekConfig.make(0.3, score="random") == SeekConfig(0.3, score="random")
+    base = SeekConfig(0.3, score="random", seed=7)
+    assert SeekConfig.make(base) == base
+    assert SeekConfig.make(base, seed=8) == dataclasses.replace(base, seed=8)
+
+
+def test_make_suggests_and_lists():
+    with pytest.raises(ConfigError) as caught:
+        SeekConfig.make(0.0, scor="random")
+    message = str(caught.value)
+    assert "unknown option 'scor'" in message
+    assert "did you mean 'score'" in message
+    assert "ratio=0.0" in message
+
+
+def test_from_dict_rejects_unknown_keys():
+    with pytest.raises(ConfigError, match=r"unknown key 'raito'.*did you mean 'ratio'"):
+        SeekConfig.from_dict({"raito": 0.1})
+    with pytest.raises(ConfigError, match=r"unknown key 'zzz'.*known: ratio, score"):
+        SeekConfig.from_dict({"zzz": 1})
+    with pytest.raises(ConfigError, match="unknown key '_'"):
+        SeekConfig.from_dict({"_": 1})
+    with pytest.raises(ConfigError, match=r"needs a mapping.*to_dict"):
+        SeekConfig.from_dict([("ratio", 0.1)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["{", "", None])
+def test_from_json_rejects_what_is_not_json(text):
+    with pytest.raises(ConfigError, match=r"needs JSON text.*to_json"):
+        SeekConfig.from_json(text)
+
+
+def test_from_json_rejects_what_is_not_an_object():
+    with pytest.raises(ConfigError, match="needs a mapping"):
+        SeekConfig.from_json("[0.1]")
+
+
+@pytest.mark.parametrize("name", ["score", "loss"])
+def test_callables_refuse_to_serialise(name):
+    config = SeekConfig.make(**{name: lambda *values: values})
+    for convert in (config.to_dict, config.to_json):
+        with pytest.raises(ConfigError, match=f"{name}=.*pass the callable again"):
+            convert()
+
+
+def configs() -> st.SearchStrategy[SeekConfig]:
+    """Every configuration that has a plain form."""
+    share = st.floats(0, 1, exclude_min=True)
+    weight = st.floats(0, 1e6, exclude_min=True)
+    return st.builds(
+        SeekConfig,
+        share,
+        score=st.sampled_from(SCORES),
+        select=st.sampled_from(SELECTS),
+        alpha=weight,
+        beta=weight,
+        gradient_norm=st.sampled_from(GRADIENT_NORMS),
+        supervised_only=st.booleans(),
+        uniform=share,
+        seed=st.integers(0, 2**63 - 1),
+        backend=st.sampled_from(BACKENDS),
+        outputs=st.sampled_from(OUTPUTS),
+        chunk_bytes=st.integers(1, 2**40),
+        token_dim=st.integers(1, 3),
+    )
+
+
+@given(configs())
+def test_plain_forms_round_trip(config):
+    assert SeekConfig.from_dict(config.to_dict()) == config
+    assert SeekConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json(indent=None)) == config.to_dict()
+
+
+def test_one_error_family():
+    for name in errors.__all__:
+        assert issubclass(getattr(errors, name), errors.FxseekError)
+    for name in ("ConfigError", "InputError", "ScoreError"):
+        assert issubclass(getattr(errors, name), ValueError)
+    assert issubclass(errors.GradientMismatch, AssertionError)
