@@ -161,7 +161,7 @@ def test_from_json_rejects_what_is_not_an_object():
 
 @pytest.mark.parametrize("name", ["score", "loss"])
 def test_callables_refuse_to_serialise(name):
-    config = SeekConfig.make(**{name: lambda *values: values})
+    config = SeekConfig.from_dict({name: lambda *values: values})
     for convert in (config.to_dict, config.to_json):
         with pytest.raises(ConfigError, match=f"{name}=.*pass the callable again"):
             convert()

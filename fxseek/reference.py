@@ -1,0 +1,494 @@
+"""Masked full backprop, the definition that fxseek's gradients are held to.
+
+For a selection of positions S in each row, masked full backprop is the ordinary eager model in
+which every per-token result ``x`` is replaced by ``where(S, x, x.detach())``, with the
+cross-entropy taken over the selected positions. Values are unchanged; gradients reach the
+parameters through selected positions only. Written with module forward hooks, at the cost of an
+ordinary training step, and sharing no code with the passes:
+
+    x = module(...)                         [batch, tokens, ...]
+    x = where(S[b, t], x, x.detach())       after every module whose result is per-token
+    loss = Σ_i w_i · ce_i / (selected positions with a label)
+
+Hooks see the results of modules, not of the operations inside them. That is the same thing wherever
+each path from an unselected token to a parameter passes through the result of a module, as in a
+model whose projections are modules. A model that projects keys or values by a plain function
+(``torch.nn.MultiheadAttention``'s packed projection, say) has such paths inside one module, which
+hooks cannot cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+__all__ = ["Comparison", "Reference", "compare", "masked_backprop"]
+
+IGNORED = -100  # the label of a position that has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What masked full backprop gives.
+
+    Attributes:
+        loss: The loss over selected positions, a scalar without graph.
+        gradients: For every parameter that requires a gradient, by name: its gradient, zeros
+            where the loss does not depend on it.
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+class Comparison(NamedTuple):
+    """The largest relative error between two sets of gradients, and the parameter it is in."""
+
+    error: float
+    name: str
+
+
+def masked_backprop(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    kept: Tensor,
+    *,
+    weights: Tensor | None = None,
+    shift: bool | None = None,
+    loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
+) -> Reference:
+    """Loss and gradients of masked full backprop for the selection ``kept``.
+
+    The model is left as it was: hooks, ``.grad``, buffers, training mode, the random state and a
+    compiled call (which is bypassed) are all put back. The model runs in the mode it is in; it runs
+    once with gradient and, beforehand, twice without, to learn which dimension of each module's
+    result counts tokens, and whether the loss shifts its labels.
+
+    Args:
+        model: Any module that takes ``batch`` as keyword arguments.
+        batch: The arguments of one training step. With ``labels`` ``[batch, tokens]``, where -100
+            is no label; ``num_items_in_batch``, if there, divides the summed loss as in the
+            transformers Trainer.
+        kept: Selected positions, ``[batch, kept]``, in any order; -1 is an unused slot.
+        weights: Loss weights of ``kept``, the same shape. Default: 1 everywhere.
+        shift: Whether position ``t`` predicts the label of ``t + 1`` (True) or its own (False).
+            Default: found out by comparing the model's own loss with both.
+        loss: ``loss(outputs, batch)``, the whole loss of a model that is given no labels. It is
+            back-propagated as it is, so ``weights``, ``shift`` and labels are not used.
+
+    Raises:
+        InputError: Sizes that disagree, no labels, no logits, or a loss that is neither kind of
+            token cross-entropy; the message says what to pass.
+    """
+    sizes = _sizes(batch, kept)
+    selected = _selected(kept, sizes)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
+    own = ("labels", "num_items_in_batch") if loss is None else ()
+    inputs = {key: value for key, value in batch.items() if key not in own}
+
+    def default_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+        targets = _targets(_labels(batch, sizes), bool(shift))
+        items = batch.get("num_items_in_batch")
+        return _selected_loss(_logits(outputs, sizes), targets, kept, weights, items)
+
+    with _left_as_it_was(inner), torch.enable_grad():
+        if loss is None and shift is None:
+            shift = _finds_shift(inner, inputs, _labels(batch, sizes))
+        layout = _Layout(sizes, _run_recorded(inner, inputs, sizes))
+        with _hooked(inner, lambda name, call, x: layout.mask(name, call, x, selected)):
+            outputs = _run(inner, inputs)
+            value = (loss or default_loss)(outputs, batch)
+            gradients = _gradients(value, [p for _, p in named])
+    return Reference(
+        loss=value.detach(),
+        gradients={name: g for (name, _), g in zip(named, gradients, strict=True)},
+    )
+
+
+def compare(
+    gradients: Mapping[str, Tensor | None],
+    reference: Mapping[str, Tensor | None],
+    *,
+    floor: float = 1e-3,
+) -> Comparison:
+    """The largest error of ``gradients``, relative to ``reference``, and where it is.
+
+    An error is relative to the largest entry, in magnitude, of that parameter's reference gradient,
+    but at least ``floor`` times the largest of all parameters: a gradient that is zero but for
+    rounding, such as a key bias under full attention, has no relative error to speak of. A missing
+    gradient (no entry, or None) counts as zeros. NaN and infinity give an infinite error.
+
+    Raises:
+        InputError: Two gradients of one parameter have different shapes.
+    """
+    names = list(dict.fromkeys([*reference, *gradients]))
+    scales = {}
+    for name in names:
+        wanted = reference.get(name)
+        scales[name] = 0.0 if wanted is None or not wanted.numel() else wanted.abs().max().item()
+    lowest = max(floor * max(scales.values(), default=0.0), torch.finfo(torch.float64).tiny)
+    worst = Comparison(0.0, names[0] if names else "")
+    for name in names:
+        got, wanted = gradients.get(name), reference.get(name)
+        if got is None and wanted is None:
+            continue
+        if got is not None and wanted is not None and got.shape != wanted.shape:
+            raise InputError(
+                f"the gradient of {name!r} has shape {tuple(got.shape)} and its reference "
+                f"{tuple(wanted.shape)}; compare gradients of the same parameters"
+            )
+        got = torch.zeros_like(wanted) if got is None else got.detach()  # type: ignore[arg-type]
+        wanted = torch.zeros_like(got) if wanted is None else wanted.detach()
+        if not got.numel():
+            continue
+        difference = (got.double() - wanted.to(got.device).double()).abs().max().item()
+        error = difference / max(scales[name], lowest)
+        if not math.isfinite(error):
+            error = math.inf
+        if error > worst.error:
+            worst = Comparison(error, name)
+    return worst
+
+
+# ---- which results are per-token -------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    batch: int
+    tokens: int
+
+
+Shapes = dict[str, list[list[tuple[int, ...]]]]  # module name -> calls -> tensors of its result
+
+
+class _Layout:
+    """Knows, for each result of each module, which dimension counts the tokens of a row.
+
+    Sizes alone cannot tell: the batch, a width or a head count may equal the number of tokens. So
+    the model is run beforehand on another number of tokens; the dimensions that changed are
+    those that count tokens.
+    """
+
+    def __init__(self, sizes: _Sizes, probed: tuple[_Sizes, Shapes] | None) -> None:
+        self.sizes = sizes
+        self.probed = probed
+
+    def mask(self, name: str, call: int, result: Any, selected: Tensor) -> Any:
+        """``result`` of the module's ``call``-th call, with unselected positions detached."""
+        other = None
+        if self.probed is not None and (calls := self.probed[1].get(name)):
+            other = calls[call % len(calls)]  # a checkpointed block runs again in backward
+        index = -1
+
+        def masked(x: Tensor) -> Tensor:
+            nonlocal index
+            index += 1
+            if not (x.requires_grad and x.is_floating_point()):
+                return x
+            shape = other[index] if other is not None and index < len(other) else None
+            kind = self._kind(tuple(x.shape), shape)
+            if kind is None:
+                return x
+            keep = selected if kind == "rows" else selected.reshape(-1)
+            keep = keep.to(x.device).reshape(*keep.shape, *[1] * (x.ndim - keep.ndim))
+            return torch.where(keep, x, x.detach())
+
+        return _map_tensors(masked, result)
+
+    def _kind(self, shape: tuple[int, ...], other: tuple[int, ...] | None) -> str | None:
+        """``"rows"`` for [batch, tokens, ...], ``"packed"`` for [batch * tokens, ...], or None."""
+        batch, tokens = self.sizes
+        # Position embeddings may have one row for the whole batch: no part of them is one row's
+        # token, and what they are added to is masked after it.
+        rows = len(shape) >= 2 and shape[0] == batch and shape[1] == tokens
+        packed = len(shape) >= 2 and shape[0] == batch * tokens
+        if other is not None and self.probed is not None and 2 <= len(other) == len(shape):
+            changed = [d for d, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
+            rows = rows and changed == [1] and other[1] == self.probed[0].tokens
+            packed = packed and changed == [0] and other[0] == batch * self.probed[0].tokens
+        elif rows and packed:
+            packed = False
+        return "rows" if rows else "packed" if packed else None
+
+
+def _run_recorded(
+    model: nn.Module, inputs: Mapping[str, Any], sizes: _Sizes
+) -> tuple[_Sizes, Shapes] | None:
+    """Shapes of every module's results on another number of tokens; None where that fails."""
+    shapes: Shapes = defaultdict(list)
+
+    def record(name: str, call: int, result: Any) -> Any:
+        found: list[tuple[int, ...]] = []
+        _map_tensors(lambda x: (found.append(tuple(x.shape)), x)[1], result)
+        shapes[name].append(found)
+        return result
+
+    # One token fewer: more might exceed a position table.
+    tokens = sizes.tokens - 1 if sizes.tokens > 1 else 2
+    keep = torch.arange(tokens).clamp(max=sizes.tokens - 1)
+
+    def resized(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == sizes.tokens:
+            return value.index_select(1, keep.to(value.device))
+        return value
+
+    try:
+        with torch.no_grad(), _hooked(model, record):
+            _run(model, {name: resized(value) for name, value in inputs.items()})
+    except Exception:
+        return None  # a length the model does not take: sizes must do
+    return _Sizes(sizes.batch, tokens), dict(shapes)
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, hook: Callable[[str, int, Any], Any]) -> Iterator[None]:
+    """Passes every result of every module through ``hook(module name, call number, result)``."""
+    calls: dict[str, int] = defaultdict(int)
+    handles = []
+
+    def on(name: str) -> Callable[..., Any]:
+        def forward_hook(module: nn.Module, args: Any, result: Any) -> Any:
+            calls[name] += 1
+            return hook(name, calls[name] - 1, result)
+
+        return forward_hook
+
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_hook(on(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with every tensor in it, in order, passed through ``function``."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        parts = [_map_tensors(function, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, list):
+        return [_map_tensors(function, part) for part in value]
+    if isinstance(value, dict):  # transformers' ModelOutput among them
+        result = copy.copy(value)
+        for key, part in value.items():
+            result[key] = _map_tensors(function, part)
+        return result
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {
+            field.name: _map_tensors(function, getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.init
+        }
+        return dataclasses.replace(value, **parts)
+    return value
+
+
+# ---- the loss --------------------------------------------------------------------------------
+
+
+def _targets(labels: Tensor, shift: bool) -> Tensor:
+    """What each position is to predict, ``[batch, tokens]``; -100 for nothing."""
+    if not shift:
+        return labels
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every position in nats, ``[batch, tokens]``; 0 where there is no label."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    flat = nn.functional.cross_entropy(
+        logits.flatten(0, 1),
+        targets.to(logits.device).flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    return flat.view(targets.shape)
+
+
+def _selected_loss(
+    logits: Tensor,
+    targets: Tensor,
+    kept: Tensor,
+    weights: Tensor | None,
+    items: Tensor | float | None,
+) -> Tensor:
+    """The weighted mean of the cross-entropy over kept positions that have a label."""
+    kept = kept.to(logits.device)
+    targets = targets.to(logits.device)
+    used = kept >= 0
+    at = kept.clamp(min=0)
+    # Only kept logits enter, so that no other position's NaN can reach the result.
+    kept_logits = logits.gather(1, at.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+    kept_targets = targets.gather(1, at).masked_fill(~used, IGNORED)
+    losses = _losses(kept_logits, kept_targets)
+    if weights is not None:
+        losses = losses * weights.to(losses).masked_fill(~used, 0)
+    value = losses.sum() / (kept_targets != IGNORED).sum().clamp(min=1)
+    if items is not None:
+        value = value * (targets != IGNORED).sum() / items
+    return value
+
+
+def _finds_shift(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> bool:
+    """Whether the model's own loss is that of the next token (True) or of the same one (False)."""
+    with torch.no_grad():
+        outputs = _run(model, {**inputs, "labels": labels})
+    logits, own = _field(outputs, "logits"), _field(outputs, "loss")
+    if logits is None or own is None:
+        raise InputError(
+            f"the model's output ({type(outputs).__name__}) lacks "
+            f"{'a loss' if own is None else 'logits'}, so it cannot be seen whether its labels are "
+            f"shifted; pass shift=True (a causal language model), shift=False, or "
+            f"loss=loss(outputs, batch)"
+        )
+    coarse = logits.dtype in (torch.float16, torch.bfloat16)
+    tolerance = 2e-2 if coarse else 1e-4
+    distances: dict[bool, float] = {}
+    candidates: dict[bool, float] = {}
+    for shift in (True, False):
+        targets = _targets(labels, shift)
+        count = (targets != IGNORED).sum()
+        if count == 0:
+            if own.isnan() or own == 0:
+                return shift  # no position has a label: either way nothing is learned
+            candidates[shift] = math.nan
+            continue
+        candidates[shift] = (_losses(logits.detach(), targets).sum() / count).item()
+        distances[shift] = abs(candidates[shift] - own.item()) / max(abs(own.item()), 1e-12)
+    best = min(distances, key=lambda key: distances[key], default=None)
+    if best is None or not distances[best] <= tolerance:
+        raise InputError(
+            f"the model's own loss is {own.item():.6g}, but cross-entropy of its logits is "
+            f"{candidates[True]:.6g} with labels shifted by one token and "
+            f"{candidates[False]:.6g} without; if it is one of them, pass shift=True or "
+            f"shift=False, and otherwise loss=loss(outputs, batch)"
+        )
+    return best
+
+
+def _gradients(value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients without touching ``.grad``; zeros for what ``value`` does not depend on."""
+    if not value.requires_grad or not parameters:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g.detach()
+        for p, g in zip(parameters, found, strict=True)
+    ]
+
+
+# ---- the model and its batch -----------------------------------------------------------------
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The model's output; every run starts from the same random state and leaves it so."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        return model(**inputs)
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Calls go to eager modules, and buffers that a forward changes are put back."""
+    compiled = [
+        (module, module._compiled_call_impl)
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _sizes(batch: Mapping[str, Any], kept: Tensor) -> _Sizes:
+    """How many rows and tokens ``batch`` has, from its ids, embeddings, labels or first tensor."""
+    if not isinstance(kept, Tensor) or kept.ndim != 2 or kept.is_floating_point():
+        shown = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
+        raise InputError(f"kept must be a LongTensor [batch, kept] of positions, got {shown}")
+    first = ("input_ids", "inputs_embeds", "labels")
+    for name in [*first, *(name for name in batch if name not in first)]:
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.ndim >= 2:
+            sizes = _Sizes(*value.shape[:2])
+            if kept.shape[0] != sizes.batch:
+                raise InputError(
+                    f"kept has {kept.shape[0]} rows and {name} has {sizes.batch}; pass one row of "
+                    f"positions for each row of the batch"
+                )
+            return sizes
+    raise InputError(
+        f"no tensor [batch, tokens, ...] among the inputs ({', '.join(batch) or 'none given'}); "
+        f"pass input_ids or inputs_embeds"
+    )
+
+
+def _selected(kept: Tensor, sizes: _Sizes) -> Tensor:
+    """``kept`` as a mask, bool ``[batch, tokens]``."""
+    used = kept >= 0
+    if kept.numel() and (kept.min() < -1 or kept.max() >= sizes.tokens):
+        raise InputError(
+            f"kept holds positions from {kept.min().item()} to {kept.max().item()}; rows have "
+            f"{sizes.tokens} tokens, so pass 0 to {sizes.tokens - 1}, or -1 for an unused slot"
+        )
+    selected = torch.zeros(sizes, dtype=torch.long, device=kept.device)
+    selected.scatter_add_(1, kept.long().clamp(min=0), used.long())
+    if (selected > 1).any():
+        row, position = (selected > 1).nonzero()[0].tolist()
+        raise InputError(
+            f"kept holds position {position} of row {row} more than once; "
+            f"pass each position once, and -1 for an unused slot"
+        )
+    return selected.bool()
+
+
+def _labels(batch: Mapping[str, Any], sizes: _Sizes) -> Tensor:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or tuple(labels.shape) != tuple(sizes):
+        shown = tuple(labels.shape) if isinstance(labels, Tensor) else labels
+        raise InputError(
+            f"labels={shown!r}, but masked full backprop needs one label for each token, "
+            f"{tuple(sizes)} of them; pass labels, or loss=loss(outputs, batch)"
+        )
+    return labels
+
+
+def _logits(outputs: Any, sizes: _Sizes) -> Tensor:
+    logits = _field(outputs, "logits")
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or tuple(logits.shape[:2]) != sizes:
+        shown = tuple(logits.shape) if isinstance(logits, Tensor) else logits
+        raise InputError(
+            f"the model's output ({type(outputs).__name__}) has logits {shown!r}, not "
+            f"[{sizes.batch}, {sizes.tokens}, vocabulary]; pass loss=loss(outputs, batch)"
+        )
+    return logits
+
+
+def _field(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
