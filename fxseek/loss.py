@@ -1,0 +1,43 @@
+"""The loss of a selection."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["selected_cross_entropy"]
+
+
+def selected_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    full_target: Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Weighted mean of the cross-entropy over kept positions that have a label, in nats.
+
+    Shapes: logits and target of the kept positions, as `F.cross_entropy` takes them; weights
+    [batch, kept]; full_target the targets of all positions → scalar.
+
+    With ``reduction="sum"`` the mean is multiplied by the number of labels in `full_target`,
+    so that a caller who divides by a count of labels over several batches gets the gradient
+    of the selected mean. No labelled position gives 0 with gradients of 0, never NaN.
+    """
+    losses = F.cross_entropy(
+        logits,
+        target,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    labelled = target != ignore_index
+    weighted = losses * weights.reshape(losses.shape).to(losses.dtype)
+    mean = weighted.sum() / labelled.sum().clamp(min=1)
+    if reduction == "sum":
+        return mean * (full_target != ignore_index).sum()
+    return mean

@@ -1,0 +1,99 @@
+"""Gather and scatter of token rows: what the stages call at run time.
+
+Shapes: `kept` is LongTensor[batch, kept], ascending. `row` is the token dimension of a value,
+`batch` its batch dimension (None: the batch is 1); a `packed` value has batch × tokens in one
+dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["attend_rows", "gather_rows", "scatter_rows"]
+
+
+def _packed_index(kept: Tensor, length: int) -> Tensor:
+    batch = kept.shape[0]
+    start = torch.arange(batch, device=kept.device).unsqueeze(1) * (length // batch)
+    return (kept + start).reshape(-1)
+
+
+def gather_rows(
+    x: Tensor, kept: Tensor, row: int, batch: int | None = None, packed: bool = False
+) -> Tensor:
+    """The selected rows of a full value: [..., tokens, ...] → [..., kept, ...].
+
+    A batch dimension of size 1 (a value that all rows of a batch share) is expanded first.
+    """
+    if packed:
+        return x.index_select(row, _packed_index(kept, x.shape[row]))
+    if batch is None:
+        return x.index_select(row, kept[0])
+    rows = kept.shape[0]
+    if x.shape[batch] == 1 and rows > 1:
+        x = x.expand(*(rows if i == batch else -1 for i in range(x.dim())))
+    moved = x.movedim((batch, row), (0, 1))
+    which = torch.arange(rows, device=kept.device).unsqueeze(1)
+    return moved[which, kept].movedim((0, 1), (batch, row))
+
+
+def scatter_rows(
+    base: Tensor,
+    rows: Tensor,
+    kept: Tensor,
+    row: int,
+    batch: int | None = None,
+    packed: bool = False,
+) -> Tensor:
+    """A full value with its selected rows replaced; the others are constants from `base`.
+
+    Shapes: base [..., tokens, ...], rows [..., kept, ...] → [..., tokens, ...].
+    """
+    if packed:
+        return base.index_copy(row, _packed_index(kept, base.shape[row]), rows)
+    if batch is None:
+        return base.index_copy(row, kept[0], rows)
+    which = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
+    moved = base.movedim((batch, row), (0, 1))
+    placed = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
+    return placed.movedim((0, 1), (batch, row))
+
+
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    *,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    batch_dim: int | None = None,
+) -> Tensor:
+    """`scaled_dot_product_attention` of selected queries over all keys.
+
+    Shapes: query [..., kept, width]; key, value [..., keys, width]; mask broadcastable to
+    [..., kept, keys]. The causal flag becomes the kept rows of the causal mask (aligned at the
+    top left, as torch's own flag is).
+    """
+    if is_causal:
+        causal = kept.unsqueeze(-1) >= torch.arange(key.shape[-2], device=key.device)
+        if batch_dim is None:
+            mask = causal[0]
+        else:
+            shape = [1] * query.dim()
+            shape[batch_dim] = causal.shape[0]
+            mask = causal.view(*shape[:-2], *causal.shape[-2:])
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )

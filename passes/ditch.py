@@ -1,0 +1,401 @@
+"""Pass 5, ditch: the graph replayed on the selected rows alone.
+
+Before (all tokens)::
+
+    h = linear(x, w)                     # [2, s, 64]
+    k = linear(h, wk); c = cumsum(h, 1)  # no rule for a scan over tokens
+    o = sdpa(q, k, v)
+
+After (kept tokens; `_full` values come from the prefill)::
+
+    x_rows = gather_rows(x_full, kept)             # where gradient starts
+    h = linear(x_rows, w)                          # [2, kept, 64]
+    c = gather_rows(cumsum(scatter_rows(h_full, h)), kept)
+    k = scatter_rows(k_full, linear(h, wk), kept)  # read whole by attention
+    o = attend_rows(q, k, v, kept)
+
+Values that carry no gradient (or, in the score stage, lie before its start) are constants:
+they come from the prefill, and are gathered where a compact operation reads them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxseek import _torch
+from fxseek.errors import GraphError
+from fxseek.passes.facts import (
+    KEPT,
+    Facts,
+    Rows,
+    ancestors,
+    example,
+    is_tensor,
+    needs_grad,
+    tensors_of,
+)
+from fxseek.passes.rules import Full, Length, Plan, RowsOf, Stage, find_rule
+from fxseek.passes.tokens import Element
+from fxseek.rows import gather_rows, scatter_rows
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """An input of a stage: ``kind`` says which, `node` is the captured node it stands for.
+
+    ``"input"``: an input of the captured graph; ``"value"``: a full value of the prefill;
+    ``"rows"``: a compact value given by the caller; ``"kept"`` and ``"weights"``: the
+    selection; ``"gathered"``: rows gathered by the gather stage, named by `key`.
+    """
+
+    kind: str
+    node: fx.Node | None = None
+    key: str = ""
+
+
+@dataclass
+class StageGraph:
+    """A stage: its graph, and what each placeholder stands for, in order."""
+
+    graph: fx.Graph
+    inputs: list[StageInput]
+    outputs: list[fx.Node]
+    general: list[fx.Node] = field(default_factory=list)
+
+    def module(self, name: str) -> fx.GraphModule:
+        """The stage as a module; it owns no parameters, all values are inputs."""
+        return fx.GraphModule(torch.nn.Module(), self.graph, class_name=name)
+
+
+def enters_autocast(node: fx.Node) -> bool:
+    """Whether a node opens an autocast region."""
+    return getattr(node.target, "__name__", "") == "_enter_autocast"
+
+
+def leaves_autocast(node: fx.Node) -> bool:
+    """Whether a node closes an autocast region."""
+    return getattr(node.target, "__name__", "") == "_exit_autocast"
+
+
+def regions(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """The autocast regions that each node lies in, outermost first."""
+    stack: list[fx.Node] = []
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for node in graph.nodes:
+        if enters_autocast(node):
+            stack.append(node)
+        elif leaves_autocast(node):
+            if node.args[0] in stack:
+                stack.remove(node.args[0])  # type: ignore[arg-type]
+        elif stack:
+            found[node] = tuple(stack)
+    return found
+
+
+def ditch(
+    source: fx.Graph,
+    facts: Facts,
+    *,
+    carrying: Iterable[fx.Node],
+    outputs: Sequence[tuple[str, fx.Node]],
+    given: Iterable[fx.Node] = (),
+) -> StageGraph:
+    """Replay the nodes of `carrying` that `outputs` need, on selected rows.
+
+    `outputs` are pairs: ``("rows", node)`` the compact value, ``("full", node)`` the value of
+    all tokens with gradient at the selected ones, ``("value", node)`` whatever the node is.
+    `given` are compact values that the caller provides. The result's outputs are in that order.
+    """
+    return _Ditch(source, facts, set(carrying), set(given)).run(outputs)
+
+
+class _Ditch:
+    def __init__(
+        self, source: fx.Graph, facts: Facts, carrying: set[fx.Node], given: set[fx.Node]
+    ) -> None:
+        self.source = source
+        self.facts = facts
+        self.carrying = carrying - given
+        self.given = given
+        self.graph = fx.Graph()
+        self.inputs: dict[StageInput, fx.Node] = {}
+        self.anchor: fx.Node | None = None
+        self.compact: dict[fx.Node, fx.Node] = {}
+        self.whole: dict[fx.Node, fx.Node] = {}
+        self.gathered: dict[tuple[fx.Node, Rows, int], fx.Node] = {}
+        self.lengths: dict[sympy.Expr, Any] = {}
+        self.general: list[fx.Node] = []
+        self.regions = regions(source)
+        self.entered: dict[fx.Node, fx.Node] = {}
+
+    # ---- the walk ------------------------------------------------------------------------
+
+    def run(self, outputs: Sequence[tuple[str, fx.Node]]) -> StageGraph:
+        needed = ancestors(node for _, node in outputs) & self.carrying
+        self.anchor = self.graph.call_function(_marker)  # placeholders go in front of it
+        inside = {region for node in needed for region in self.regions.get(node, ())}
+        for node in self.source.nodes:
+            if node in inside:
+                self.entered[node] = self._copy(node)
+            elif leaves_autocast(node) and node.args[0] in inside:
+                self._emit(node, node.target, (self.entered[node.args[0]],), {})  # type: ignore[index]
+            elif node in needed and node.op in ("call_function", "call_method"):
+                self._replay(node)
+        results = [self._output(kind, node) for kind, node in outputs]
+        self.graph.output(tuple(results))
+        self.graph.erase_node(self.anchor)
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op != "output" and not _keeps(node):
+                self.graph.erase_node(node)
+        alive = set(self.graph.nodes)
+        inputs = [(key, node) for key, node in self.inputs.items() if node in alive]
+        order = {node: index for index, node in enumerate(self.graph.nodes)}
+        inputs.sort(key=lambda item: order[item[1]])
+        return StageGraph(
+            self.graph, [key for key, _ in inputs], [node for _, node in outputs], self.general
+        )
+
+    def _output(self, kind: str, node: fx.Node) -> fx.Node:
+        if kind == "rows":
+            rows = self.facts.rows.get(node)
+            if isinstance(rows, Rows):
+                return self._rows_of(node, rows, example(node).dim())
+        if kind == "value" and node in self.compact:
+            return self.compact[node]
+        return self._full(node)
+
+    def _replay(self, node: fx.Node) -> None:
+        """Emit a node of the carrying set, compact where it has a plan."""
+        plan = self.facts.plans.get(node)
+        if plan is not None and self._follows(plan):
+            made = self._emit(node, plan.target, self._place(plan.args), self._place(plan.kwargs))
+            table = self.whole if plan.rows is None else self.compact
+            table[node] = made
+            return
+        made = self._copy(node)
+        rows = self.facts.rows.get(node)
+        if self.facts.token_sized(node) or any(
+            self.facts.token_sized(operand) and operand in self.carrying
+            for operand in node.all_input_nodes
+        ):
+            self.general.append(node)
+        if isinstance(rows, Rows):
+            self.compact[node] = self._gather(node, made, rows)
+        else:
+            self.whole[node] = made
+
+    def _follows(self, plan: Plan) -> bool:
+        """Whether an element's tuple was itself made compact (always so for other plans)."""
+        return all(
+            item.node in self.compact for item in plan.args if isinstance(item, Element)
+        )
+
+    # ---- operands ------------------------------------------------------------------------
+
+    def _place(self, value: Any) -> Any:
+        if isinstance(value, RowsOf):
+            return self._rows_of(value.node, value.rows, value.rank)
+        if isinstance(value, Full):
+            return self._full(value.node)
+        if isinstance(value, Length):
+            return self._length(value.expression)
+        if isinstance(value, Stage):
+            return self._input(StageInput(value.name))
+        if isinstance(value, Element):
+            return self.compact[value.node]
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._place(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._place(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._place(x) for x in (value.start, value.stop, value.step)))
+        if isinstance(value, fx.Node):
+            return self._full(value)
+        return value
+
+    def _rows_of(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
+        own = example(node).dim()
+        mine = rows.shift(own - rank)
+        if node in self.given and node not in self.compact:
+            self.compact[node] = self._input(StageInput("rows", node))
+        if node in self.compact and self.facts.rows.get(node) == mine:
+            return self.compact[node]
+        key = (node, rows, rank)
+        if key not in self.gathered:
+            value = self._full(node)
+            if mine.batch is not None and mine.batch < 0:
+                for _ in range(rank - own):
+                    value = self._make(torch.unsqueeze, (value, 0), node)
+                mine = rows
+            self.gathered[key] = self._gather(node, value, mine)
+        return self.gathered[key]
+
+    def _full(self, node: fx.Node) -> fx.Node:
+        if node in self.whole:
+            return self.whole[node]
+        self.whole[node] = made = self._make_full(node)
+        return made
+
+    def _make_full(self, node: fx.Node) -> fx.Node:
+        if node in self.given:
+            rows = self.facts.rows[node]
+            assert isinstance(rows, Rows)
+            self._rows_of(node, rows, example(node).dim())
+            return self._scatter(node, rows)
+        if node in self.carrying and node.op != "placeholder":
+            rows = self.facts.rows.get(node)
+            assert node in self.compact and isinstance(rows, Rows), node.format_node()
+            if self._only_layout(node):
+                return self._copy(node)
+            return self._scatter(node, rows)
+        if node.op == "placeholder":
+            return self._input(StageInput("input", node))
+        if not is_tensor(node) and not list(tensors_of(example(node))):
+            return self._copy(node)  # a size
+        if self._recomputable(node):
+            return self._copy(node)
+        return self._input(StageInput("value", node))
+
+    def _recomputable(self, node: fx.Node) -> bool:
+        """Constants without tokens (casts and transposes of weights) are made anew."""
+        if node.op == "placeholder":
+            return True
+        found = find_rule(node)
+        return (
+            found is not None
+            and found.family != "random"
+            and not needs_grad(node)
+            and node not in self.regions
+            and not self.facts.token_sized(node)
+            and all(
+                not list(tensors_of(example(x)))
+                or (self._recomputable(x) and not self.facts.token_sized(x))
+                for x in node.all_input_nodes
+            )
+        )
+
+    def _only_layout(self, node: fx.Node) -> bool:
+        """A view or repetition of one carried value: scatter that one, then apply it."""
+        found = find_rule(node)
+        source = node.args[0] if node.args else None
+        if found is None or not (found.layout or found.name == "getitem"):
+            return False
+        if not is_tensor(source) or source not in self.compact or found.name == "cat":
+            return False
+        assert isinstance(source, fx.Node)
+        return self._numel(node) >= self._numel(source)
+
+    def _numel(self, node: fx.Node) -> int:
+        total = 1
+        for size in example(node).shape:
+            total *= _torch.size_hint(size)
+        return total
+
+    # ---- emission ------------------------------------------------------------------------
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        args = fx.node.map_arg(node.args, self._full)
+        kwargs = fx.node.map_arg(node.kwargs, self._full)
+        return self._emit(node, node.target, args, kwargs)
+
+    def _emit(self, origin: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        made = self.graph.create_node(kind, target, args, kwargs, name=origin.name)
+        return self._stamp(made, origin)
+
+    def _make(self, target: Callable[..., Any], args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
+        return self._stamp(self.graph.call_function(target, args), origin)
+
+    def _stamp(self, made: fx.Node, origin: fx.Node) -> fx.Node:
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in origin.meta:
+                made.meta[key] = origin.meta[key]
+        made.meta["fxseek"] = ("ditch", origin.name)
+        return made
+
+    def _gather(self, origin: fx.Node, value: fx.Node, rows: Rows) -> fx.Node:
+        args = (value, self._input(StageInput("kept")), rows.row, rows.batch, rows.packed)
+        made = self.graph.create_node(
+            "call_function", gather_rows, args, name=f"{origin.name}_rows"
+        )
+        return self._stamp(made, origin)
+
+    def _scatter(self, node: fx.Node, rows: Rows) -> fx.Node:
+        base = self._input(StageInput("value", node))
+        kept = self._input(StageInput("kept"))
+        args = (base, self.compact[node], kept, rows.row, rows.batch, rows.packed)
+        made = self.graph.create_node("call_function", scatter_rows, args, name=f"{node.name}_all")
+        return self._stamp(made, node)
+
+    def _input(self, key: StageInput) -> fx.Node:
+        if key not in self.inputs:
+            name = key.kind if key.node is None else key.node.name
+            name = f"{name}_full" if key.kind == "value" else name
+            assert self.anchor is not None
+            with self.graph.inserting_before(self.anchor):
+                made = self.graph.placeholder(name)
+            if key.node is not None:
+                self._stamp(made, key.node)
+            self.inputs[key] = made
+        return self.inputs[key]
+
+    def _length(self, expression: sympy.Expr) -> Any:
+        if expression.is_Integer:
+            return int(expression)
+        if expression in self.lengths:
+            return self.lengths[expression]
+        if isinstance(expression, sympy.Symbol):
+            made: Any = self._symbol(expression)
+        elif isinstance(expression, (sympy.Mul, sympy.Add)):
+            combine = operator.mul if isinstance(expression, sympy.Mul) else operator.add
+            made = self._length(expression.args[0])  # type: ignore[arg-type]
+            for part in expression.args[1:]:
+                made = self.graph.call_function(combine, (made, self._length(part)))  # type: ignore[arg-type]
+        elif isinstance(expression, sympy.Pow) and expression.exp.is_Integer:
+            made = self._length(expression.base)  # type: ignore[arg-type]
+            for _ in range(int(expression.exp) - 1):
+                made = self.graph.call_function(
+                    operator.mul,
+                    (made, self._length(expression.base)),  # type: ignore[arg-type]
+                )
+        else:
+            raise GraphError(f"the size {expression} cannot be computed from the inputs")
+        self.lengths[expression] = made
+        return made
+
+    def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
+        if symbol == KEPT:
+            kept = self._input(StageInput("kept"))
+            return self.graph.call_method("size", (kept, 1))
+        sizes = self.facts.sizes
+        for node in self.source.nodes:
+            if node.op != "placeholder":
+                continue
+            value = example(node)
+            if isinstance(value, torch.SymInt) and sizes.expression(value) == symbol:
+                return self._full(node)
+            if isinstance(value, torch.Tensor):
+                for dim, size in enumerate(sizes.shape(value)):
+                    if size == symbol:
+                        return self.graph.call_method("size", (self._full(node), dim))
+        raise GraphError(f"no input has the length {symbol}")
+
+
+def _marker() -> None:
+    """Stands before the first operation while a stage is built."""
+
+
+def _keeps(node: fx.Node) -> bool:
+    if leaves_autocast(node):
+        return True
+    return enters_autocast(node)
+
+
+__all__ = ["StageGraph", "StageInput", "ditch", "enters_autocast", "leaves_autocast", "regions"]

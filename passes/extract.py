@@ -1,0 +1,72 @@
+"""Passes 5 and 7, extract: the part of the captured graph that a stage reads, unchanged.
+
+The prefill and the score stage run captured operations on all tokens. Extracting from the
+values that later stages ask for leaves dead code behind: no logits unless something reads
+them, nothing after the last keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from fxseek.passes.ditch import StageGraph, StageInput, leaves_autocast, regions
+
+
+def extract(
+    source: fx.Graph,
+    outputs: Sequence[fx.Node],
+    *,
+    given: Iterable[fx.Node] = (),
+    grad_modes: bool = False,
+) -> StageGraph:
+    """The nodes between `given` (and the inputs) and `outputs`, as a graph of their own.
+
+    Placeholders of the result stand for inputs of the captured graph (``"input"``) or for
+    given values (``"value"``). `grad_modes` keeps the captured switches of the grad mode; a stage
+    that runs without grad as a whole must not have them.
+    """
+    stops = set(given)
+    needed: set[fx.Node] = set()
+    queue = list(outputs)
+    while queue:
+        node = queue.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if node not in stops:
+            queue.extend(node.all_input_nodes)
+    in_regions = regions(source)
+    inside = {
+        region
+        for node in needed
+        if node.op != "placeholder" and node not in stops
+        for region in in_regions.get(node, ())
+    }
+    graph = fx.Graph()
+    new_of: dict[fx.Node, fx.Node] = {}
+    inputs: list[StageInput] = []
+    for node in source.nodes:
+        if node not in needed or (node.op != "placeholder" and node not in stops):
+            continue
+        kind = "input" if node.op == "placeholder" else "value"
+        name = node.name if kind == "input" else f"{node.name}_full"
+        new_of[node] = graph.placeholder(name)
+        inputs.append(StageInput(kind, node))
+    for node in source.nodes:
+        switches_grad = getattr(node.target, "__name__", "") == "_set_grad_enabled"
+        if switches_grad:
+            if grad_modes:
+                graph.node_copy(node)
+            continue
+        closes = leaves_autocast(node) and node.args[0] in inside
+        if node in new_of or not (node in needed or node in inside or closes):
+            continue
+        new_of[node] = graph.node_copy(node, new_of.__getitem__)
+        new_of[node].meta["fxseek"] = ("extract", node.name)
+    graph.output(tuple(new_of[node] for node in outputs))
+    return StageGraph(graph, inputs, list(outputs))
+
+
+__all__ = ["extract"]

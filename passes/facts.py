@@ -1,0 +1,291 @@
+"""What is known of a captured value: its sizes as expressions, and where its tokens are.
+
+A dimension is a token dimension exactly where the size expression of the node's example
+value holds the token symbol, and the batch dimension where it is the batch symbol. Which of
+two token dimensions is the *row* (the token that a value belongs to) and which a *column*
+(tokens attended to) follows from the operation that made the value: the rules know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxseek import _torch
+from fxseek.errors import GraphError
+
+KEPT = sympy.Symbol("kept", integer=True, positive=True)
+"""The number of selected tokens of a row, in size expressions of a compact graph."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of a value are.
+
+    `row`: the dimension whose index is the token that the value belongs to.
+    `batch`: the dimension of the batch; None when the batch is 1 or merged into `row`.
+    `packed`: `row` is batch × tokens, batch-major, as ``view(-1, width)`` makes it.
+    """
+
+    row: int
+    batch: int | None = None
+    packed: bool = False
+
+    def shift(self, by: int) -> Rows:
+        """The same dimensions when `by` leading ones are added (or, negative, removed)."""
+        return Rows(self.row + by, None if self.batch is None else self.batch + by, self.packed)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Every dimension that an operation must leave alone to be per-token."""
+        return (self.row,) if self.batch is None else (self.row, self.batch)
+
+
+RowsLike = Rows | tuple[Rows | None, ...] | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Reads size expressions, with the symbols of all token inputs unified.
+
+    `tokens` and `batch` are sympy symbols; `batch` is None when the batch is 1.
+    """
+
+    tokens: sympy.Symbol
+    batch: sympy.Symbol | None
+    same: dict[sympy.Symbol, sympy.Symbol]
+    hints: dict[sympy.Symbol, int]
+
+    def expression(self, size: int | torch.SymInt) -> sympy.Expr:
+        """One size, as an expression in the unified symbols."""
+        return sympy.expand(_torch.size_expression(size).xreplace(self.same))
+
+    def shape(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
+        """All sizes of an example value."""
+        return tuple(self.expression(size) for size in value.shape)
+
+    def has_tokens(self, expression: sympy.Expr) -> bool:
+        """Whether a size depends on the number of tokens."""
+        return self.tokens in expression.free_symbols
+
+    @property
+    def packed(self) -> sympy.Expr | None:
+        """batch × tokens; None when the batch is 1 (then a packed dimension is a row)."""
+        return None if self.batch is None else sympy.expand(self.batch * self.tokens)
+
+    def valid(self, rows: Rows, shape: Sequence[sympy.Expr]) -> bool:
+        """Whether the sizes bear out that `rows` describes a value of this shape."""
+        if not 0 <= rows.row < len(shape):
+            return False
+        if rows.packed:
+            return self.batch is not None and shape[rows.row] == self.packed
+        if shape[rows.row] != self.tokens:
+            return False
+        if self.batch is None:
+            return rows.batch is None
+        return rows.batch is not None and shape[rows.batch] == self.batch
+
+    def rows(self, shape: Sequence[sympy.Expr]) -> Rows | None:
+        """The only reading that the sizes allow, or None where there is none or several."""
+        token_dims = [i for i, size in enumerate(shape) if self.has_tokens(size)]
+        if len(token_dims) != 1:
+            return None
+        row = token_dims[0]
+        if self.batch is None:
+            found = Rows(row)
+        elif shape[row] == self.packed:
+            found = Rows(row, packed=True)
+        else:
+            batch_dims = [i for i, size in enumerate(shape) if size == self.batch]
+            if len(batch_dims) != 1:
+                return None
+            found = Rows(row, batch_dims[0])
+        return found if self.valid(found, shape) else None
+
+    def compact(self, shape: Sequence[sympy.Expr], rows: Rows | None) -> tuple[sympy.Expr, ...]:
+        """The shape when only the selected rows are there."""
+        if rows is None:
+            return tuple(shape)
+        kept = KEPT * self.batch if rows.packed and self.batch is not None else KEPT
+        return tuple(kept if i == rows.row else size for i, size in enumerate(shape))
+
+
+def example(node: fx.Node) -> Any:
+    """The example value that Dynamo recorded (fake tensors, numbers, tuples of them)."""
+    return node.meta.get("example_value")
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node's value is one tensor."""
+    return isinstance(node, fx.Node) and isinstance(example(node), torch.Tensor)
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a (nested) example value."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_of(item)
+
+
+def needs_grad(node: fx.Node) -> bool:
+    """Whether any tensor of the node's value requires grad, as Dynamo saw it."""
+    return any(tensor.requires_grad for tensor in tensors_of(example(node)))
+
+
+def where(node: fx.Node) -> str:
+    """The user's own source line of a node, for messages."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    for index in range(len(lines) - 1, -1, -1):
+        if lines[index].startswith("File "):
+            code = lines[index + 1] if index + 1 < len(lines) else ""
+            return f"{lines[index]}: {code}" if code else lines[index]
+    return "source line unknown"
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that a node was captured in, or an empty string."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        path = entry[0]
+    return path.replace("L['self'].", "").replace("L['self']", "")
+
+
+def find_sizes(graph: fx.Graph, token_dim: int = 1) -> Sizes:
+    """Find the token and batch symbols among the inputs of a captured graph.
+
+    The first user input of at least `token_dim` + 1 dimensions decides; other inputs whose
+    token or batch dimension had the same length at capture are unified with it (the caller
+    guards that they stay equal).
+
+    Raises:
+        GraphError: there is no user tensor, its token dimension is a constant, or one symbol
+            stands for both batch and tokens.
+    """
+    inputs = [
+        node
+        for node in graph.nodes
+        if node.op == "placeholder" and is_tensor(node) and not _torch.is_module_state(node)
+    ]
+    candidates = [node for node in inputs if example(node).dim() > token_dim]
+    if not candidates:
+        raise GraphError(
+            f"no input has a token dimension: fxseek looks for tokens in dimension {token_dim} "
+            "of the first tensor argument, and no tensor argument has that many dimensions. "
+            "Pass token_dim= if tokens are elsewhere; a model without tokens has nothing to "
+            "select."
+        )
+    named = [node for node in candidates if _torch.source_name(node) in PRIMARY_INPUTS]
+    first = (named or candidates)[0]
+    shape = example(first).shape
+    tokens = _torch.size_expression(shape[token_dim])
+    name = _torch.source_name(first) or first.name
+    if not isinstance(tokens, sympy.Symbol):
+        raise GraphError(
+            f"no token dimension: dimension {token_dim} of {name!r} was captured as the "
+            f"constant {tokens}. Either the model's code fixes the length (a Python loop or a "
+            "comparison over it), or the input was not marked dynamic: with torch.compile pass "
+            "dynamic=True or call torch._dynamo.mark_dynamic(input, dim); fxseek.compile marks "
+            "it by itself."
+        )
+    hints: dict[sympy.Symbol, int] = {}
+    for node in inputs:
+        for size in example(node).shape:
+            if isinstance(size, torch.SymInt):
+                hints.update(_torch.symbol_hints(size))
+    batch: sympy.Symbol | None = None
+    if token_dim > 0:
+        size = _torch.size_expression(shape[0])
+        if isinstance(size, sympy.Symbol):
+            batch = size
+        elif size != 1:
+            raise GraphError(
+                f"the batch dimension of {name!r} was captured as the constant {size}, so it "
+                "cannot be told from other dimensions of that length. With torch.compile pass "
+                "dynamic=True; otherwise the model's code compares or unpacks the batch size."
+            )
+    if batch == tokens:
+        raise GraphError(
+            f"the batch and the token dimension of {name!r} share one symbol ({tokens}), since "
+            "both had one length at capture (duck shaping). Capture with fxseek.compile, or "
+            "with a batch size that differs from the sequence length."
+        )
+    same: dict[sympy.Symbol, sympy.Symbol] = {}
+    for node in inputs:
+        sizes = [_torch.size_expression(size) for size in example(node).shape]
+        for dim, size in enumerate(sizes):
+            if not isinstance(size, sympy.Symbol) or size in (tokens, batch):
+                continue
+            square = len(sizes) == 4 and dim >= 2  # a mask [batch, 1, tokens, tokens]
+            if (dim == token_dim or square) and hints.get(size) == hints.get(tokens):
+                same[size] = tokens
+            elif dim == 0 and batch is not None and hints.get(size) == hints.get(batch):
+                same[size] = batch
+    return Sizes(tokens, batch, same, hints)
+
+
+PRIMARY_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
+"""Arguments by which transformers' models take their tokens, in order of preference."""
+
+
+@dataclass
+class Facts:
+    """All that later passes read of a captured graph; see `fxseek.passes.tokens`.
+
+    `plans`: how a node acts on compact inputs; a node that is missing takes the general path.
+    `rows`: where each value's tokens are; a value without an entry has none that is known.
+    `stream`: nodes that carry gradient or are floating-point values made from the token input.
+    `token_made`: the latter alone.
+    `general`: why a node takes the general path.
+    """
+
+    sizes: Sizes
+    plans: dict[fx.Node, Any] = field(default_factory=dict)
+    rows: dict[fx.Node, RowsLike] = field(default_factory=dict)
+    stream: set[fx.Node] = field(default_factory=set)
+    general: dict[fx.Node, str] = field(default_factory=dict)
+    token_made: set[fx.Node] = field(default_factory=set)
+
+    def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
+        """Size expressions of a tensor node."""
+        return self.sizes.shape(example(node))
+
+    def token_sized(self, node: fx.Node) -> bool:
+        """Whether any dimension of any tensor of the node grows with the tokens."""
+        return any(
+            self.sizes.has_tokens(size)
+            for tensor in tensors_of(example(node))
+            for size in self.sizes.shape(tensor)
+        )
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are computed from."""
+    found: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue.extend(node.all_input_nodes)
+    return found
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that is computed from them."""
+    found: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue.extend(node.users)
+    return found

@@ -1,0 +1,240 @@
+"""Pass 1, functionalise: every write becomes a new value.
+
+Before::
+
+    y = x.view(2, -1)
+    x.add_(1)            # or x += 1, relu(x, inplace=True), x[:, 0] = 0
+    z = x * 2
+
+After::
+
+    y = x.view(2, -1)    # refused if y is read later: it would have changed
+    x_1 = x.add(1)
+    z = x_1 * 2
+
+A stage computes a node from values that may have been replayed, gathered or scattered, so a
+write through an alias would be lost. Writes whose aliases are read later are refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxseek import _torch
+from fxseek.errors import GraphError
+from fxseek.passes.facts import example, is_tensor, tensors_of, where
+
+_OPERATORS: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.ipow: operator.pow,
+    operator.imod: operator.mod,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.imatmul: operator.matmul,
+}
+
+_BUFFER_WRITERS = ("batch_norm", "instance_norm")
+
+
+def set_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """`x` with ``x[index] = value``, as a new tensor; differentiable in `x` and `value`."""
+    copy = x.clone()
+    copy[index] = value
+    return copy
+
+
+def copied(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """What ``x.copy_(source)`` leaves in `x`, as a new tensor."""
+    return source.to(x.dtype).expand(x.shape).clone()
+
+
+def _refuse(node: fx.Node, what: str, remedy: str) -> GraphError:
+    return GraphError(f"{what}, at {where(node)} ({node.format_node()}). {remedy}")
+
+
+def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
+    """The node that is written to and the call that makes its new value, or None."""
+    args, kwargs = node.args, dict(node.kwargs)
+    if node.op == "call_function":
+        if node.target in _OPERATORS and is_tensor(args[0]):
+            return args[0], _OPERATORS[node.target], args, kwargs  # type: ignore[return-value]
+        if node.target is operator.setitem and is_tensor(args[0]):
+            return args[0], set_item, args, kwargs  # type: ignore[return-value]
+        name = getattr(node.target, "__name__", "")
+        if kwargs.get("out") is not None:
+            raise _refuse(node, "an operation writes to out=", "Use its result instead.")
+        if kwargs.get("inplace") is True:
+            kwargs["inplace"] = False
+            return args[0], node.target, args, kwargs  # type: ignore[return-value]
+        if name in ("relu", "silu", "gelu", "dropout", "leaky_relu", "elu", "hardtanh") and (
+            args and args[-1] is True and len(args) > (3 if name == "dropout" else 1)
+        ):
+            return args[0], node.target, (*args[:-1], False), kwargs  # type: ignore[return-value]
+        if name in _BUFFER_WRITERS and len(args) > 1 and is_tensor(args[1]) and (
+            node.kwargs.get("training", args[5] if len(args) > 5 else False)
+        ):
+            raise _refuse(
+                node,
+                f"{name} updates its running statistics in training",
+                "Put the layer in eval mode, or use a norm over features.",
+            )
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise _refuse(
+                node, f"the operation {schema.name} writes to its arguments", "Use a pure one."
+            )
+        if (
+            name.endswith("_")
+            and not name.startswith("_")
+            and not name.endswith("__")
+            and args
+            and is_tensor(args[0])
+        ):
+            return _method(node, name)
+    if node.op == "call_method":
+        name = str(node.target)
+        if name.endswith("_") and not name.endswith("__"):
+            return _method(node, name)
+        if name == "__setitem__":
+            return args[0], set_item, args, kwargs  # type: ignore[return-value]
+    return None
+
+
+def _method(
+    node: fx.Node, name: str
+) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
+    target = node.args[0]
+    assert isinstance(target, fx.Node)
+    if name == "copy_":
+        return target, copied, node.args[:2], {}
+    if name == "zero_":
+        return target, torch.zeros_like, (target,), {}
+    if name == "fill_":
+        return target, torch.full_like, node.args, {}
+    pure = getattr(torch.Tensor, name[:-1], None)
+    if pure is None or name in ("requires_grad_", "detach_", "set_", "resize_"):
+        raise _refuse(node, f"Tensor.{name} changes a tensor in place", "Use a pure operation.")
+    return target, pure, node.args, dict(node.kwargs)
+
+
+def functionalise(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` without writes.
+
+    Raises:
+        GraphError: a write to an input, parameter or buffer, or to memory whose aliases are
+            read afterwards.
+    """
+    copy = fx.Graph()
+    new_of: dict[fx.Node, fx.Node] = {}
+    current: dict[fx.Node, fx.Node] = {}
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    views: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if is_tensor(node):
+            views.setdefault(_torch.storage_key(example(node)), []).append(node)
+        else:
+            for tensor in tensors_of(example(node)):
+                views.setdefault(_torch.storage_key(tensor), []).append(node)
+
+    def latest(node: fx.Node) -> fx.Node:
+        return current.get(node, new_of[node])
+
+    for node in graph.nodes:
+        write = _written(node) if node.op.startswith("call_") else None
+        if write is None:
+            new_of[node] = copy.node_copy(node, latest)
+            continue
+        written, target, args, kwargs = write
+        root = written
+        if root.op == "placeholder":
+            name = _torch.source_path(root) or root.name
+            raise _refuse(node, f"the graph writes to {name}", "Write to a copy of it.")
+        stale = _stale_alias(node, written, views, order)
+        if stale is not None:
+            raise _refuse(
+                node,
+                f"a write to a tensor whose memory {stale.name!r} shares, which is read later "
+                f"at {where(_first_later_use(stale, node, order))}",
+                "Clone one of the two before the write.",
+            )
+        fresh = copy.create_node(
+            "call_function",
+            target,
+            fx.node.map_arg(args, latest),
+            fx.node.map_arg(kwargs, latest),
+        )
+        fresh.meta = {**node.meta, "example_value": example(written)}
+        before, operands = example(written), [t for a in args[1:] for t in _tensors(a)]
+        if any(t.dtype != before.dtype for t in operands) and target is not set_item:
+            fresh = copy.call_function(torch.Tensor.to, (fresh, before.dtype))
+            fresh.meta = {**node.meta, "example_value": before}
+        if any(t.requires_grad for t in operands) and not before.requires_grad:
+            value = example(node)
+            if isinstance(value, torch.Tensor):
+                fresh.meta["example_value"] = value
+        new_of[node] = fresh
+        for alias in views[_torch.storage_key(before)]:
+            if is_tensor(alias) and (alias is written or alias is node or _same(alias, written)):
+                current[alias] = fresh
+    return copy
+
+
+def _tensors(arg: Any) -> list[torch.Tensor]:
+    return [example(arg)] if is_tensor(arg) else []
+
+
+def _same(alias: fx.Node, written: fx.Node) -> bool:
+    """Whether an alias is the written tensor itself (the result of an earlier write)."""
+    a, b = example(alias), example(written)
+    return a is b
+
+
+def _later_uses(node: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
+    return [user for user in node.users if order[user] > order[write]]
+
+
+def _first_later_use(node: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
+    return min(_later_uses(node, write, order), key=order.__getitem__)
+
+
+def _stale_alias(
+    write: fx.Node,
+    written: fx.Node,
+    views: dict[int, list[fx.Node]],
+    order: dict[fx.Node, int],
+) -> fx.Node | None:
+    """An alias of the written tensor that is read after the write, or None.
+
+    ``x[i] += y`` is captured as a view, a write to it, and ``x[i] = view``: there the base is
+    written with the new value, so it is not stale.
+    """
+    for alias in views[_torch.storage_key(example(written))]:
+        if alias in (written, write) or order[alias] > order[write] or _same(alias, written):
+            continue
+        for user in _later_uses(alias, write, order):
+            puts_back = (
+                user.op == "call_function"
+                and user.target is operator.setitem
+                and user.args[0] is alias
+                and user.args[2] is write
+                and written.op == "call_function"
+                and written.target is operator.getitem
+                and written.args == (alias, user.args[1])
+            )
+            if puts_back:
+                return None
+            return alias
+    return None
+
+
+__all__ = ["copied", "functionalise", "set_item"]

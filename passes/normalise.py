@@ -1,0 +1,185 @@
+"""Pass 2, normalise: one spelling per operation, and K/V before they are repeated.
+
+Before::
+
+    y = x.float();  z = torch.add(y, 1);  p = F.softmax(z, -1, _stacklevel=3)
+    k = k[:, :, None].expand(b, h, r, n, d).reshape(b, h * r, n, d)
+    o = scaled_dot_product_attention(q, k, v)
+
+After::
+
+    y = x.to(torch.float32);  z = y + 1;  p = torch.softmax(z, -1)
+    o = scaled_dot_product_attention(q, k, v, enable_gqa=True)   # k as it was before
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxseek.passes.facts import example, is_tensor
+from fxseek.passes.rules import registry
+
+_DTYPES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int": torch.int32,
+    "long": torch.int64,
+    "bool": torch.bool,
+}
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "pow": operator.pow,
+    "matmul": torch.matmul,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "bitwise_and": operator.and_,
+    "bitwise_or": operator.or_,
+}
+_VARIADIC = {"permute", "reshape", "expand", "repeat", "tile", "flip", "view"}
+
+
+def normalise(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` in which each registered operation is one call_function."""
+    copy = fx.Graph()
+    new_of: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        spelled = _spell(node)
+        if spelled is None:
+            new_of[node] = copy.node_copy(node, new_of.__getitem__)
+        else:
+            target, args, kwargs = spelled
+            made = copy.create_node(
+                "call_function",
+                target,
+                fx.node.map_arg(args, new_of.__getitem__),
+                fx.node.map_arg(kwargs, new_of.__getitem__),
+                name=node.name,
+            )
+            made.meta = dict(node.meta)
+            new_of[node] = made
+        _undo_repeat(new_of[node])
+    return copy
+
+
+def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
+    """The canonical call of a node, or None to keep it as it is."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    args, kwargs = node.args, dict(node.kwargs)
+    value = example(node)
+    if node.op == "call_method" and is_tensor(args[0]):
+        method = str(node.target)
+        if method in _DTYPES and len(args) == 1:
+            return torch.Tensor.to, (args[0], _DTYPES[method]), {}
+        if method == "type_as" or (method == "type" and len(args) == 2):
+            return torch.Tensor.to, (args[0], value.dtype), {}
+    name = registry.operation(node)
+    if name is None:
+        return None
+    if name in _ARITHMETIC and len(args) == 2 and not kwargs and isinstance(value, torch.Tensor):
+        return _ARITHMETIC[name], args, {}
+    if name in ("softmax", "log_softmax"):
+        function = torch.softmax if name == "softmax" else torch.log_softmax
+        if node.target in (F.softmax, F.log_softmax):
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            dtype = args[3] if len(args) > 3 else kwargs.get("dtype")
+        else:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            dtype = args[2] if len(args) > 2 else kwargs.get("dtype")
+        if dim is None:
+            return None
+        return function, (args[0], dim), {} if dtype is None else {"dtype": dtype}
+    if node.op == "call_method":
+        method = str(node.target)
+        function = getattr(torch, method, None)
+        if method not in _VARIADIC and isinstance(function, types.BuiltinFunctionType):
+            return function, args, kwargs
+        return getattr(torch.Tensor, method), args, kwargs
+    return None
+
+
+def _undo_repeat(node: fx.Node) -> None:
+    """Let attention read keys and values before `repeat_kv`, with grouped queries instead."""
+    if node.target is not F.scaled_dot_product_attention or len(node.args) < 3:
+        return
+    query, key, value = node.args[:3]
+    if len(node.args) > 7 or node.kwargs.get("enable_gqa"):
+        return
+    if not (is_tensor(query) and is_tensor(key) and is_tensor(value)):
+        return
+    before_key, before_value = _before_repeat(key), _before_repeat(value)
+    if before_key is None or before_value is None:
+        return
+    if example(before_key).shape[1] != example(before_value).shape[1]:
+        return
+    node.args = (query, before_key, before_value, *node.args[3:])
+    node.kwargs = {**node.kwargs, "enable_gqa": True}
+
+
+def _before_repeat(node: Any) -> fx.Node | None:
+    """``x`` of ``reshape(expand(x[:, :, None], …))`` or ``repeat_interleave(x, r, 1)``."""
+    name = registry.operation(node)
+    if name == "repeat_interleave":
+        source, dim = node.args[0], node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
+        repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
+        if dim in (1, -3) and isinstance(repeats, int) and example(node).dim() == 4:
+            return source
+        return None
+    if name != "reshape" or example(node).dim() != 4:
+        return None
+    wide = node.args[0]
+    if not is_tensor(wide) or registry.operation(wide) != "expand" or example(wide).dim() != 5:
+        return None
+    inserted = wide.args[0]
+    if not is_tensor(inserted) or example(inserted).dim() != 5:
+        return None
+    kind = registry.operation(inserted)
+    if kind not in ("getitem", "unsqueeze"):
+        return None
+    source = inserted.args[0]
+    if not is_tensor(source):
+        return None
+    a, b, c = example(source), example(inserted), example(wide)
+    added = (*a.shape[:2], 1, *a.shape[2:])
+    if a.dim() != 4 or not _same_sizes(tuple(b.shape), added):
+        return None
+    widened = (*a.shape[:2], c.shape[2], *a.shape[2:])
+    merged = (a.shape[0], a.shape[1] * c.shape[2], *a.shape[2:])
+    if not _same_sizes(tuple(c.shape), widened):
+        return None
+    if not _same_sizes(tuple(example(node).shape), merged):
+        return None
+    if kind == "getitem" and _index(inserted) != _WHOLE:
+        return None
+    return source
+
+
+_WHOLE = (slice(None), slice(None), None, slice(None), slice(None))
+
+
+def _index(node: fx.Node) -> Any:
+    return node.args[1]
+
+
+def _same_sizes(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    from fxseek._torch import size_expression
+
+    return len(a) == len(b) and all(
+        size_expression(x) == size_expression(y) for x, y in zip(a, b, strict=True)
+    )

@@ -1,0 +1,411 @@
+"""Operations that only move elements: views, transposes, slices of features, joins.
+
+Proof of the law: each is a map of indices that carries the token index to one place, so it
+commutes with selecting rows. Reshapes are read as groups of dimensions with equal products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxseek.passes.facts import Rows, Sizes, is_tensor, tensors_of
+from fxseek.passes.rules.registry import (
+    Call,
+    Full,
+    Length,
+    Plan,
+    RowsOf,
+    Sample,
+    fake,
+    rule,
+    tensor_nodes,
+)
+
+
+def moved_rows(
+    sizes: Sizes, rows: Rows, before: Sequence[sympy.Expr], after: Sequence[sympy.Expr]
+) -> Rows | None:
+    """Where a reshape takes the rows, or None where it merges them with anything else."""
+    spans: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    old = [k for k, size in enumerate(before) if size != 1 or k in rows.dims]
+    new = [k for k, size in enumerate(after) if size != 1]
+    if any(before[k] == 1 for k in rows.dims):
+        return None
+    while i < len(old) and j < len(new):
+        left, right = [old[i]], [new[j]]
+        p, q = before[old[i]], after[new[j]]
+        i, j = i + 1, j + 1
+        while sympy.expand(p - q) != 0:
+            divides = sympy.fraction(sympy.cancel(p / q))[1] == 1  # q divides p: widen the right
+            if j < len(new) and (divides or i >= len(old)):
+                right.append(new[j])
+                q = sympy.expand(q * after[new[j]])
+                j += 1
+            elif i < len(old) and not divides:
+                left.append(old[i])
+                p = sympy.expand(p * before[old[i]])
+                i += 1
+            else:
+                return None
+        spans.append((left, right))
+    if i < len(old) or j < len(new):
+        return None
+    target: dict[int, int] = {}
+    for left, right in spans:
+        if len(left) == 1 and len(right) == 1:
+            target[left[0]] = right[0]
+        elif not rows.packed and left == [rows.batch, rows.row] and len(right) == 1:
+            return Rows(right[0], packed=True)
+        elif rows.packed and left == [rows.row] and len(right) == 2:
+            if after[right[0]] == sizes.batch and after[right[1]] == sizes.tokens:
+                return Rows(right[1], right[0])
+            return None
+    if any(dim not in target for dim in rows.dims):
+        return None
+    batch = None if rows.batch is None else target[rows.batch]
+    return Rows(target[rows.row], batch, rows.packed)
+
+
+def _source(call: Call) -> tuple[fx.Node, Rows] | None:
+    source = call.node.args[0] if call.node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    rows = call.rows(source)
+    return None if rows is None else (source, rows)
+
+
+def own(call: Call, source: fx.Node, rows: Rows) -> RowsOf:
+    """An operand by its own dimensions."""
+    return RowsOf(source, rows, len(call.shape(source)))
+
+
+def _checked(call: Call, rows: Rows | None) -> Rows | None:
+    return rows if rows is not None and call.sizes.valid(rows, call.out) else None
+
+
+@rule(
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    family="per-token",
+    layout=True,
+    reason="row-major order is kept and the token dimension stays a dimension (or batch × tokens)",
+    samples=(
+        Sample(lambda x: x.view(x.shape[0], x.shape[1], 2, 3), ("b t 6",)),
+        Sample(lambda x: x.reshape(-1, 5), ("b t 5",)),
+        Sample(lambda x: x.reshape(-1, 5).view(x.shape[0], -1, 5), ("b t 5",)),
+        Sample(lambda x: x.flatten(2), ("b t 3 5",)),
+        Sample(lambda x: x.unsqueeze(1), ("b t 5",)),
+        Sample(lambda x: x.unsqueeze(2).squeeze(2), ("b t 5",)),
+        Sample(lambda x: x.unflatten(-1, (2, 3)), ("b t 6",)),
+    ),
+)
+def reshape(call: Call) -> Plan | None:
+    """Every operation that keeps the row-major order, as one reshape to explicit sizes."""
+    found = _source(call)
+    if found is None:
+        return None
+    source, rows = found
+    after = _checked(call, moved_rows(call.sizes, rows, call.shape(source), call.out))
+    if after is None:
+        return None
+    return Plan(after, torch.reshape, (own(call, source, rows), call.compact_shape(after)))
+
+
+@rule(
+    "transpose",
+    "permute",
+    "movedim",
+    "t",
+    family="per-token",
+    layout=True,
+    reason="dimensions change places; the token dimension goes along",
+    samples=(
+        Sample(lambda x: x.transpose(1, 2), ("b t 3 5",)),
+        Sample(lambda x: x.permute(0, 2, 1, 3), ("b t 3 5",)),
+        Sample(lambda x: x.permute(2, 0, 1), ("b t 5",)),
+        Sample(lambda x: x.movedim(1, 2), ("b t 3 5",)),
+        Sample(lambda x: x.transpose(-1, -2), ("b t 5",)),
+    ),
+)
+def permute(call: Call) -> Plan | None:
+    """Transpositions; the new places are read off by permuting a list of dimensions."""
+    found = _source(call)
+    if found is None:
+        return None
+    source, rows = found
+    rank = len(call.shape(source))
+    probe = torch.empty(tuple(range(1, rank + 1)), device="meta")  # sizes name dimensions
+    order = [size - 1 for size in call.target(probe, *call.node.args[1:], **call.node.kwargs).shape]
+    batch = None if rows.batch is None else order.index(rows.batch)
+    after = _checked(call, Rows(order.index(rows.row), batch, rows.packed))
+    if after is None:
+        return None
+    return Plan(
+        after, call.target, (own(call, source, rows), *call.node.args[1:]), dict(call.node.kwargs)
+    )
+
+
+@rule(
+    "expand",
+    "broadcast_to",
+    "expand_as",
+    family="per-token",
+    layout=True,
+    reason="repeats along dimensions of size 1, which belong to no token",
+    samples=(
+        Sample(lambda x: x.unsqueeze(2).expand(-1, -1, 3, -1)),
+        Sample(lambda x: x.unsqueeze(0).expand(2, *x.shape)),
+    ),
+)
+def expand(call: Call) -> Plan | None:
+    """Broadcasting to explicit sizes."""
+    found = _source(call)
+    if found is None:
+        return None
+    source, rows = found
+    after = _checked(call, rows.shift(len(call.out) - len(call.shape(source))))
+    if after is None:
+        return None
+    target = torch.Tensor.expand
+    return Plan(after, target, (own(call, source, rows), call.compact_shape(after)))
+
+
+@rule(
+    "repeat_interleave",
+    "repeat",
+    "tile",
+    family="per-token",
+    layout=True,
+    reason="repeats along feature dimensions only",
+    samples=(
+        Sample(lambda x: x.repeat_interleave(3, dim=2)),
+        Sample(lambda x: x.repeat(1, 1, 2)),
+    ),
+)
+def repeat(call: Call) -> Plan | None:
+    """Repetition that leaves the token and batch dimensions alone."""
+    found = _source(call)
+    if found is None or tensor_nodes(call.node.args[1:]):
+        return None
+    source, rows = found
+    after = _checked(call, rows.shift(len(call.out) - len(call.shape(source))))
+    if after is None:
+        return None
+    if any(isinstance(arg, fx.Node) for arg in call.node.all_input_nodes[1:]):
+        return None
+    return Plan(
+        after, call.target, (own(call, source, rows), *call.node.args[1:]), dict(call.node.kwargs)
+    )
+
+
+@rule(
+    "cat",
+    "stack",
+    "hstack",
+    family="per-token",
+    layout=True,
+    reason="joins along a feature dimension, token by token",
+    samples=(
+        Sample(lambda x, y: torch.cat((x, y), dim=-1), ("b t 5", "b t 3")),
+        Sample(lambda x: torch.cat((-x, x), -1)),
+        Sample(lambda x, y: torch.stack((x, y), dim=1), ("b t 5", "b t 5")),
+        Sample(lambda x, y: torch.stack((x, y), dim=-1), ("b t 5", "b t 5")),
+    ),
+)
+def join(call: Call) -> Plan | None:
+    """Concatenation and stacking along a dimension without tokens."""
+    parts = call.arg(0, "tensors")
+    if not isinstance(parts, (list, tuple)) or not all(is_tensor(part) for part in parts):
+        return None
+    name = getattr(call.target, "__name__", "")
+    if name == "hstack":
+        return None
+    rank = len(call.out)
+    dim = call.arg(1, "dim", 0)
+    if not isinstance(dim, int):
+        return None
+    dim %= rank
+    readings: set[Rows] = set()
+    for stream in (True, False):
+        for part in parts:
+            rows = call.rows(part) if (part in call.facts.stream) is stream else None
+            if rows is not None:
+                readings.add(rows)
+        if readings:
+            break
+    if len(readings) != 1:
+        return None
+    rows = readings.pop()
+    after = rows
+    if name == "stack":
+        places = [i for i in range(rank) if i != dim]
+        batch = None if rows.batch is None else places[rows.batch]
+        after = Rows(places[rows.row], batch, rows.packed)
+    after = _checked(call, after)
+    if after is None or dim in after.dims:
+        return None
+    wanted = call.sizes.packed if rows.packed else call.sizes.tokens
+    if any(call.shape(part)[rows.row] != wanted for part in parts):
+        return None
+    if rows.batch is not None and any(
+        call.shape(part)[rows.batch] != call.sizes.batch for part in parts
+    ):
+        return None
+    joined = [own(call, part, rows) for part in parts]
+    return Plan(after, call.target, (joined, dim))
+
+
+@rule(
+    "chunk",
+    "split",
+    "unbind",
+    "tensor_split",
+    "split_with_sizes",
+    family="per-token",
+    layout=False,
+    reason="cuts along a feature dimension; every piece keeps its tokens",
+    samples=(
+        Sample(lambda x: x.chunk(2, dim=-1)[1], ("b t 6",)),
+        Sample(lambda x: x.split(2, dim=2)[0], ("b t 6",)),
+        Sample(lambda x: x.split((2, 4), -1)[1], ("b t 6",)),
+        Sample(lambda x: x.unbind(2)[1], ("b t 3 5",)),
+        Sample(lambda x: x.unbind(1)[1], ("b 3 t 5",)),
+    ),
+)
+def cut(call: Call) -> Plan | None:
+    """Splits into tuples."""
+    found = _source(call)
+    if found is None:
+        return None
+    source, rows = found
+    rank = len(call.shape(source))
+    unbind = getattr(call.target, "__name__", "") == "unbind"
+    dim = call.arg(1, "dim", 0) if unbind else call.arg(2, "dim", 0)
+    if not isinstance(dim, int) or any(
+        isinstance(arg, fx.Node) for arg in call.node.all_input_nodes[1:]
+    ):
+        return None
+    dim %= rank
+    if dim in rows.dims:
+        return None
+    if unbind:
+        places = [i for i in range(rank) if i != dim]
+        batch = None if rows.batch is None else places.index(rows.batch)
+        rows_after = Rows(places.index(rows.row), batch, rows.packed)
+    else:
+        rows_after = rows
+    pieces = list(tensors_of(call.node.meta["example_value"]))
+    if not all(call.sizes.valid(rows_after, call.sizes.shape(piece)) for piece in pieces):
+        return None
+    return Plan(
+        tuple(rows_after for _ in pieces),
+        call.target,
+        (own(call, source, rows), *call.node.args[1:]),
+        dict(call.node.kwargs),
+    )
+
+
+@rule(
+    "getitem",
+    "narrow",
+    "select",
+    family="per-token",
+    layout=False,
+    reason="slices features or adds dimensions; the token and batch dimensions are taken whole",
+    samples=(
+        Sample(lambda x: x[..., :3]),
+        Sample(lambda x: x[:, :, 1:4]),
+        Sample(lambda x: x[..., 2]),
+        Sample(lambda x: x[:, None]),
+        Sample(lambda x: x[..., None]),
+        Sample(lambda x: x[:, 0:, ::2]),
+        Sample(lambda x: x[:, 1], ("b 3 t 5",)),
+        Sample(lambda x: x.narrow(-1, 1, 2)),
+    ),
+)
+def getitem(call: Call) -> Plan | None:
+    """Basic indexing that leaves the token and the batch dimension whole."""
+    source = call.node.args[0]
+    if not is_tensor(source):
+        return None  # an element of a tuple: the ditch pass follows it
+    found = _source(call)
+    if found is None:
+        return None
+    source, rows = found
+    rank = len(call.shape(source))
+    name = getattr(call.target, "__name__", "")
+    if name in ("narrow", "select"):
+        dim = call.arg(1, "dim")
+        if not isinstance(dim, int) or any(
+            isinstance(arg, fx.Node) for arg in call.node.all_input_nodes[1:]
+        ):
+            return None
+        dim %= rank
+        if dim in rows.dims:
+            return None
+        if name == "select":
+            places = [i for i in range(rank) if i != dim]
+            batch = None if rows.batch is None else places.index(rows.batch)
+            rows_after = _checked(call, Rows(places.index(rows.row), batch, rows.packed))
+        else:
+            rows_after = _checked(call, rows)
+        if rows_after is None:
+            return None
+        args = (own(call, source, rows), *call.node.args[1:])
+        return Plan(rows_after, call.target, args, dict(call.node.kwargs))
+    index = call.node.args[1]
+    index = list(index) if isinstance(index, tuple) else [index]
+    consumed = sum(1 for item in index if item is not None and item is not Ellipsis)
+    if index.count(Ellipsis) > 1 or consumed > rank:
+        return None
+    if Ellipsis not in index:
+        index.append(Ellipsis)
+    at = index.index(Ellipsis)
+    index[at : at + 1] = [slice(None)] * (rank - consumed)
+    places_after: dict[int, int] = {}
+    emitted: list[Any] = []
+    old = new = 0
+    for item in index:
+        if item is None:
+            new += 1
+            emitted.append(None)
+            continue
+        if isinstance(item, bool):
+            return None
+        if isinstance(item, int):
+            if old in rows.dims:
+                return None
+            emitted.append(item)
+            old += 1
+            continue
+        if not isinstance(item, slice):
+            return None
+        if old in rows.dims:
+            if item.start not in (None, 0) or item.step not in (None, 1):
+                return None
+            emitted.append(slice(None))  # the size check below bears out that it is whole
+        else:
+            emitted.append(slice(*(_place(x) for x in (item.start, item.stop, item.step))))
+        places_after[old] = new
+        old, new = old + 1, new + 1
+    batch = None if rows.batch is None else places_after[rows.batch]
+    after = _checked(call, Rows(places_after[rows.row], batch, rows.packed))
+    if after is None:
+        return None
+    return Plan(after, call.target, (own(call, source, rows), tuple(emitted)))
+
+
+def _place(item: Any) -> Any:
+    return Full(item) if isinstance(item, fx.Node) else item
+
+
+__all__ = ["Length", "fake", "moved_rows", "own"]

@@ -1,0 +1,149 @@
+"""Pointwise operations: each output element depends on the operand elements at its own index.
+
+Proof of the law: element (…, t, …) reads only elements at token t (or broadcast ones, which
+belong to no token), so selecting rows before or after gives the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxseek.passes.facts import is_tensor
+from fxseek.passes.rules.registry import Call, Full, Plan, Sample, rule, tensor_nodes
+
+
+def pointwise_plan(call: Call) -> Plan | None:
+    """The same call on the selected rows of every operand that has them."""
+    node = call.node
+    operands = tensor_nodes((node.args, node.kwargs))
+    if not operands or not is_tensor(node):
+        return None
+    rows = call.agree(operands, call.out)
+    if rows is None:
+        return None
+    rank = len(call.out)
+    wants = {operand: call.aligned(operand, rows, rank) for operand in operands}
+    if any(want is None for want in wants.values()):
+        return None
+
+    def place(operand: fx.Node) -> Any:
+        return wants[operand] if operand in wants else Full(operand)
+
+    args = fx.node.map_arg(node.args, place)
+    kwargs = fx.node.map_arg(node.kwargs, place)
+    return Plan(rows, call.target, args, kwargs)
+
+
+_UNARY = (
+    "abs acos acosh asin asinh atan atanh ceil cos cosh digamma elu erf erfc erfinv exp exp2 "
+    "expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan "
+    "leaky_relu lgamma log log10 log1p log2 logical_not logit logsigmoid mish nan_to_num neg "
+    "positive reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinc sinh softplus "
+    "softshrink softsign sqrt square tan tanh tanhshrink threshold trunc celu bitwise_not"
+).split()
+
+_SAMPLES_UNARY = tuple(
+    Sample(lambda x, name=name: _call(name, x))
+    for name in ("exp", "gelu", "silu", "sqrt", "tanh", "softplus", "neg", "relu")
+)
+
+
+def _call(name: str, x: torch.Tensor) -> torch.Tensor:
+    function = getattr(F, name, None) or getattr(torch, name)
+    return function(x)
+
+
+@rule(
+    *_UNARY,
+    family="per-token",
+    reason="one element in, one element out",
+    samples=_SAMPLES_UNARY,
+)
+def unary(call: Call) -> Plan | None:
+    """Unary functions, with whatever scalar parameters they take."""
+    return pointwise_plan(call)
+
+
+_BINARY = (
+    "add sub rsub mul div floor_divide remainder fmod pow maximum minimum where clamp "
+    "clamp_min clamp_max "
+    "masked_fill addcmul addcdiv lerp atan2 hypot logaddexp xlogy bitwise_and bitwise_or "
+    "bitwise_xor logical_and logical_or logical_xor eq ne lt le gt ge"
+).split()
+
+
+@rule(
+    *_BINARY,
+    family="per-token",
+    reason="broadcasting pairs equal indices; a size-1 or missing dimension belongs to no token",
+    samples=(
+        Sample(torch.add, ("b t 5", "b t 5")),
+        Sample(torch.mul, ("b t 5", "5")),
+        Sample(torch.sub, ("b t 5", "b 1 5")),
+        Sample(torch.add, ("b t 5", "1 t 5")),
+        Sample(torch.add, ("b t 5", "t 5")),
+        Sample(torch.add, ("b t 5", "t 1")),
+        Sample(torch.add, ("b 3 t 5", "t 5")),
+        Sample(torch.div, ("b 3 t 5", "b 1 t 1")),
+        Sample(lambda x, y: torch.where(y > 0, x, 0.5), ("b t 5", "b t 1")),
+        Sample(lambda x, y: 2 - x * y, ("b t 5", "t 1")),
+        Sample(lambda x: x.clamp(-1, 1), ("b t 5",)),
+        Sample(lambda x, y: x.masked_fill(y > 0, 2.0), ("b t 5", "b t 1")),
+        Sample(lambda x: x.clamp(min=0.1) ** 2, ("b t 5",)),
+    ),
+)
+def binary(call: Call) -> Plan | None:
+    """Functions of several operands under broadcasting."""
+    return pointwise_plan(call)
+
+
+@rule(
+    "to",
+    "clone",
+    "contiguous",
+    "alias",
+    family="per-token",
+    reason="copies or converts element by element",
+    samples=(
+        Sample(lambda x: x.to(torch.float64)),
+        Sample(lambda x: x.transpose(1, 2).contiguous()),
+        Sample(torch.clone),
+        Sample(lambda x, y: x.to(y), ("b t 5", "3")),
+    ),
+)
+def convert(call: Call) -> Plan | None:
+    """Conversions; a second tensor gives only its dtype and device."""
+    source = call.node.args[0]
+    rows = call.rows(source)
+    if rows is None or not isinstance(source, fx.Node):
+        return None
+    others = tensor_nodes((call.node.args[1:], call.node.kwargs))
+    if any(call.facts.token_sized(other) for other in others):
+        return None
+    wanted = call.aligned(source, rows, len(call.out))
+    args = (wanted, *fx.node.map_arg(call.node.args[1:], Full))
+    return Plan(rows, call.target, args, fx.node.map_arg(call.node.kwargs, Full))
+
+
+@rule(
+    "dropout",
+    "dropout1d",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "bernoulli",
+    family="random",
+    reason="each element is kept or dropped by itself; prefill and learn draw separately",
+    samples=(
+        Sample(lambda x: F.dropout(x, 0.0, True)),
+        Sample(lambda x: F.dropout(x, 0.3, False)),
+    ),
+)
+def random(call: Call) -> Plan | None:
+    """Random masks drawn per element."""
+    if call.node.target is F.dropout1d:  # drops whole channels
+        return None
+    return pointwise_plan(call)

@@ -1,0 +1,285 @@
+"""The rule registry: which operations are understood, and how they act on selected rows.
+
+A rule takes a `Call` (the node with the facts of its operands) and answers with a `Plan`: the
+same operation on compact operands, and where the tokens of its result are. It answers None
+where the call is not per-token; the node then takes the general path, scatter → op → gather,
+which is exact for every operation. A rule is an optimisation, never a condition for
+correctness: in doubt it must answer None.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxseek.passes.facts import Facts, Rows, RowsLike, example, is_tensor
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """An operand wanted with only the selected rows.
+
+    `rows` counts dimensions in a value of `rank` dimensions; an operand of lower rank is
+    first given leading dimensions of size 1, as broadcasting does.
+    """
+
+    node: fx.Node
+    rows: Rows
+    rank: int
+
+
+@dataclass(frozen=True)
+class Full:
+    """An operand wanted at full size, for all tokens."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Length:
+    """A size argument, an expression in the token, batch and kept symbols."""
+
+    expression: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An input of the stage itself: ``"kept"`` or ``"weights"``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a node is computed on compact operands.
+
+    `args` and `kwargs` hold `RowsOf`, `Full`, `Length` and `Stage` where the operands go;
+    `rows` says where the tokens of the (compact) result are, None for a result without.
+    """
+
+    rows: RowsLike
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Call:
+    """A node as a rule sees it: arguments by name, shapes and rows of operands."""
+
+    def __init__(self, node: fx.Node, facts: Facts) -> None:
+        self.node = node
+        self.facts = facts
+        self.sizes = facts.sizes
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """What the normalised node calls."""
+        assert callable(self.node.target)
+        return self.node.target
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument, wherever the caller put it."""
+        if position < len(self.node.args):
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+    def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
+        """Size expressions of a tensor operand."""
+        return self.facts.shape(node)
+
+    @property
+    def out(self) -> tuple[sympy.Expr, ...]:
+        """Size expressions of the (tensor) result."""
+        return self.facts.shape(self.node)
+
+    def rows(self, node: Any) -> Rows | None:
+        """Where an operand's tokens are: by its own rule, or for a constant by its sizes."""
+        if not is_tensor(node):
+            return None
+        if node in self.facts.stream:
+            known = self.facts.rows.get(node)
+            return known if isinstance(known, Rows) else None
+        return self.sizes.rows(self.shape(node))
+
+    def agree(self, operands: Sequence[fx.Node], out: Sequence[sympy.Expr]) -> Rows | None:
+        """The rows of a broadcast result, if the operands leave one reading.
+
+        Operands of the stream decide; constants only where no stream operand has rows.
+        """
+        for stream in (True, False):
+            found: set[Rows] = set()
+            for node in operands:
+                if (node in self.facts.stream) is not stream:
+                    continue
+                rows = self.rows(node)
+                if rows is not None:
+                    found.add(rows.shift(len(out) - len(self.shape(node))))
+            if len(found) == 1:
+                rows = found.pop()
+                return rows if self.sizes.valid(rows, out) else None
+            if found:
+                return None
+        return None
+
+    def aligned(self, node: fx.Node, rows: Rows, rank: int) -> RowsOf | Full | None:
+        """A broadcast operand of a result with these rows; None where it does not fit."""
+        shape = self.shape(node)
+        shift = rank - len(shape)
+        dim = rows.row - shift
+        if dim < 0 or shape[dim] == 1:
+            return Full(node)
+        wanted = self.sizes.packed if rows.packed else self.sizes.tokens
+        if shape[dim] != wanted:
+            return None
+        return RowsOf(node, rows, rank)
+
+    def compact_shape(self, rows: Rows) -> tuple[Length, ...]:
+        """The size arguments that make the result compact."""
+        return tuple(Length(size) for size in self.sizes.compact(self.out, rows))
+
+
+RuleFunction = Callable[[Call], Plan | None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A call on which the law of a rule is tested.
+
+    `function` takes one float64 tensor per entry of `shapes`, spelled like ``"b t 5"``:
+    ``b`` the batch, ``t`` the tokens, numbers ordinary sizes; ``int:b t`` makes indices. The
+    first tensor is the one whose tokens are perturbed. Distinct primes keep swapped axes from
+    agreeing by luck.
+    """
+
+    function: Callable[..., Any]
+    shapes: tuple[str, ...] = ("b t 5",)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An operation family's record: names, how its axes pass, and why that is right."""
+
+    name: str
+    family: str
+    function: RuleFunction
+    reason: str
+    samples: tuple[Sample, ...]
+    layout: bool = False
+    """Only moves or copies elements, so a full value can be had from the operand's."""
+
+
+RULES: dict[str, Rule] = {}
+_NAMES: dict[Any, str] = {}
+_METHODS: dict[str, str] = {}
+
+ALIASES: dict[str, tuple[Any, ...]] = {
+    "add": (operator.add, "__add__", "__radd__"),
+    "sub": (operator.sub, torch.subtract, "subtract"),
+    "rsub": (),
+    "mul": (operator.mul, torch.multiply, "multiply"),
+    "div": (operator.truediv, torch.true_divide, torch.divide, "true_divide", "divide"),
+    "floor_divide": (operator.floordiv,),
+    "remainder": (operator.mod,),
+    "pow": (operator.pow,),
+    "neg": (operator.neg, torch.negative, "negative"),
+    "matmul": (operator.matmul,),
+    "abs": (operator.abs, torch.absolute, "absolute"),
+    "bitwise_and": (operator.and_,),
+    "bitwise_or": (operator.or_,),
+    "bitwise_xor": (operator.xor,),
+    "bitwise_not": (operator.invert, operator.inv),
+    "eq": (operator.eq,),
+    "ne": (operator.ne, torch.not_equal),
+    "lt": (operator.lt, torch.less),
+    "le": (operator.le, torch.less_equal),
+    "gt": (operator.gt, torch.greater),
+    "ge": (operator.ge, torch.greater_equal),
+    "getitem": (operator.getitem, "__getitem__"),
+    "clamp": (torch.clip, "clip"),
+    "transpose": (torch.swapaxes, torch.swapdims, "swapaxes", "swapdims"),
+    "movedim": (torch.moveaxis, "moveaxis"),
+    "cat": (torch.concat, torch.concatenate),
+    "reshape": ("view", "reshape_as", "view_as"),
+    "type_as": (),
+}
+
+_SPACES = (F, torch, torch._C._nn, torch.special, torch.Tensor)
+
+
+def _register_names(name: str) -> None:
+    spellings: list[Any] = list(ALIASES.get(name, ()))
+    spellings += [getattr(space, name) for space in _SPACES if hasattr(space, name)]
+    if hasattr(torch.Tensor, name):
+        spellings.append(name)
+    if not spellings:
+        raise ValueError(f"rule {name!r} names no operation of torch")
+    for spelling in spellings:
+        table = _METHODS if isinstance(spelling, str) else _NAMES
+        other = table.setdefault(spelling, name)
+        if other != name:
+            raise ValueError(f"{spelling!r} is registered for both {other!r} and {name!r}")
+
+
+def rule(
+    *names: str,
+    family: str,
+    reason: str,
+    samples: Sequence[Sample],
+    layout: bool = False,
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a rule for the operations of these names (every spelling of each).
+
+    Raises:
+        ValueError: a name is taken, unknown to torch, or there are no samples.
+    """
+    if not samples:
+        raise ValueError(f"rule {names} has no samples: the generated law could not test it")
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"a rule for {name!r} is registered already")
+            _register_names(name)
+            RULES[name] = Rule(name, family, function, reason, tuple(samples), layout)
+        return function
+
+    return register
+
+
+def operation(node: fx.Node) -> str | None:
+    """The registered name of the operation that a node calls, or None."""
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target))
+    if node.op == "call_function":
+        try:
+            return _NAMES.get(node.target)
+        except TypeError:  # an unhashable callable is no operation of torch
+            return None
+    return None
+
+
+def find_rule(node: fx.Node) -> Rule | None:
+    """The rule of a node's operation, or None."""
+    name = operation(node)
+    return None if name is None else RULES[name]
+
+
+def tensor_nodes(value: Any) -> list[fx.Node]:
+    """The tensor nodes in a (nested) argument, in order."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, lambda node: found.append(node) if is_tensor(node) else None)
+    return found
+
+
+def fake(node: fx.Node) -> torch.Tensor:
+    """The example tensor of a tensor node."""
+    value = example(node)
+    assert isinstance(value, torch.Tensor)
+    return value

@@ -1,0 +1,213 @@
+"""Pass 3, token facts: for every value, which dimension is the token row, and how its
+operation acts on selected rows.
+
+Facts flow forward from the inputs. A node whose operation has a rule that accepts the call
+gets that rule's plan; any other takes the general path, and its row is known only where the
+sizes leave one reading.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxseek import _torch
+from fxseek.passes.facts import (
+    KEPT,
+    PRIMARY_INPUTS,
+    Facts,
+    Rows,
+    Sizes,
+    descendants,
+    example,
+    is_tensor,
+    needs_grad,
+    tensors_of,
+)
+from fxseek.passes.rules import Call, Full, Length, Plan, RowsOf, find_rule
+
+
+def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
+    """Facts of a functional, normalised graph. See `Facts` for what they hold."""
+    facts = Facts(sizes)
+    _find_stream(graph, facts)
+    nodes = list(graph.nodes)
+    for index, node in enumerate(nodes):
+        if node not in facts.stream or node.op not in ("call_function", "call_method"):
+            if node in facts.stream and is_tensor(node):
+                facts.rows[node] = sizes.rows(facts.shape(node))
+            continue
+        if node in facts.rows:  # settled while a product before it was tried
+            continue
+        _settle(node, facts)
+        if node in facts.plans and _two_token_dims(node, facts) and not _made_before(node, facts):
+            settled = _try_rows(nodes[index + 1 :], node, facts)
+            if settled is not None:
+                for undone in settled:
+                    facts.plans.pop(undone, None)
+                    facts.rows.pop(undone, None)
+                    facts.general.pop(undone, None)
+                _general(node, facts, "which of its two token dimensions is the row is not clear")
+    return facts
+
+
+def _find_stream(graph: fx.Graph, facts: Facts) -> None:
+    """Nodes that carry gradient, and floating-point values made from the token input."""
+    inputs = [
+        node
+        for node in graph.nodes
+        if node.op == "placeholder" and is_tensor(node) and not _torch.is_module_state(node)
+    ]
+    named = [node for node in inputs if _torch.source_name(node) in PRIMARY_INPUTS]
+    reached = descendants(named or inputs[:1])
+    sizes = facts.sizes
+    for node in graph.nodes:
+        if node.op == "placeholder" and not (node in reached or needs_grad(node)):
+            continue
+        tensors = list(tensors_of(example(node)))
+        if not tensors or node.op == "output":
+            continue
+        floating = any(tensor.is_floating_point() for tensor in tensors)
+        tokens = any(
+            sizes.has_tokens(size) for tensor in tensors for size in sizes.shape(tensor)
+        )
+        if node in reached and floating and (tokens or needs_grad(node)):
+            facts.token_made.add(node)
+        if needs_grad(node) or (node in reached and floating and tokens):
+            facts.stream.add(node)
+
+
+def _settle(node: fx.Node, facts: Facts) -> None:
+    """Give a node its plan and rows, or the general path."""
+    if node.target is operator.getitem and not is_tensor(node.args[0]):
+        _settle_element(node, facts)
+        return
+    if not is_tensor(node) and any(
+        user.target is not operator.getitem for user in node.users
+    ):
+        _general(node, facts, "its tuple is read whole")
+        return
+    found = find_rule(node)
+    if found is None:
+        _general(node, facts, "no rule for this operation")
+        return
+    plan = found.function(Call(node, facts))
+    if plan is None:
+        _general(node, facts, f"not per-token as it is called here (rule {found.name!r})")
+        return
+    if not all(_computable(length, facts.sizes) for length in _lengths(plan)):
+        _general(node, facts, "a size argument that is no product of known lengths")
+        return
+    facts.plans[node] = plan
+    facts.rows[node] = plan.rows
+
+
+def _settle_element(node: fx.Node, facts: Facts) -> None:
+    """An element of a tuple: it has what the operation gave it."""
+    source, index = node.args
+    rows = facts.rows.get(source) if isinstance(source, fx.Node) else None  # type: ignore[arg-type]
+    if isinstance(rows, tuple) and isinstance(index, int):
+        facts.rows[node] = rows[index]
+        if rows[index] is not None:
+            assert isinstance(source, fx.Node)
+            facts.plans[node] = Plan(rows[index], operator.getitem, (Element(source), index))
+            return
+    facts.rows[node] = facts.sizes.rows(facts.shape(node)) if is_tensor(node) else None
+
+
+class Element:
+    """The tuple operand of an element's plan: taken as its own plan makes it."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+
+def _general(node: fx.Node, facts: Facts, reason: str) -> None:
+    """No plan: full operands in, and the row is what the sizes alone allow."""
+    facts.plans.pop(node, None)
+    if is_tensor(node):
+        facts.rows[node] = facts.sizes.rows(facts.shape(node))
+    else:
+        facts.rows[node] = None
+    operands = any(facts.token_sized(operand) for operand in node.all_input_nodes)
+    if operands or facts.token_sized(node):
+        facts.general[node] = reason
+
+
+def _lengths(value: Any) -> list[sympy.Expr]:
+    if isinstance(value, Length):
+        return [value.expression]
+    if isinstance(value, Plan):
+        return _lengths((value.args, tuple(value.kwargs.values())))
+    if isinstance(value, (list, tuple)):
+        return [length for item in value for length in _lengths(item)]
+    return []
+
+
+def _computable(expression: sympy.Expr, sizes: Sizes) -> bool:
+    known = {KEPT, sizes.tokens, sizes.batch, *sizes.hints}
+    return bool(
+        expression.free_symbols <= known
+        and (not expression.free_symbols or expression.is_polynomial(*expression.free_symbols))
+    )
+
+
+def _two_token_dims(node: fx.Node, facts: Facts) -> bool:
+    return any(
+        sum(facts.sizes.has_tokens(size) for size in facts.sizes.shape(tensor)) > 1
+        for tensor in tensors_of(example(node))
+    )
+
+
+def _made_before(node: fx.Node, facts: Facts) -> bool:
+    """Whether an operand of the stream has two token dimensions already."""
+    return any(
+        operand in facts.stream and _two_token_dims(operand, facts)
+        for operand in node.all_input_nodes
+    )
+
+
+def _try_rows(later: list[fx.Node], start: fx.Node, facts: Facts) -> list[fx.Node] | None:
+    """Follow a product of tokens × tokens until its columns are gone.
+
+    The reading of its row is borne out if every operation on the way is per-token under it.
+    Answers None then, or the nodes to settle again where it is not.
+    """
+    region = {start}
+    settled: list[fx.Node] = []
+    for node in later:
+        if node not in facts.stream or not any(x in region for x in node.all_input_nodes):
+            continue
+        if node.op not in ("call_function", "call_method"):
+            settled.append(node)
+            return settled
+        _settle(node, facts)
+        settled.append(node)
+        plan = facts.plans.get(node)
+        if plan is None or not _reads_rows(plan, region):
+            return settled
+        if _two_token_dims(node, facts):
+            region.add(node)
+    return None
+
+
+def _reads_rows(plan: Plan, region: set[fx.Node]) -> bool:
+    """Whether a plan takes every operand of the region with selected rows only."""
+
+    def whole(value: Any) -> bool:
+        if isinstance(value, Full):
+            return value.node in region
+        if isinstance(value, dict):
+            return any(whole(item) for item in value.values())
+        if isinstance(value, (list, tuple)):
+            return any(whole(item) for item in value)
+        return False
+
+    return not whole(plan.args) and not whole(plan.kwargs)
+
+
+__all__ = ["Element", "Rows", "RowsOf", "find_tokens", "torch"]
