@@ -17,12 +17,11 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fxseek.errors import ScoreError
+from .errors import ScoreError
 
 __all__ = [
     "ScoreInputs",
@@ -35,8 +34,6 @@ __all__ = [
     "random_scores",
     "step_generator",
 ]
-
-GradientNorm = Literal["l1", "l2", "sum"]
 
 # Fewer query rows than this in a chunk make thin products: batch and heads are split first.
 _FEWEST_ROWS = 64
@@ -212,7 +209,7 @@ def accumulate_columns(rows: Tensor, query_valid: Tensor | None = None) -> Tenso
 
 
 @torch.no_grad()
-def gradient_magnitude(gradient: Tensor, norm: GradientNorm = "l1") -> Tensor:
+def gradient_magnitude(gradient: Tensor, norm: str = "l1") -> Tensor:
     """How much the loss depends on each token: ``I2_j``, the norm over the width.
 
     ``l1`` is the paper's ``sum_k |G_jk|``; ``l2`` the Euclidean norm; ``sum`` the signed sum of the

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxseek.errors import ConfigError, InputError
+from .errors import ConfigError, InputError
 
 __all__ = ["Selection", "count_kept", "select_sample", "select_topk"]
 
