@@ -143,3 +143,35 @@ def set_compiled_call(model: torch.nn.Module, call: Callable[..., Any] | None) -
 def eager_call(model: torch.nn.Module) -> Callable[..., Any]:
     """The module's ordinary call: forward with its hooks."""
     return model._call_impl
+
+
+def translated(error: Exception, model: str) -> Exception:
+    """An exception of Dynamo as one of fxseek's, with the reason and the user's line.
+
+    Dynamo wraps what a backend raises in `BackendCompilerFailed`; other errors (the model's own)
+    are returned as they are.
+    """
+    from fxseek.errors import CaptureError, FxseekError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        inner = getattr(cause, "inner_exception", None)
+        if isinstance(inner, FxseekError):
+            return inner
+        if isinstance(cause, FxseekError):
+            return cause
+        cause = cause.__cause__
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        stack = getattr(error, "real_stack", None)
+        line = ""
+        if stack:
+            frame = stack[-1]
+            line = f" at {frame.filename}:{frame.lineno}: {frame.line}"
+        reason = str(error).strip()
+        return CaptureError(
+            f"Dynamo could not capture {model} as one graph{line}\n{reason}\n"
+            "fxseek needs the whole forward as one graph. Remove the construct at that line "
+            "(data-dependent Python control flow, printing, calls into untraceable libraries), "
+            "or keep that part out of the compiled module."
+        )
+    return error

@@ -94,7 +94,8 @@ def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
                 node, f"the operation {schema.name} writes to its arguments", "Use a pure one."
             )
         if (
-            name.endswith("_")
+            getattr(node.target, "__module__", "") != "_operator"
+            and name.endswith("_")
             and not name.startswith("_")
             and not name.endswith("__")
             and args

@@ -105,7 +105,6 @@ def binary(call: Call) -> Plan | None:
     "to",
     "clone",
     "contiguous",
-    "alias",
     family="per-token",
     reason="copies or converts element by element",
     samples=(

@@ -1,0 +1,147 @@
+"""The Dynamo backend: a captured graph in, the compiled step out."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxseek.config import SeekConfig
+from fxseek.pipeline import Program, build, positions_of, trains
+from fxseek.saved import SavedBytes
+from fxseek.selecting import Selection
+from fxseek.stages import Scores
+
+__all__ = ["Recorder", "StepReport", "fxseek_backend", "latest_recorder", "make_backend"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the last training step selected, scored and saved.
+
+    `selected`: LongTensor[batch, kept], ascending. `weights`: FloatTensor[batch, kept], the
+    loss weight of each. `scores`, `context`, `gradient`: FloatTensor[batch, tokens]; the
+    latter two are None where the score does not use them. `full_loss`: the loss over all
+    labelled tokens in nats, None where scoring did not compute it. `saved_bytes`: bytes that
+    autograd keeps for backward, parameters and buffers excluded, shared memory counted once.
+    `tokens`: tokens of a row. `step`: how many steps were run before.
+    """
+
+    selected: Tensor
+    weights: Tensor
+    scores: Tensor
+    context: Tensor | None
+    gradient: Tensor | None
+    full_loss: Tensor | None
+    saved_bytes: int
+    tokens: int
+    step: int
+
+
+@dataclass
+class Recorder:
+    """What the compiled steps of one model share: the step counter and the last report."""
+
+    step: int = 0
+    last: StepReport | None = None
+    programs: list[Program] = field(default_factory=list)
+    compile_seconds: float = 0.0
+
+
+class _Latest(threading.local):
+    recorder: weakref.ref[Recorder] | None = None
+
+
+_LATEST = _Latest()
+
+
+def latest_recorder() -> Recorder | None:
+    """The recorder of the last step that ran in this thread through the plain backend."""
+    return None if _LATEST.recorder is None else _LATEST.recorder()
+
+
+def make_backend(
+    config: SeekConfig, recorder: Recorder, *, full_outputs: bool
+) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """A backend for `torch.compile` that compiles training graphs and leaves others alone."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if not trains(gm.graph):
+            return gm.forward
+        start = time.perf_counter()
+        program = build(gm.graph, config, full_outputs=full_outputs)
+        recorder.programs.append(program)
+        recorder.compile_seconds += time.perf_counter() - start
+        return _step(program, recorder)
+
+    return backend
+
+
+def _step(program: Program, recorder: Recorder) -> Callable[..., Any]:
+    module = program.module
+    assert module is not None
+    positions = positions_of(program.graph)
+
+    def step(*inputs: Any) -> Any:
+        index = recorder.step
+        recorder.step += 1
+        saved = SavedBytes(exclude=inputs)
+        with saved:
+            outputs, selection, scores = module(inputs, positions, index)
+        recorder.last = _report(selection, scores, saved.total, index)
+        _LATEST.recorder = weakref.ref(recorder)
+        return outputs
+
+    return step
+
+
+def _report(selection: Selection, scores: Scores, saved_bytes: int, step: int) -> StepReport:
+    return StepReport(
+        selected=selection.kept,
+        weights=selection.weights,
+        scores=scores.scores,
+        context=scores.context,
+        gradient=scores.gradient,
+        full_loss=scores.full_loss,
+        saved_bytes=saved_bytes,
+        tokens=scores.valid.shape[1],
+        step=step,
+    )
+
+
+def fxseek_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="fxseek", dynamic=True, options={"ratio": 0.1, ...})``.
+
+    `options` are the fields of `fxseek.SeekConfig`. Token-shaped outputs keep their full size:
+    the values of the model, with gradients at the selected tokens only. Graphs without
+    gradient (under ``torch.no_grad``) run as they are. The step is reported by
+    ``fxseek.report()`` without a model.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        GraphError: the graph has no token dimension that is dynamic, or the score needs a loss
+            or an attention that it does not have.
+    """
+    config = SeekConfig.make(**(options or {}))
+    recorder = Recorder()
+    backend = make_backend(config, recorder, full_outputs=True)
+    compiled = backend(gm, example_inputs)
+
+    def keep(*inputs: Any) -> Any:  # the recorder lives as long as the compiled function
+        result = compiled(*inputs)
+        assert recorder is not None
+        return result
+
+    return torch._dynamo.disable(keep)

@@ -1,0 +1,251 @@
+"""The passes in order, and the program that they make.
+
+captured graph
+  → functionalise   no writes
+  → normalise       one spelling per operation
+  → find_tokens     rows, columns, batch; a plan for each node that a rule understands
+  → find_structure  loss, attentions, the last block
+  → ditch           learn: the selected rows alone   ┐
+  → plan_scores     score: what its rule reads       ├ → extract  prefill: what they read
+  → assemble        prefill → score → select → gather → learn, one small GraphModule
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxseek import _torch
+from fxseek.config import SeekConfig
+from fxseek.errors import FxseekError, GraphError
+from fxseek.lowering import lower
+from fxseek.passes.ditch import StageGraph, StageInput, ditch
+from fxseek.passes.extract import extract
+from fxseek.passes.facts import (
+    PRIMARY_INPUTS,
+    Facts,
+    example,
+    find_sizes,
+    is_tensor,
+    needs_grad,
+)
+from fxseek.passes.functionalise import functionalise
+from fxseek.passes.hoist import hoist_gathers
+from fxseek.passes.normalise import normalise
+from fxseek.passes.structure import Structure, find_structure
+from fxseek.passes.tokens import find_tokens
+from fxseek.score_plan import plan_scores
+from fxseek.stages import Gather, Learn, Prefill, Score, ScorePlan, Select
+
+
+@dataclass
+class Program:
+    """A captured graph on its way through the passes, and what each of them found."""
+
+    captured: fx.Graph
+    config: SeekConfig
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    facts: Facts | None = None
+    structure: Structure | None = None
+    learn: StageGraph | None = None
+    gathers: list[tuple[StageInput, tuple[Any, ...]]] = field(default_factory=list)
+    score: ScorePlan | None = None
+    prefill: StageGraph | None = None
+    module: fx.GraphModule | None = None
+
+
+def trains(graph: fx.Graph) -> bool:
+    """Whether the graph's outputs carry gradient; other graphs are left as they are."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return any(needs_grad(node) for node in output.all_input_nodes)
+
+
+def build(captured: fx.Graph, config: SeekConfig, *, full_outputs: bool) -> Program:
+    """Run all passes.
+
+    `full_outputs`: token-shaped outputs keep their size (the torch.compile backend), whatever
+    the configuration says.
+
+    Raises:
+        GraphError: the graph cannot be rewritten; the message names the pass, the user's
+            source line and the remedy.
+    """
+    program = Program(captured, config)
+    done = "capture"
+    for name, step in (
+        ("functionalise", _functionalise),
+        ("normalise", _normalise),
+        ("find_tokens", _find_tokens),
+        ("find_structure", _find_structure),
+        ("ditch", lambda p: _ditch(p, full_outputs)),
+        ("plan_scores", _plan_scores),
+        ("prefill", _prefill),
+        ("assemble", _assemble),
+    ):
+        try:
+            step(program)
+        except FxseekError:
+            raise
+        except Exception as error:
+            raise GraphError(
+                f"pass {name!r} (after {done!r}) failed: {type(error).__name__}: {error}. This is "
+                "a defect of fxseek: please report it with the model's configuration."
+            ) from error
+        done = name
+    return program
+
+
+def _functionalise(program: Program) -> None:
+    program.graph = functionalise(program.captured)
+    program.graph.lint()
+
+
+def _normalise(program: Program) -> None:
+    program.graph = normalise(program.graph)
+    program.graph.eliminate_dead_code(is_impure_node=_impure)
+    program.graph.lint()
+
+
+def _impure(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return node.op in ("placeholder", "output") or name in (
+        "_set_grad_enabled",
+        "_enter_autocast",
+        "_exit_autocast",
+    )
+
+
+def _find_tokens(program: Program) -> None:
+    sizes = find_sizes(program.graph, program.config.token_dim)
+    program.facts = find_tokens(program.graph, sizes)
+
+
+def _find_structure(program: Program) -> None:
+    assert program.facts is not None
+    program.structure = find_structure(program.graph, program.facts)
+
+
+def _ditch(program: Program, full_outputs: bool) -> None:
+    facts, structure = program.facts, program.structure
+    assert facts is not None and structure is not None
+    kinds = "full" if full_outputs else program.config.outputs
+    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    wanted: list[tuple[str, fx.Node]] = []
+    program_outputs: list[Any] = []
+
+    def want(node: fx.Node) -> Any:
+        if is_tensor(node) and facts.token_sized(node) and facts.rows.get(node) is not None:
+            if kinds == "loss":
+                return None
+            wanted.append(("rows" if kinds == "selected" else "full", node))
+        else:
+            wanted.append(("value", node))
+        return _Slot(len(wanted) - 1)
+
+    program_outputs.append(fx.node.map_arg(output.args[0], want))
+    carrying = {node for node in program.graph.nodes if needs_grad(node)}
+    stage = ditch(program.graph, facts, carrying=carrying, outputs=wanted)
+    program.learn, program.gathers = hoist_gathers(stage)
+    results = list(program.learn.graph.output_node().args[0])  # type: ignore[arg-type]
+    program.learn.graph.output_node().args = (_fill(program_outputs[0], results),)
+    program.learn.graph.lint()
+
+
+class _Slot(int):
+    """The place of an output among the learn stage's results, until they are known."""
+
+
+def _fill(value: Any, results: list[Any]) -> Any:
+    if isinstance(value, _Slot):
+        return results[value]
+    if isinstance(value, (list, tuple)):
+        return tuple(_fill(item, results) for item in value)
+    return value
+
+
+def _plan_scores(program: Program) -> None:
+    assert program.facts is not None and program.structure is not None
+    program.score = plan_scores(program.graph, program.facts, program.structure, program.config)
+
+
+def _prefill(program: Program) -> None:
+    learn, score = program.learn, program.score
+    assert learn is not None and score is not None
+    reads: dict[fx.Node, None] = {}
+    for item in learn.inputs:
+        if item.kind in ("value", "gathered"):
+            reads[item.node] = None  # type: ignore[index]
+    for node in (score.target, score.mask, score.ids, score.primary, *score.context_reads):
+        if node is not None:
+            reads[node] = None
+    if score.hidden is not None:
+        reads[score.hidden] = None
+    in_block: set[fx.Node] = set()
+    for stage in (score.block, score.head):
+        for item in stage.inputs if stage is not None else ():
+            if item.kind == "value":
+                reads[item.node] = None  # type: ignore[index]
+    if score.block is not None:
+        in_block = set(score.block.outputs)
+    outputs = [
+        node for node in reads if node.op != "placeholder" and not (node in in_block and
+        node in score.context_reads and not _read_elsewhere(program, node))
+    ]
+    program.prefill = extract(program.graph, outputs)
+    program.prefill.graph.lint()
+
+
+def _read_elsewhere(program: Program, node: fx.Node) -> bool:
+    learn, score = program.learn, program.score
+    assert learn is not None and score is not None
+    stages = [learn, score.head, score.block]
+    return node is score.hidden or any(
+        item.node is node and item.kind in ("value", "gathered")
+        for stage in stages
+        if stage is not None
+        for item in stage.inputs
+    )
+
+
+def _assemble(program: Program) -> None:
+    learn, score, prefill = program.learn, program.score, program.prefill
+    assert learn is not None and score is not None and prefill is not None
+    bases = {item.node for item in learn.inputs if item.kind == "value" and item.node is not None}
+    root = nn.Module()
+    root.add_module("prefill", Prefill(prefill, bases))
+    root.add_module("score", Score(score, program.config))
+    root.add_module("select", Select(program.config))
+    root.add_module("gather", Gather(program.gathers))
+    root.add_module("learn", Learn(learn, lambda module: lower(module, program.config.backend)))
+    graph = fx.Graph(root)
+    inputs = graph.placeholder("inputs")
+    positions = graph.placeholder("positions")
+    step = graph.placeholder("step")
+    values = graph.call_module("prefill", (inputs, positions))
+    values.name = "values"
+    scores = graph.call_module("score", (inputs, positions, values, step))
+    scores.name = "scores"
+    selection = graph.call_module("select", (scores, step))
+    selection.name = "selection"
+    kept = graph.call_function(getattr, (selection, "kept"))
+    kept.name = "kept"
+    rows = graph.call_module("gather", (inputs, positions, values, kept))
+    rows.name = "rows"
+    outputs = graph.call_module("learn", (inputs, positions, values, rows, selection))
+    outputs.name = "outputs"
+    graph.output((outputs, selection, scores))
+    graph.lint()
+    program.module = fx.GraphModule(root, graph, class_name="SelectiveStep")
+
+
+def positions_of(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The place of each placeholder among the graph's inputs."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return {node: index for index, node in enumerate(placeholders)}
+
+
+__all__ = ["PRIMARY_INPUTS", "Callable", "Program", "build", "example", "positions_of", "torch"]

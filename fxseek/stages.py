@@ -1,0 +1,361 @@
+"""The five modules of a compiled step: prefill, score, select, gather, learn.
+
+Each takes the inputs of the captured graph (`inputs`, a tuple) and hands on boxed values:
+`Values` is a dict of full prefill values that is emptied as they are consumed, so that no
+frame keeps a layer's keys and values alive after the learn stage has taken them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxseek import scoring, selecting
+from fxseek.config import SeekConfig
+from fxseek.errors import ScoreError
+from fxseek.passes.ditch import StageGraph, StageInput
+from fxseek.rows import gather_rows
+
+Values = dict[fx.Node, Tensor]
+
+
+@dataclass
+class Scores:
+    """What the score stage found. Shapes: [batch, tokens]; `full_loss` a scalar in nats."""
+
+    valid: Tensor
+    supervised: Tensor | None
+    scores: Tensor
+    mass: Tensor
+    context: Tensor | None = None
+    gradient: Tensor | None = None
+    full_loss: Tensor | None = None
+
+
+def run_boxed(module: fx.GraphModule, values: list[Any]) -> Any:
+    """Run a stage, letting go of each value after its last use (the list is emptied)."""
+    return fx.Interpreter(module, garbage_collect_values=True).boxed_run(values)
+
+
+def owned(value: Any) -> Any:
+    """A value that keeps nothing but itself alive: views of larger memory are copied."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+        return value.clone()
+    return value
+
+
+class Prefill(nn.Module):
+    """All tokens once, without grad, up to the values that later stages read."""
+
+    def __init__(self, stage: StageGraph, bases: set[fx.Node]) -> None:
+        super().__init__()
+        self.graph_module = stage.module("Prefill")
+        self.inputs = stage.inputs
+        self.outputs = stage.outputs
+        self.bases = bases
+
+    def forward(self, inputs: tuple[Any, ...], positions: dict[fx.Node, int]) -> Values:
+        """The full values of `outputs`."""
+        with torch.no_grad():
+            found = run_boxed(self.graph_module, [inputs[positions[i.node]] for i in self.inputs])  # type: ignore[index]
+        values: Values = {}
+        for node, value in zip(self.outputs, found, strict=True):
+            values[node] = owned(value) if node in self.bases else value
+        return values
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """What the score stage reads, decided when the graph is built; see `fxseek.pipeline`."""
+
+    ids: fx.Node | None = None
+    mask: fx.Node | None = None
+    primary: fx.Node | None = None
+    batch_dim: int | None = None
+    target: fx.Node | None = None
+    ignore_index: int = -100
+    sums: bool = False
+    """The captured loss is a sum over tokens (the caller divides it), not their mean."""
+    hidden: fx.Node | None = None
+    block: StageGraph | None = None
+    """block input → (block exit or loss, values that the context part reads)."""
+    head: StageGraph | None = None
+    """block exit rows → loss, on chunks of tokens; None: the block graph ends in the loss."""
+    exit_node: fx.Node | None = None
+    exit_row: int = 1
+    logit_bytes: int = 0
+    """Bytes of one token's logits in one row of the batch."""
+    context: Callable[[dict[fx.Node, Any], Tensor, int], Tensor] | None = None
+    context_reads: tuple[fx.Node, ...] = ()
+
+
+class Score(nn.Module):
+    """Scores of all tokens: context, gradient, random, or the caller's own."""
+
+    def __init__(self, plan: ScorePlan, config: SeekConfig) -> None:
+        super().__init__()
+        self.plan = plan
+        self.config = config
+        self.block = None if plan.block is None else plan.block.module("Block")
+        self.head = None if plan.head is None else plan.head.module("Head")
+
+    def forward(
+        self,
+        inputs: tuple[Any, ...],
+        positions: dict[fx.Node, int],
+        values: Values,
+        step: int,
+    ) -> Scores:
+        """Scores by the configured rule; see DESIGN of the method in docs/scoring.md."""
+        plan, config = self.plan, self.config
+
+        def read(node: fx.Node) -> Any:
+            return inputs[positions[node]] if node in positions else values[node]
+
+        primary = read(plan.primary) if plan.primary is not None else None
+        assert primary is not None
+        batch, tokens = _extent(primary, plan.batch_dim, config.token_dim)
+        device = primary.device
+        valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        if plan.mask is not None:
+            valid = read(plan.mask).to(torch.bool).expand(batch, tokens)
+        supervised = targets = None
+        if plan.target is not None:
+            targets = read(plan.target).reshape(batch, tokens)
+            supervised = targets != plan.ignore_index
+        context = gradient = full_loss = None
+        kind = config.score
+        generator = scoring.step_generator(config.seed, step)
+        if callable(kind):
+            given = scoring.ScoreInputs(
+                input_ids=read(plan.ids) if plan.ids is not None else None,
+                valid=valid,
+                supervised=supervised,
+                targets=targets,
+                hidden=None if plan.hidden is None else read(plan.hidden),
+                step=step,
+                generator=generator,
+            )
+            with torch.no_grad():
+                scores = kind(given)
+            scores = scoring.check_scores(scores, batch, tokens, valid=valid).to(device)
+        elif kind == "random":
+            scores = scoring.random_scores(
+                (batch, tokens), seed=config.seed, step=step, device=device
+            )
+        else:
+            if kind in ("gradient", "tokenseek"):
+                assert supervised is not None
+                context, gradient, full_loss = self._by_gradient(read, valid, supervised)
+            else:
+                reads = {node: read(node) for node in plan.context_reads}
+                assert plan.context is not None
+                context = plan.context(reads, valid, config.chunk_bytes)
+            scores = scoring.combine(context, gradient, valid, config.alpha, config.beta)
+            bad = ~torch.isfinite(scores.masked_fill(~valid, 0.0))
+            if bool(bad.any()):
+                raise ScoreError(_not_finite(bad, context, gradient, valid))
+        uniform = kind == "random"
+        mass = (
+            valid.to(torch.float32)
+            if uniform
+            else scoring.mass(context, gradient, scores, valid)
+            if config.select == "sample"
+            else scores
+        )
+        return Scores(valid, supervised, scores, mass, context, gradient, full_loss)
+
+    def _by_gradient(
+        self, read: Callable[[fx.Node], Any], valid: Tensor, supervised: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradient of the full-token loss at the input of the last block, and its loss."""
+        plan, config = self.plan, self.config
+        assert plan.block is not None and self.block is not None and plan.hidden is not None
+
+        def frozen(node: fx.Node) -> Any:
+            value = read(node)
+            return value.detach() if isinstance(value, Tensor) else value
+
+        hidden = frozen(plan.hidden).requires_grad_()
+        with torch.enable_grad():
+            found = run_boxed(
+                self.block,
+                [hidden if i.node is plan.hidden else frozen(i.node) for i in plan.block.inputs],  # type: ignore[arg-type]
+            )
+        end, reads = found[0], found[1:]
+        context = None
+        if plan.context is not None:
+            made = dict(zip(plan.block.outputs[1:], (r.detach() for r in reads), strict=True))
+            for node in plan.context_reads:
+                if node not in made:
+                    made[node] = read(node)
+            context = plan.context(made, valid, config.chunk_bytes)
+            del made
+        del reads, found
+        if self.head is None:
+            loss = end
+            (slope,) = torch.autograd.grad(loss, hidden)
+            full_loss = loss.detach()
+            if plan.sums:
+                full_loss = full_loss / supervised.sum().clamp(min=1)
+        else:
+            slope_at_exit, full_loss = self._head_in_chunks(read, end.detach(), supervised)
+            (slope,) = torch.autograd.grad(end, hidden, slope_at_exit)
+        if slope.dim() == 2:
+            slope = slope.unflatten(0, valid.shape)
+        return context, scoring.gradient_magnitude(slope, config.gradient_norm), full_loss
+
+    def _head_in_chunks(
+        self, read: Callable[[fx.Node], Any], end: Tensor, supervised: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """∂ loss / ∂ block exit, with head and cross-entropy on chunks of tokens.
+
+        The logits of `chunk` tokens are alive at a time: `chunk_bytes` bounds them.
+        """
+        plan = self.plan
+        assert plan.head is not None and self.head is not None
+        batch, tokens = supervised.shape
+        chunk = max(1, min(tokens, self.config.chunk_bytes // max(1, batch * plan.logit_bytes)))
+        total = supervised.sum().clamp(min=1)
+        slope = torch.empty_like(end)
+        loss = torch.zeros((), device=end.device, dtype=torch.promote_types(end.dtype, torch.float32))
+        for start in range(0, tokens, chunk):
+            length = min(chunk, tokens - start)
+            rows = end.narrow(plan.exit_row, start, length).detach().requires_grad_()
+            kept = torch.arange(start, start + length, device=end.device).expand(batch, length)
+            # the weights turn the chunk's own mean into its share of the mean over all tokens
+            share = supervised[:, start : start + length].sum() / total
+            weights = share.to(loss.dtype).expand(batch, length)
+            arguments = {"rows": rows, "kept": kept, "weights": weights}
+            values = []
+            for item in plan.head.inputs:
+                if item.node is None or item.kind == "rows":
+                    values.append(arguments[item.kind])
+                else:
+                    value = read(item.node)
+                    values.append(value.detach() if isinstance(value, Tensor) else value)
+            with torch.enable_grad():
+                (part,) = run_boxed(self.head, values)
+            (slope_rows,) = torch.autograd.grad(part, rows)
+            slope.narrow(plan.exit_row, start, length).copy_(slope_rows)
+            loss += part.detach()
+        return slope, loss
+
+
+def _extent(primary: Tensor, batch_dim: int | None, token_dim: int) -> tuple[int, int]:
+    batch = primary.shape[batch_dim] if batch_dim is not None else 1
+    return batch, primary.shape[token_dim]
+
+
+def _not_finite(
+    bad: Tensor, context: Tensor | None, gradient: Tensor | None, valid: Tensor
+) -> str:
+    parts = []
+    for name, part in (("attention (context)", context), ("loss gradient", gradient)):
+        if part is not None and not bool(torch.isfinite(part.masked_fill(~valid, 0.0)).all()):
+            parts.append(name)
+    row, position = (int(x) for x in bad.nonzero()[0])
+    return (
+        f"token scores are not finite: {int(bad.sum())} of {bad.numel()} positions, first at row "
+        f"{row}, position {position}; the {' and the '.join(parts) or 'combination'} holds NaN or "
+        "infinity. The model's activations or loss overflowed: look at the loss, lower the "
+        "learning rate, or compute in bfloat16 or float32 instead of float16."
+    )
+
+
+class Select(nn.Module):
+    """Scores → kept positions and their loss weights."""
+
+    def __init__(self, config: SeekConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, scores: Scores, step: int) -> selecting.Selection:
+        """k = ceil(ratio · tokens) positions of every row, ascending."""
+        config = self.config
+        k = selecting.count_kept(config.ratio, scores.valid.shape[1])
+        if config.select == "sample":
+            return selecting.select_sample(
+                scores.mass,
+                k,
+                valid=scores.valid,
+                supervised=scores.supervised,
+                generator=scoring.step_generator(config.seed, step),
+                uniform=config.uniform,
+            )
+        return selecting.select_topk(
+            scores.scores,
+            k,
+            valid=scores.valid,
+            supervised=scores.supervised,
+            supervised_only=config.supervised_only,
+        )
+
+
+class Gather(nn.Module):
+    """The rows of constants that the learn stage reads: masks, positions, targets, hidden states."""
+
+    def __init__(self, reads: Sequence[tuple[StageInput, tuple[Any, ...]]]) -> None:
+        super().__init__()
+        self.reads = tuple(reads)
+
+    def forward(
+        self,
+        inputs: tuple[Any, ...],
+        positions: dict[fx.Node, int],
+        values: Values,
+        kept: Tensor,
+    ) -> dict[StageInput, Tensor]:
+        """One gather per read."""
+        rows: dict[StageInput, Tensor] = {}
+        with torch.no_grad():
+            for key, (unsqueezed, row, batch, packed) in self.reads:
+                node = key.node
+                assert node is not None
+                value = inputs[positions[node]] if node in positions else values[node]
+                for _ in range(unsqueezed):
+                    value = value.unsqueeze(0)
+                rows[key] = gather_rows(value, kept, row, batch, packed)
+        return rows
+
+
+class Learn(nn.Module):
+    """The selected tokens once, with grad; keys and values of the others come from the prefill."""
+
+    def __init__(
+        self,
+        stage: StageGraph,
+        lower: Callable[[fx.GraphModule], Callable[[list[Any]], Any]],
+    ) -> None:
+        super().__init__()
+        self.graph_module = stage.module("Learn")
+        self.inputs = stage.inputs
+        self.run = lower(self.graph_module)
+
+    def forward(
+        self,
+        inputs: tuple[Any, ...],
+        positions: dict[fx.Node, int],
+        values: Values,
+        rows: dict[StageInput, Tensor],
+        selection: selecting.Selection,
+    ) -> tuple[Any, ...]:
+        """The captured graph's outputs, for the selection."""
+        arguments: list[Any] = []
+        for item in self.inputs:
+            if item.kind == "input":
+                arguments.append(inputs[positions[item.node]])  # type: ignore[index]
+            elif item.kind == "value":
+                arguments.append(values.pop(item.node))  # type: ignore[arg-type]
+            elif item.kind == "gathered":
+                arguments.append(rows.pop(item))
+            else:
+                arguments.append(selection.kept if item.kind == "kept" else selection.weights)
+        values.clear()
+        rows.clear()
+        with torch.enable_grad():
+            return self.run(arguments)
