@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CACHES = shutil.ignore_patterns("__pycache__")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("fxseek", "passes"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=CACHES)
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
     built = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
@@ -42,10 +43,9 @@ def read(wheel: Path, suffix: str) -> str:
 
 
 def test_every_module_is_in_the_wheel_and_nothing_else(wheel: Path) -> None:
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxseek").rglob("*.py")}
-    sources |= {
-        "fxseek/" + path.relative_to(ROOT).as_posix() for path in (ROOT / "passes").rglob("*.py")
-    }
+    sources = {f"fxseek/{path.name}" for path in (ROOT / "fxseek").glob("*.py")}
+    passes = (path.relative_to(ROOT) for path in (ROOT / "passes").rglob("*.py"))
+    sources |= {f"fxseek/{path.as_posix()}" for path in passes}
     packaged = {name for name in names(wheel) if name.endswith(".py")}
     assert packaged == sources
     assert "fxseek/passes/__init__.py" in packaged
@@ -75,9 +75,16 @@ def test_it_carries_its_licence_and_the_torch_versions_it_was_tried_on(wheel: Pa
     assert any(name.endswith("licenses/LICENSE") for name in names(wheel))
 
 
-def test_the_installed_package_finds_its_passes() -> None:
-    import fxseek
-    import fxseek.passes
-
-    assert fxseek.__file__ is not None
-    assert fxseek.passes.__name__ == "fxseek.passes"
+def test_the_unpacked_wheel_can_be_imported(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = "import fxseek, fxseek.passes.rules as r; print(fxseek.__version__, r.__file__)"
+    # Isolated, so that neither the working tree nor an editable install can stand in.
+    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", start], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    version, path = done.stdout.split()
+    assert f"fxseek-{version}.dist-info/METADATA" in names(wheel)
+    assert Path(path) == tmp_path / "fxseek" / "passes" / "rules" / "__init__.py"
