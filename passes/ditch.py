@@ -181,10 +181,11 @@ class _Ditch:
             return
         made = self._copy(node)
         rows = self.facts.rows.get(node)
-        if self.facts.token_sized(node) or any(
+        costly = self.facts.token_sized(node) or any(
             self.facts.token_sized(operand) and operand in self.carrying
             for operand in node.all_input_nodes
-        ):
+        )
+        if costly and not self.facts.shared(node):
             self.general.append(node)
         if isinstance(rows, Rows):
             self.compact[node] = self._gather(node, made, rows)

@@ -266,6 +266,19 @@ class Facts:
             for size in self.sizes.shape(tensor)
         )
 
+    def shared(self, node: fx.Node) -> bool:
+        """Whether all rows of a batch share the value (position tables, relative biases).
+
+        It is made once, not once per row of the batch, so there is no selection to apply
+        before a value with a batch reads it.
+        """
+        batch = self.sizes.batch
+        return batch is not None and node not in self.token_made and not any(
+            batch in size.free_symbols
+            for tensor in tensors_of(example(node))
+            for size in self.sizes.shape(tensor)
+        )
+
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes and all that they are computed from."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models import (
     ATTENTIONS,
@@ -34,6 +34,7 @@ import fxseek
 from fxseek.reference import Comparison, Reference, compare, masked_backprop
 
 EXACT = 1e-9
+UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)  # an example costs seconds
 
 GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True)
 
@@ -113,13 +114,13 @@ ANY_SCORE = ANY_SELECTION | {
 }
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, phases=UNSHRUNK)
 @given(st.data())
 def test_random_models_with_random_tokens(data):
     random_case(data, score=st.just("random"), **ANY_SELECTION)
 
 
-@settings(max_examples=6)
+@settings(max_examples=6, phases=UNSHRUNK)
 @given(st.data())
 def test_random_models_with_any_score(data):
     random_case(data, **ANY_SCORE)
@@ -127,7 +128,7 @@ def test_random_models_with_any_score(data):
 
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
-@settings(max_examples=150)
+@settings(max_examples=150, phases=UNSHRUNK)
 @given(st.data())
 def test_random_models_at_length(data):
     random_case(data, **ANY_SCORE)

@@ -216,6 +216,8 @@ _SPACES = (F, torch, torch._C._nn, torch.special, torch.Tensor)
 def _register_names(name: str) -> None:
     spellings: list[Any] = list(ALIASES.get(name, ()))
     spellings += [getattr(space, name) for space in _SPACES if hasattr(space, name)]
+    methods = [spelling for spelling in spellings if isinstance(spelling, str)]
+    spellings += [getattr(torch.Tensor, method) for method in methods]
     if hasattr(torch.Tensor, name):
         spellings.append(name)
     if not spellings:
