@@ -69,14 +69,16 @@ def source_path(node: fx.Node) -> str | None:
     if source is None:
         return None
     name = source.name
-    return name() if callable(name) else name
+    return str(name() if callable(name) else name)
 
 
 def is_module_state(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter or buffer of a module."""
     path = source_path(node) or ""
-    return "_parameters[" in path or "_buffers[" in path or isinstance(
-        node.meta.get("example_value"), torch.nn.Parameter
+    return (
+        "_parameters[" in path
+        or "_buffers[" in path
+        or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
     )
 
 
@@ -99,13 +101,13 @@ def capture_settings() -> Iterator[None]:
     """
     from torch.fx.experimental import _config as fx_config
 
-    functions = torch._dynamo.config.ignore_logging_functions
-    warning_once = getattr(logging.Logger, "warning_once", None)
+    functions: set[Any] = torch._dynamo.config.ignore_logging_functions
+    warning_once: Any = getattr(logging.Logger, "warning_once", None)
     added = warning_once is not None and warning_once not in functions
     if added:
         functions.add(warning_once)
     try:
-        with fx_config.patch(use_duck_shape=False):
+        with fx_config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
             yield
     finally:
         if added:
@@ -151,6 +153,8 @@ def translated(error: Exception, model: str) -> Exception:
     Dynamo wraps what a backend raises in `BackendCompilerFailed`; other errors (the model's own)
     are returned as they are.
     """
+    from torch._dynamo.exc import TorchDynamoException
+
     from fxseek.errors import CaptureError, FxseekError
 
     cause: BaseException | None = error
@@ -161,7 +165,7 @@ def translated(error: Exception, model: str) -> Exception:
         if isinstance(cause, FxseekError):
             return cause
         cause = cause.__cause__
-    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+    if isinstance(error, TorchDynamoException):
         stack = getattr(error, "real_stack", None)
         line = ""
         if stack:

@@ -14,9 +14,8 @@ from torch import Tensor, fx
 
 from fxseek.config import SeekConfig
 from fxseek.pipeline import Program, build, positions_of, trains
-from fxseek.saved import SavedBytes
 from fxseek.selecting import Selection
-from fxseek.stages import Scores
+from fxseek.stages import Learn, Scores
 
 __all__ = ["Recorder", "StepReport", "fxseek_backend", "latest_recorder", "make_backend"]
 
@@ -67,9 +66,16 @@ def latest_recorder() -> Recorder | None:
 
 
 def make_backend(
-    config: SeekConfig, recorder: Recorder, *, full_outputs: bool
+    config: SeekConfig,
+    recorder: Recorder,
+    *,
+    full_outputs: bool,
+    run: Callable[[Program], Callable[..., Any]] | None = None,
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
-    """A backend for `torch.compile` that compiles training graphs and leaves others alone."""
+    """A backend for `torch.compile` that compiles training graphs and leaves others alone.
+
+    `run` makes the compiled function of a program; by default the step itself.
+    """
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if not trains(gm.graph):
@@ -78,7 +84,7 @@ def make_backend(
         program = build(gm.graph, config, full_outputs=full_outputs)
         recorder.programs.append(program)
         recorder.compile_seconds += time.perf_counter() - start
-        return _step(program, recorder)
+        return _step(program, recorder) if run is None else run(program)
 
     return backend
 
@@ -87,14 +93,14 @@ def _step(program: Program, recorder: Recorder) -> Callable[..., Any]:
     module = program.module
     assert module is not None
     positions = positions_of(program.graph)
+    learn = module.get_submodule("learn")
+    assert isinstance(learn, Learn)
 
     def step(*inputs: Any) -> Any:
         index = recorder.step
         recorder.step += 1
-        saved = SavedBytes(exclude=inputs)
-        with saved:
-            outputs, selection, scores = module(inputs, positions, index)
-        recorder.last = _report(selection, scores, saved.total, index)
+        outputs, selection, scores = module(inputs, positions, index)
+        recorder.last = _report(selection, scores, learn.saved_bytes, index)
         _LATEST.recorder = weakref.ref(recorder)
         return outputs
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
-from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
 from fxseek.lowering import lower
@@ -146,7 +146,7 @@ def _ditch(program: Program, full_outputs: bool) -> None:
             wanted.append(("value", node))
         return _Slot(len(wanted) - 1)
 
-    program_outputs.append(fx.node.map_arg(output.args[0], want))
+    program_outputs.append(map_arg(output.args[0], want))
     carrying = {node for node in program.graph.nodes if needs_grad(node)}
     stage = ditch(program.graph, facts, carrying=carrying, outputs=wanted)
     program.learn, program.gathers = hoist_gathers(stage)
@@ -192,8 +192,12 @@ def _prefill(program: Program) -> None:
     if score.block is not None:
         in_block = set(score.block.outputs)
     outputs = [
-        node for node in reads if node.op != "placeholder" and not (node in in_block and
-        node in score.context_reads and not _read_elsewhere(program, node))
+        node
+        for node in reads
+        if node.op != "placeholder"
+        and not (
+            node in in_block and node in score.context_reads and not _read_elsewhere(program, node)
+        )
     ]
     program.prefill = extract(program.graph, outputs)
     program.prefill.graph.lint()
@@ -221,7 +225,7 @@ def _assemble(program: Program) -> None:
     root.add_module("select", Select(program.config))
     root.add_module("gather", Gather(program.gathers))
     root.add_module("learn", Learn(learn, lambda module: lower(module, program.config.backend)))
-    graph = fx.Graph(root)
+    graph = fx.Graph()
     inputs = graph.placeholder("inputs")
     positions = graph.placeholder("positions")
     step = graph.placeholder("step")

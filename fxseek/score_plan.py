@@ -54,9 +54,7 @@ def plan_scores(
             'Use score="random" or a callable.'
         )
     if kind in ("context", "tokenseek"):
-        plan["context"], plan["context_reads"] = _context(
-            graph, facts, structure.attentions[-1]
-        )
+        plan["context"], plan["context_reads"] = _context(graph, facts, structure.attentions[-1])
         if kind == "context":
             return ScorePlan(**plan)
     if structure.loss is None:
@@ -128,8 +126,10 @@ def _gradient(
     logits = Call(loss, facts).arg(0, "input")
     width = 1
     for dim, size in enumerate(example(logits).shape):
-        if not (facts.sizes.has_tokens(facts.shape(logits)[dim]) or
-                facts.shape(logits)[dim] == facts.sizes.batch):
+        if not (
+            facts.sizes.has_tokens(facts.shape(logits)[dim])
+            or facts.shape(logits)[dim] == facts.sizes.batch
+        ):
             width *= _torch.size_hint(size)
     rows = facts.rows.get(end) if end is not None else None
     return {
@@ -142,9 +142,7 @@ def _gradient(
     }
 
 
-def _constants_before(
-    outputs: list[fx.Node], start: fx.Node, after: set[fx.Node]
-) -> list[fx.Node]:
+def _constants_before(outputs: list[fx.Node], start: fx.Node, after: set[fx.Node]) -> list[fx.Node]:
     """Values that do not come from the block's input: taken from the prefill, not made again."""
     found: dict[fx.Node, None] = {}
     for node in ancestors(outputs) & after:
@@ -225,8 +223,12 @@ def _context_of_softmax(
         node
         for node in ancestors([attention])
         if node in facts.stream
-        and sum(facts.sizes.has_tokens(s) for t in tensors_of(example(node)) for s in
-                facts.sizes.shape(t)) > 1
+        and sum(
+            facts.sizes.has_tokens(s)
+            for t in tensors_of(example(node))
+            for s in facts.sizes.shape(t)
+        )
+        > 1
     }
     stage = ditch(graph, facts, carrying=square, outputs=[("rows", attention)])
     module = stage.module("AttentionRows")

@@ -19,6 +19,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
 from fxseek.passes.ditch import StageGraph, StageInput
 from fxseek.rows import gather_rows
+from fxseek.saved import SavedBytes
 
 Values = dict[fx.Node, Tensor]
 
@@ -222,7 +223,9 @@ class Score(nn.Module):
         chunk = max(1, min(tokens, self.config.chunk_bytes // max(1, batch * plan.logit_bytes)))
         total = supervised.sum().clamp(min=1)
         slope = torch.empty_like(end)
-        loss = torch.zeros((), device=end.device, dtype=torch.promote_types(end.dtype, torch.float32))
+        loss = torch.zeros(
+            (), device=end.device, dtype=torch.promote_types(end.dtype, torch.float32)
+        )
         for start in range(0, tokens, chunk):
             length = min(chunk, tokens - start)
             rows = end.narrow(plan.exit_row, start, length).detach().requires_grad_()
@@ -251,9 +254,7 @@ def _extent(primary: Tensor, batch_dim: int | None, token_dim: int) -> tuple[int
     return batch, primary.shape[token_dim]
 
 
-def _not_finite(
-    bad: Tensor, context: Tensor | None, gradient: Tensor | None, valid: Tensor
-) -> str:
+def _not_finite(bad: Tensor, context: Tensor | None, gradient: Tensor | None, valid: Tensor) -> str:
     parts = []
     for name, part in (("attention (context)", context), ("loss gradient", gradient)):
         if part is not None and not bool(torch.isfinite(part.masked_fill(~valid, 0.0)).all()):
@@ -275,7 +276,7 @@ class Select(nn.Module):
         self.config = config
 
     def forward(self, scores: Scores, step: int) -> selecting.Selection:
-        """k = ceil(ratio · tokens) positions of every row, ascending."""
+        """K = ceil(ratio · tokens) positions of every row, ascending."""
         config = self.config
         k = selecting.count_kept(config.ratio, scores.valid.shape[1])
         if config.select == "sample":
@@ -297,7 +298,7 @@ class Select(nn.Module):
 
 
 class Gather(nn.Module):
-    """The rows of constants that the learn stage reads: masks, positions, targets, hidden states."""
+    """The rows of constants that the learn stage reads: masks, positions, targets."""
 
     def __init__(self, reads: Sequence[tuple[StageInput, tuple[Any, ...]]]) -> None:
         super().__init__()
@@ -335,6 +336,7 @@ class Learn(nn.Module):
         self.graph_module = stage.module("Learn")
         self.inputs = stage.inputs
         self.run = lower(self.graph_module)
+        self.saved_bytes = 0
 
     def forward(
         self,
@@ -357,5 +359,7 @@ class Learn(nn.Module):
                 arguments.append(selection.kept if item.kind == "kept" else selection.weights)
         values.clear()
         rows.clear()
-        with torch.enable_grad():
-            return self.run(arguments)
+        with torch.enable_grad(), SavedBytes(exclude=inputs) as saved:
+            outputs = self.run(arguments)
+        self.saved_bytes = saved.total
+        return outputs

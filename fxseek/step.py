@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fxseek import _torch
 from fxseek.backend import Recorder, StepReport, latest_recorder, make_backend
 from fxseek.config import SeekConfig
-from fxseek.errors import CaptureError, ConfigError, FxseekError, InputError
+from fxseek.errors import ConfigError, FxseekError, InputError
 from fxseek.passes.facts import PRIMARY_INPUTS
 
 __all__ = ["SeekStep", "compile", "report", "step_of", "uncompile"]
@@ -21,9 +22,7 @@ __all__ = ["SeekStep", "compile", "report", "step_of", "uncompile"]
 log = logging.getLogger("fxseek")
 
 
-def compile(
-    model: nn.Module, ratio: float | SeekConfig = 0.1, **options: Any
-) -> nn.Module:
+def compile(model: nn.Module, ratio: float | SeekConfig = 0.1, **options: Any) -> nn.Module:
     """Make a model's training step keep the activations of selected tokens only.
 
     In training mode, with grad enabled and labels given, a call of the model runs the
@@ -107,21 +106,22 @@ class SeekStep:
         self.config = config
         self.recorder = Recorder()
         self.signature = inspect.signature(model.forward)
-        self.backend = make_backend(config, self.recorder, full_outputs=False)
-        self._compiled = self._make_compiled()
         self._restore: list[Callable[[], None]] = []
+        self.use_backend(make_backend(config, self.recorder, full_outputs=False))
 
-    def _make_compiled(self) -> Callable[..., Any]:
+    def use_backend(self, backend: Callable[..., Any]) -> None:
+        """Compile the model's call with this backend (nothing is captured before a call)."""
         model, loss = self.model, self.config.loss
-        if loss is None:
-            return torch.compile(_torch.eager_call(model), backend=self.backend, fullgraph=True)
         call = _torch.eager_call(model)
+        if loss is None:
+            self._compiled = torch.compile(call, backend=backend, fullgraph=True)
+            return
 
         def with_loss(*args: Any, **kwargs: Any) -> Any:
             outputs = call(*args, **kwargs)
             return loss(outputs, kwargs), outputs
 
-        return torch.compile(with_loss, backend=self.backend, fullgraph=True)
+        self._compiled = torch.compile(with_loss, backend=backend, fullgraph=True)
 
     # ---- the call ------------------------------------------------------------------------
 
@@ -247,22 +247,23 @@ class SeekStep:
 
     def switch_off_checkpointing(self) -> None:
         """Switch gradient checkpointing and the input-require-grads hook off, and say so."""
-        model = self.model
-        if getattr(model, "is_gradient_checkpointing", False):
-            disable = getattr(model, "gradient_checkpointing_disable", None)
-            if disable is not None:
-                disable()
-                enable = model.gradient_checkpointing_enable
-                self._restore.append(lambda: enable())
-                log.warning(
-                    "fxseek: gradient checkpointing is switched off; the compiled step keeps the "
-                    "activations of selected tokens only, so there is nothing left to checkpoint"
-                )
-        removed = _remove_input_hooks(model)
-        if removed:
-            enable_hooks = getattr(model, "enable_input_require_grads", None)
-            if enable_hooks is not None:
-                self._restore.append(lambda: enable_hooks())
+        modules = [
+            module
+            for module in self.model.modules()
+            if getattr(module, "gradient_checkpointing", False) is True
+        ]
+        for module in modules:
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010 - not declared on Module
+            self._restore.append(partial(setattr, module, "gradient_checkpointing", True))
+        if modules:
+            log.warning(
+                "fxseek: gradient checkpointing is switched off; the compiled step keeps the "
+                "activations of selected tokens only, so there is nothing left to checkpoint"
+            )
+        hooks = _input_hooks(self.model)
+        for table, key in hooks:
+            self._restore.append(partial(table.__setitem__, key, table.pop(key)))
+        if hooks:
             log.warning(
                 "fxseek: the input-require-grads hook is removed; only gradient checkpointing "
                 "needs it, and it cannot be captured"
@@ -274,25 +275,14 @@ class SeekStep:
             self._restore.pop()()
 
 
-def _remove_input_hooks(model: nn.Module) -> bool:
-    """Remove the hooks that make embeddings' outputs require grad; whether there were any."""
-    get = getattr(model, "get_input_embeddings", None)
-    if get is None:
-        return False
-    try:
-        embeddings = get()
-    except (AttributeError, NotImplementedError):
-        return False
-    if not isinstance(embeddings, nn.Module):
-        return False
-    found = [
-        key
-        for key, hook in embeddings._forward_hooks.items()
+def _input_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int]]:
+    """The hooks that make embeddings' outputs require grad (transformers and peft name them so)."""
+    return [
+        (module._forward_hooks, key)
+        for module in model.modules()
+        for key, hook in module._forward_hooks.items()
         if "make_inputs_require_grad" in getattr(hook, "__name__", "")
     ]
-    for key in found:
-        del embeddings._forward_hooks[key]
-    return bool(found)
 
 
 def _with_loss(outputs: Any, loss: Tensor) -> Any:

@@ -28,6 +28,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.errors import GraphError
@@ -194,9 +195,7 @@ class _Ditch:
 
     def _follows(self, plan: Plan) -> bool:
         """Whether an element's tuple was itself made compact (always so for other plans)."""
-        return all(
-            item.node in self.compact for item in plan.args if isinstance(item, Element)
-        )
+        return all(item.node in self.compact for item in plan.args if isinstance(item, Element))
 
     # ---- operands ------------------------------------------------------------------------
 
@@ -302,8 +301,8 @@ class _Ditch:
     # ---- emission ------------------------------------------------------------------------
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        args = fx.node.map_arg(node.args, self._full)
-        kwargs = fx.node.map_arg(node.kwargs, self._full)
+        args = map_arg(node.args, self._full)
+        kwargs = map_arg(node.kwargs, self._full)
         return self._emit(node, node.target, args, kwargs)
 
     def _emit(self, origin: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:

@@ -75,7 +75,7 @@ class Sizes:
 
     @property
     def packed(self) -> sympy.Expr | None:
-        """batch × tokens; None when the batch is 1 (then a packed dimension is a row)."""
+        """Batch × tokens; None when the batch is 1 (then a packed dimension is a row)."""
         return None if self.batch is None else sympy.expand(self.batch * self.tokens)
 
     def valid(self, rows: Rows, shape: Sequence[sympy.Expr]) -> bool:
@@ -273,10 +273,14 @@ class Facts:
         before a value with a batch reads it.
         """
         batch = self.sizes.batch
-        return batch is not None and node not in self.token_made and not any(
-            batch in size.free_symbols
-            for tensor in tensors_of(example(node))
-            for size in self.sizes.shape(tensor)
+        return (
+            batch is not None
+            and node not in self.token_made
+            and not any(
+                batch in size.free_symbols
+                for tensor in tensors_of(example(node))
+                for size in self.sizes.shape(tensor)
+            )
         )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.errors import GraphError
@@ -80,8 +81,11 @@ def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
             args and args[-1] is True and len(args) > (3 if name == "dropout" else 1)
         ):
             return args[0], node.target, (*args[:-1], False), kwargs  # type: ignore[return-value]
-        if name in _BUFFER_WRITERS and len(args) > 1 and is_tensor(args[1]) and (
-            node.kwargs.get("training", args[5] if len(args) > 5 else False)
+        if (
+            name in _BUFFER_WRITERS
+            and len(args) > 1
+            and is_tensor(args[1])
+            and (node.kwargs.get("training", args[5] if len(args) > 5 else False))
         ):
             raise _refuse(
                 node,
@@ -171,8 +175,8 @@ def functionalise(graph: fx.Graph) -> fx.Graph:
         fresh = copy.create_node(
             "call_function",
             target,
-            fx.node.map_arg(args, latest),
-            fx.node.map_arg(kwargs, latest),
+            map_arg(args, latest),
+            map_arg(kwargs, latest),
         )
         fresh.meta = {**node.meta, "example_value": example(written)}
         before, operands = example(written), [t for a in args[1:] for t in _tensors(a)]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxseek.passes.facts import example, is_tensor
 from fxseek.passes.rules import registry
@@ -67,8 +68,8 @@ def normalise(graph: fx.Graph) -> fx.Graph:
             made = copy.create_node(
                 "call_function",
                 target,
-                fx.node.map_arg(args, new_of.__getitem__),
-                fx.node.map_arg(kwargs, new_of.__getitem__),
+                map_arg(args, new_of.__getitem__),
+                map_arg(kwargs, new_of.__getitem__),
                 name=node.name,
             )
             made.meta = dict(node.meta)
@@ -136,7 +137,10 @@ def _before_repeat(node: Any) -> fx.Node | None:
     """``x`` of ``reshape(expand(x[:, :, None], …))`` or ``repeat_interleave(x, r, 1)``."""
     name = registry.operation(node)
     if name == "repeat_interleave":
-        source, dim = node.args[0], node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
+        source, dim = (
+            node.args[0],
+            node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None),
+        )
         repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
         if dim in (1, -3) and isinstance(repeats, int) and example(node).dim() == 4:
             return source

@@ -72,9 +72,7 @@ def _find_stream(graph: fx.Graph, facts: Facts) -> None:
         if not tensors or node.op == "output":
             continue
         floating = any(tensor.is_floating_point() for tensor in tensors)
-        tokens = any(
-            sizes.has_tokens(size) for tensor in tensors for size in sizes.shape(tensor)
-        )
+        tokens = any(sizes.has_tokens(size) for tensor in tensors for size in sizes.shape(tensor))
         if node in reached and floating and (tokens or needs_grad(node)):
             facts.token_made.add(node)
         if needs_grad(node) or (node in reached and floating and tokens):
@@ -86,9 +84,7 @@ def _settle(node: fx.Node, facts: Facts) -> None:
     if node.target is operator.getitem and not is_tensor(node.args[0]):
         _settle_element(node, facts)
         return
-    if not is_tensor(node) and any(
-        user.target is not operator.getitem for user in node.users
-    ):
+    if not is_tensor(node) and any(user.target is not operator.getitem for user in node.users):
         _general(node, facts, "its tuple is read whole")
         return
     found = find_rule(node)

@@ -362,8 +362,8 @@ def getitem(call: Call) -> Plan | None:
             return None
         args = (own(call, source, rows), *call.node.args[1:])
         return Plan(rows_after, call.target, args, dict(call.node.kwargs))
-    index = call.node.args[1]
-    index = list(index) if isinstance(index, tuple) else [index]
+    given: Any = call.node.args[1]
+    index: list[Any] = list(given) if isinstance(given, tuple) else [given]
     consumed = sum(1 for item in index if item is not None and item is not Ellipsis)
     if index.count(Ellipsis) > 1 or consumed > rank:
         return None

@@ -53,8 +53,10 @@ def cross_entropy(call: Call) -> Plan | None:
     operands = (RowsOf(logits, rows, rank), RowsOf(target, target_rows, rank - 1))
     if reduction == "none":
         return Plan(target_rows, F.cross_entropy, operands, {**options, "reduction": "none"})
-    if any(size != call.sizes.tokens and size != call.sizes.packed and size != call.sizes.batch
-           for size in call.shape(target)):
+    if any(
+        size != call.sizes.tokens and size != call.sizes.packed and size != call.sizes.batch
+        for size in call.shape(target)
+    ):
         return None  # several terms per token: the weights would not line up
     return Plan(
         None,

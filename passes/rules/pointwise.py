@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxseek.passes.facts import is_tensor
-from fxseek.passes.rules.registry import Call, Full, Plan, Sample, rule, tensor_nodes
+from fxseek.passes.rules.registry import Call, Full, Plan, Sample, rule, tensor_nodes, whole
 
 
 def pointwise_plan(call: Call) -> Plan | None:
@@ -33,18 +34,78 @@ def pointwise_plan(call: Call) -> Plan | None:
     def place(operand: fx.Node) -> Any:
         return wants[operand] if operand in wants else Full(operand)
 
-    args = fx.node.map_arg(node.args, place)
-    kwargs = fx.node.map_arg(node.kwargs, place)
+    args = map_arg(node.args, place)
+    kwargs = map_arg(node.kwargs, place)
     return Plan(rows, call.target, args, kwargs)
 
 
-_UNARY = (
-    "abs acos acosh asin asinh atan atanh ceil cos cosh digamma elu erf erfc erfinv exp exp2 "
-    "expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan "
-    "leaky_relu lgamma log log10 log1p log2 logical_not logit logsigmoid mish nan_to_num neg "
-    "positive reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinc sinh softplus "
-    "softshrink softsign sqrt square tan tanh tanhshrink threshold trunc celu bitwise_not"
-).split()
+_UNARY = [
+    "abs",
+    "acos",
+    "acosh",
+    "asin",
+    "asinh",
+    "atan",
+    "atanh",
+    "ceil",
+    "cos",
+    "cosh",
+    "digamma",
+    "elu",
+    "erf",
+    "erfc",
+    "erfinv",
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "frac",
+    "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "isfinite",
+    "isinf",
+    "isnan",
+    "leaky_relu",
+    "lgamma",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "logical_not",
+    "logit",
+    "logsigmoid",
+    "mish",
+    "nan_to_num",
+    "neg",
+    "positive",
+    "reciprocal",
+    "relu",
+    "relu6",
+    "round",
+    "rsqrt",
+    "selu",
+    "sigmoid",
+    "sign",
+    "silu",
+    "sin",
+    "sinc",
+    "sinh",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "sqrt",
+    "square",
+    "tan",
+    "tanh",
+    "tanhshrink",
+    "threshold",
+    "trunc",
+    "celu",
+    "bitwise_not",
+]
 
 _SAMPLES_UNARY = tuple(
     Sample(lambda x, name=name: _call(name, x))
@@ -68,12 +129,43 @@ def unary(call: Call) -> Plan | None:
     return pointwise_plan(call)
 
 
-_BINARY = (
-    "add sub rsub mul div floor_divide remainder fmod pow maximum minimum where clamp "
-    "clamp_min clamp_max "
-    "masked_fill addcmul addcdiv lerp atan2 hypot logaddexp xlogy bitwise_and bitwise_or "
-    "bitwise_xor logical_and logical_or logical_xor eq ne lt le gt ge"
-).split()
+_BINARY = [
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "floor_divide",
+    "remainder",
+    "fmod",
+    "pow",
+    "maximum",
+    "minimum",
+    "where",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "masked_fill",
+    "addcmul",
+    "addcdiv",
+    "lerp",
+    "atan2",
+    "hypot",
+    "logaddexp",
+    "xlogy",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+]
 
 
 @rule(
@@ -124,8 +216,8 @@ def convert(call: Call) -> Plan | None:
     if any(call.facts.token_sized(other) for other in others):
         return None
     wanted = call.aligned(source, rows, len(call.out))
-    args = (wanted, *fx.node.map_arg(call.node.args[1:], Full))
-    return Plan(rows, call.target, args, fx.node.map_arg(call.node.kwargs, Full))
+    args = (wanted, *whole(call.node.args[1:]))
+    return Plan(rows, call.target, args, whole(call.node.kwargs))
 
 
 @rule(

@@ -97,7 +97,7 @@ def addmm(call: Call) -> Plan | None:
     return Plan(plan.rows, call.target, (want, *plan.args), plan.kwargs)
 
 
-def _product(call: Call, left: fx.Node, right: fx.Node, place) -> Plan | None:  # noqa: ANN001
+def _product(call: Call, left: fx.Node, right: fx.Node, place) -> Plan | None:
     a, b = call.shape(left), call.shape(right)
     rank = len(call.out)
     if len(a) < 2 or len(b) < 1 or rank < max(len(a), len(b)) - (len(b) == 1):

@@ -13,7 +13,7 @@ from torch import fx
 
 from fxseek.passes.facts import Rows, is_tensor, tensors_of
 from fxseek.passes.rules.layout import own
-from fxseek.passes.rules.registry import Call, Full, Plan, Sample, rule
+from fxseek.passes.rules.registry import Call, Plan, Sample, rule, whole
 
 
 def _dims(value: object, rank: int) -> tuple[int, ...] | None:
@@ -158,5 +158,5 @@ def norm(call: Call) -> Plan | None:
     rank = len(call.shape(source))
     if any(dim >= rank - len(shape) for dim in rows.dims):
         return None
-    args = (own(call, source, rows), *fx.node.map_arg(call.node.args[1:], Full))
-    return Plan(rows, call.target, args, fx.node.map_arg(dict(call.node.kwargs), Full))
+    args = (own(call, source, rows), *whole(call.node.args[1:]))
+    return Plan(rows, call.target, args, whole(dict(call.node.kwargs)))

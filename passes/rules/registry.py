@@ -18,6 +18,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxseek.passes.facts import Facts, Rows, RowsLike, example, is_tensor
 
@@ -210,7 +211,7 @@ ALIASES: dict[str, tuple[Any, ...]] = {
     "type_as": (),
 }
 
-_SPACES = (F, torch, torch._C._nn, torch.special, torch.Tensor)
+_SPACES: tuple[Any, ...] = (F, torch, F.linear.__self__, torch.special, torch.Tensor)
 
 
 def _register_names(name: str) -> None:
@@ -273,10 +274,16 @@ def find_rule(node: fx.Node) -> Rule | None:
     return None if name is None else RULES[name]
 
 
+def whole(value: Any) -> Any:
+    """A (nested) argument whose nodes are all wanted at full size."""
+    place: Any = Full  # a want, where fx expects an argument of a node
+    return map_arg(value, place)
+
+
 def tensor_nodes(value: Any) -> list[fx.Node]:
     """The tensor nodes in a (nested) argument, in order."""
     found: list[fx.Node] = []
-    fx.node.map_arg(value, lambda node: found.append(node) if is_tensor(node) else None)
+    map_arg(value, lambda node: found.append(node) if is_tensor(node) else None)
     return found
 
 

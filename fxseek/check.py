@@ -1,0 +1,122 @@
+"""`fxseek.check_gradients`: a compiled model against masked full backprop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxseek.errors import GradientMismatch, InputError
+from fxseek.passes.facts import example, tensors_of
+from fxseek.reference import compare, masked_backprop
+from fxseek.step import SeekStep, step_of
+
+__all__ = ["GradientCheck", "check_gradients"]
+
+_TOLERANCES = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.bfloat16: 1e-1,
+    torch.float16: 3e-2,
+}
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """How far the gradients are from masked full backprop.
+
+    `error`: the largest difference of any entry, relative to the largest entry of that
+    parameter's reference gradient; `parameter`: where; `tolerance`: what was allowed.
+    """
+
+    error: float
+    parameter: str
+    tolerance: float
+
+
+def check_gradients(
+    model: nn.Module, /, tolerance: float | None = None, **batch: Any
+) -> GradientCheck:
+    """Compare one step's gradients with masked full backprop of the same selection.
+
+    The model's gradients, random state and step count are put back. The reference runs the
+    uncompiled model with module hooks and shares no code with the passes.
+
+    Args:
+        model: a model compiled by `fxseek.compile`, in training mode.
+        tolerance: largest relative error; by default by the lowest precision that the model
+            computes in (float64 1e-9, float32 1e-4, float16 3e-2, bfloat16 1e-1).
+        batch: the arguments of a training step.
+
+    Raises:
+        GradientMismatch: the error is above the tolerance.
+        InputError: the model is not compiled, or dropout is on (prefill and learn draw
+            separately, so that exactness is stated with dropout off).
+    """
+    step = step_of(model)
+    if step is None:
+        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    noisy = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training
+    ]
+    if noisy:
+        raise InputError(
+            f"dropout is on in {noisy[0]!r} (and {len(noisy) - 1} more): gradients are exact with "
+            "dropout off. Set its p to 0 for the check."
+        )
+    with _put_back(model, step):
+        output = model(**batch)
+        loss = output[0] if isinstance(output, tuple) else output["loss"]
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        last = step.recorder.last
+        assert last is not None
+        for parameter in model.parameters():
+            parameter.grad = None
+        reference = masked_backprop(
+            model, batch, last.selected, weights=last.weights, loss=step.config.loss
+        )
+    allowed = _tolerance(step) if tolerance is None else tolerance
+    worst = compare(found, reference.gradients)
+    if not worst.error <= allowed:
+        raise GradientMismatch(
+            f"the gradient of {worst.name!r} differs from masked full backprop by "
+            f"{worst.error:.3g} relative (allowed {allowed:.3g}). If the model draws random "
+            "numbers in forward, switch that off for the check; otherwise this is a defect of "
+            "fxseek: please report it with fxseek.explain(model, **batch)."
+        )
+    return GradientCheck(worst.error, worst.name, allowed)
+
+
+def _tolerance(step: SeekStep) -> float:
+    """By the lowest precision among the values that carry gradient."""
+    dtypes = {
+        tensor.dtype
+        for program in step.recorder.programs
+        for node in program.graph.nodes
+        for tensor in tensors_of(example(node))
+        if tensor.requires_grad and tensor.dtype in _TOLERANCES
+    }
+    return max((_TOLERANCES[dtype] for dtype in dtypes), default=1e-4)
+
+
+@contextmanager
+def _put_back(model: nn.Module, step: SeekStep) -> Iterator[None]:
+    gradients: dict[nn.Parameter, Tensor | None] = {p: p.grad for p in model.parameters()}
+    count, last = step.recorder.step, step.recorder.last
+    devices = sorted({p.device.index or 0 for p in gradients if p.device.type == "cuda"})
+    try:
+        for parameter in gradients:
+            parameter.grad = None
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        step.recorder.step, step.recorder.last = count, last

@@ -1,0 +1,262 @@
+"""`fxseek.explain`: what the passes made of a model, before a step is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxseek.backend import make_backend
+from fxseek.errors import InputError
+from fxseek.passes.facts import example, module_path, tensors_of, where
+from fxseek.passes.rules import operation
+from fxseek.pipeline import Program, positions_of
+from fxseek.saved import SavedBytes
+from fxseek.selecting import Selection, count_kept
+from fxseek.stages import Learn
+from fxseek.step import SeekStep, step_of
+
+__all__ = ["Explanation", "Fallback", "explain"]
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An operation on the general path: exact, but at the cost of a full-size activation.
+
+    `operation` as it was called; `reason` why no rule took it; `module` and `line` where it
+    is in the user's code; `cost_bytes` the size of its operands and result for all tokens.
+    """
+
+    operation: str
+    reason: str
+    module: str
+    line: str
+    cost_bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a training step of a compiled model consists of; print it.
+
+    `stages`: operations of each stage by name. `fallbacks`: operations on the general path.
+    `predicted_saved_bytes` and `ordinary_saved_bytes`: what autograd would keep for this
+    batch, with and without fxseek (parameters excluded). `program`: the step as a GraphModule.
+    """
+
+    tokens: int
+    kept: int
+    batch: int
+    stages: dict[str, Counter[str]]
+    fallbacks: tuple[Fallback, ...]
+    attentions: int
+    block_input: str
+    notes: tuple[str, ...]
+    predicted_saved_bytes: int
+    ordinary_saved_bytes: int
+    program: fx.GraphModule
+
+    def __str__(self) -> str:
+        """A page for a person."""
+        lines = [
+            f"fxseek: {self.kept} of {self.tokens} tokens in each of {self.batch} rows",
+            "",
+            "  prefill → score → select → gather → learn",
+        ]
+        for name, counts in self.stages.items():
+            common = ", ".join(f"{op} {n}" for op, n in counts.most_common(5))
+            lines.append(f"  {name:8} {sum(counts.values()):5} operations: {common}")
+        lines += [
+            "",
+            f"  attentions: {self.attentions}; input of the last block: {self.block_input}",
+            f"  saved for backward: {_mib(self.predicted_saved_bytes)} predicted, "
+            f"{_mib(self.ordinary_saved_bytes)} without fxseek",
+        ]
+        lines += [f"  {note}" for note in self.notes]
+        if not self.fallbacks:
+            lines.append("  general path (scatter → op → gather): none")
+        else:
+            lines.append("  general path (scatter → op → gather), exact but full-size:")
+        for item in self.fallbacks:
+            lines.append(f"    {item.operation} in {item.module or 'the model'}: {item.reason}")
+            lines.append(f"      {item.line}; {_mib(item.cost_bytes)}")
+        return "\n".join(lines)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+class _Captured(BaseException):
+    """Carries a captured program out of the call that captured it; nothing is run."""
+
+    def __init__(self, program: Program, inputs: Sequence[Any]) -> None:
+        super().__init__()
+        self.program = program
+        self.inputs = inputs
+
+
+def explain(model: nn.Module, /, **batch: Any) -> Explanation:
+    """Capture a training step for this batch and say what it would do; no step is run.
+
+    Args:
+        model: a model compiled by `fxseek.compile`.
+        batch: the arguments of a training step; only their shapes and dtypes matter.
+
+    Raises:
+        InputError: the model is not compiled by fxseek.
+        CaptureError, GraphError: as the training step would.
+    """
+    step = step_of(model)
+    if step is None:
+        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    program, inputs = _capture(step, batch)
+    return _explain(program, inputs)
+
+
+def _capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[Any]]:
+    def wrap(program: Program) -> Callable[..., Any]:
+        def stop(*inputs: Any) -> Any:
+            raise _Captured(program, inputs)
+
+        return stop
+
+    trial = SeekStep(step.model, step.config)
+    trial.use_backend(make_backend(step.config, trial.recorder, full_outputs=False, run=wrap))
+    was_training = step.model.training
+    modes = {module: module.training for module in step.model.modules()}
+    try:
+        if not was_training:
+            step.model.train()
+        with torch.enable_grad():
+            trial(**batch)
+    except _Captured as captured:
+        return captured.program, captured.inputs
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    raise InputError(
+        "nothing to explain: the model's output does not depend on any parameter that requires "
+        "grad, so a training step has nothing to do"
+    )
+
+
+def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
+    facts, learn, score, prefill = program.facts, program.learn, program.score, program.prefill
+    structure = program.structure
+    assert facts and learn and score and prefill and structure
+    stages = {"prefill": _counts(prefill.graph)}
+    stages["score"] = Counter()
+    for part in (score.block, score.head):
+        if part is not None:
+            stages["score"] += _counts(part.graph)
+    stages["gather"] = Counter({"gather_rows": len(program.gathers)})
+    stages["learn"] = _counts(learn.graph)
+    notes = []
+    if program.config.score in ("gradient", "tokenseek") and score.head is None:
+        notes.append(
+            "score: head and loss are not per-token after the last attention, so their gradient "
+            "is taken on all tokens at once, not in chunks"
+        )
+    if structure.loss is None:
+        notes.append(
+            "loss: no cross-entropy over tokens in the graph; the loss keeps its full-token value "
+            "and its gradients are those of selected tokens"
+        )
+    fallbacks = tuple(
+        Fallback(
+            operation=_called(node),
+            reason=facts.general.get(node, "an operand has no known token row"),
+            module=module_path(node),
+            line=where(node),
+            cost_bytes=_bytes_of(node),
+        )
+        for node in learn.general
+    )
+    tokens, kept, batch, predicted = _predict(program, inputs)
+    return Explanation(
+        tokens=tokens,
+        kept=kept,
+        batch=batch,
+        stages=stages,
+        fallbacks=fallbacks,
+        attentions=len(structure.attentions),
+        block_input=_described(structure.block_input),
+        notes=tuple(notes),
+        predicted_saved_bytes=predicted,
+        ordinary_saved_bytes=_predict_ordinary(program, inputs),
+        program=program.module,  # type: ignore[arg-type]
+    )
+
+
+def _counts(graph: fx.Graph) -> Counter[str]:
+    return Counter(_called(node) for node in graph.nodes if node.op.startswith("call_"))
+
+
+def _called(node: fx.Node) -> str:
+    return operation(node) or getattr(node.target, "__name__", str(node.target))
+
+
+def _described(node: fx.Node | None) -> str:
+    if node is None:
+        return "not found"
+    return f"{node.name} (after {module_path(node) or 'the model'})"
+
+
+def _bytes_of(node: fx.Node) -> int:
+    total = 0
+    for item in (node, *node.all_input_nodes):
+        for tensor in tensors_of(example(item)):
+            if item.op != "placeholder":
+                total += tensor.element_size() * _elements(tensor)
+    return total
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    from fxseek._torch import size_hint
+
+    total = 1
+    for size in tensor.shape:
+        total *= size_hint(size)
+    return total
+
+
+def _faked(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    return [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+
+
+def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, int, int, int]:
+    """tokens, kept, batch, and the bytes that the learn stage saves, on fake tensors."""
+    module, score = program.module, program.score
+    assert module is not None and score is not None and score.primary is not None
+    positions = positions_of(program.graph)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = tuple(_faked(inputs, mode))
+    primary = fakes[positions[score.primary]]
+    tokens = primary.shape[program.config.token_dim]
+    batch = 1 if score.batch_dim is None else primary.shape[score.batch_dim]
+    kept = count_kept(program.config.ratio, tokens)
+    with mode:
+        values = module.get_submodule("prefill")(fakes, positions)
+        positions_kept = torch.zeros(batch, kept, dtype=torch.int64, device=primary.device)
+        weights = torch.ones(batch, kept, device=primary.device)
+        rows = module.get_submodule("gather")(fakes, positions, values, positions_kept)
+        selection = Selection(positions_kept, weights)
+        learn = module.get_submodule("learn")
+        assert isinstance(learn, Learn)
+        learn(fakes, positions, values, rows, selection)
+    return tokens, kept, batch, learn.saved_bytes
+
+
+def _predict_ordinary(program: Program, inputs: Sequence[Any]) -> int:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = _faked(inputs, mode)
+    module = fx.GraphModule(nn.Module(), program.graph)
+    with mode, torch.enable_grad(), SavedBytes(exclude=fakes) as saved:
+        kept_alive = fx.Interpreter(module).run(*fakes)
+    del kept_alive
+    return saved.total
