@@ -1,30 +1,73 @@
-"""How a stage's graph is run: interpreted eagerly, or compiled."""
+"""How the learn stage is run: interpreted eagerly, or compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from fxseek.saved import SavedBytes
 from fxseek.stages import run_boxed
 
+BACKENDS = {"aot_eager": "aot_eager_decomp_partition", "inductor": "inductor"}
+"""torch.compile's names; the plain ``aot_eager`` would not partition by min-cut."""
 
-def lower(module: fx.GraphModule, backend: str) -> Callable[[list[Any]], Any]:
-    """A function of a boxed list of arguments (which it empties).
 
-    ``"eager"`` interprets the graph and lets go of each value after its last use; any other
-    backend of torch.compile compiles it with dynamic shapes (``"aot_eager"``: AOTAutograd's
-    min-cut partitioner; ``"inductor"``).
+def lower(
+    module: fx.GraphModule, backend: str
+) -> Callable[[list[Any], tuple[Any, ...]], tuple[Any, int]]:
+    """A function of a boxed list of arguments (which it empties) and of what is not counted.
+
+    It returns the outputs and the bytes saved for backward. ``"eager"`` interprets the graph
+    and lets go of each value after its last use; ``"aot_eager"`` runs AOTAutograd with the
+    min-cut partitioner, ``"inductor"`` compiles; both with dynamic shapes.
     """
     if backend == "eager":
-        return lambda arguments: run_boxed(module, arguments)
-    compiled = torch.compile(module, backend=backend, dynamic=True, fullgraph=True)
 
-    def run(arguments: list[Any]) -> Any:
+        def interpret(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
+            with SavedBytes(exclude) as saved:
+                outputs = run_boxed(module, arguments)
+            return outputs, saved.total
+
+        return interpret
+    compiled = torch.compile(module, backend=BACKENDS[backend], dynamic=True, fullgraph=True)
+
+    def run(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
         taken = tuple(arguments)
         arguments.clear()
-        return compiled(*taken)
+        outputs = compiled(*taken)
+        return outputs, _saved_by_functions(outputs, exclude)
 
     return run
+
+
+def _saved_by_functions(outputs: Any, exclude: tuple[Any, ...]) -> int:
+    """Bytes that compiled autograd functions hold; hooks would be traced into the graph."""
+    saved = SavedBytes(exclude)
+    for node in _functions(outputs):
+        for tensor in getattr(node, "saved_tensors", ()) or ():
+            if isinstance(tensor, Tensor):
+                saved.count(tensor)
+    return saved.total
+
+
+def _functions(outputs: Any) -> Iterator[Any]:
+    queue = [x.grad_fn for x in _flat(outputs) if isinstance(x, Tensor) and x.grad_fn is not None]
+    seen: set[Any] = set()
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        queue.extend(following for following, _ in node.next_functions if following is not None)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value

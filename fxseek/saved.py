@@ -27,11 +27,15 @@ class SavedBytes:
         self.total = 0
 
     def _pack(self, tensor: Tensor) -> Tensor:
+        self.count(tensor)
+        return tensor
+
+    def count(self, tensor: Tensor) -> None:
+        """Count one saved tensor's memory, unless it is known."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
             self._known.add(storage._cdata)
             self.total += storage.nbytes()
-        return tensor
 
     def __enter__(self) -> SavedBytes:
         self._hooks.__enter__()

@@ -197,13 +197,14 @@ def _context_of_sdpa(facts: Facts, attention: fx.Node) -> tuple[Context, tuple[f
             values[query],
             values[key],
             mask=None if mask is None else values[mask],
-            scale=scale,
+            scale=values[scale] if isinstance(scale, fx.Node) else scale,
             is_causal=causal,
             query_valid=valid,
             chunk_bytes=chunk_bytes,
         )
 
-    return column_sums, (query, key) if mask is None else (query, key, mask)
+    reads = (query, key, mask, scale)  # the scale is a node where Python floats are dynamic
+    return column_sums, tuple(node for node in reads if isinstance(node, fx.Node))
 
 
 def _context_of_softmax(

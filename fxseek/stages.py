@@ -19,7 +19,6 @@ from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
 from fxseek.passes.ditch import StageGraph, StageInput
 from fxseek.rows import gather_rows
-from fxseek.saved import SavedBytes
 
 Values = dict[fx.Node, Tensor]
 
@@ -330,7 +329,7 @@ class Learn(nn.Module):
     def __init__(
         self,
         stage: StageGraph,
-        lower: Callable[[fx.GraphModule], Callable[[list[Any]], Any]],
+        lower: Callable[[fx.GraphModule], Callable[[list[Any], tuple[Any, ...]], Any]],
     ) -> None:
         super().__init__()
         self.graph_module = stage.module("Learn")
@@ -359,7 +358,6 @@ class Learn(nn.Module):
                 arguments.append(selection.kept if item.kind == "kept" else selection.weights)
         values.clear()
         rows.clear()
-        with torch.enable_grad(), SavedBytes(exclude=inputs) as saved:
-            outputs = self.run(arguments)
-        self.saved_bytes = saved.total
+        with torch.enable_grad():
+            outputs, self.saved_bytes = self.run(arguments, inputs)
         return outputs
