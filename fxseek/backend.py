@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -16,6 +17,8 @@ from fxseek.config import SeekConfig
 from fxseek.pipeline import Program, build, positions_of, trains
 from fxseek.selecting import Selection
 from fxseek.stages import Learn, Scores
+
+log = logging.getLogger("fxseek")
 
 __all__ = ["Recorder", "StepReport", "fxseek_backend", "latest_recorder", "make_backend"]
 
@@ -49,6 +52,7 @@ class Recorder:
 
     step: int = 0
     last: StepReport | None = None
+    padding_mask: Tensor | None = None
     programs: list[Program] = field(default_factory=list)
     compile_seconds: float = 0.0
 
@@ -82,6 +86,11 @@ def make_backend(
             return gm.forward
         start = time.perf_counter()
         program = build(gm.graph, config, full_outputs=full_outputs)
+        if program.structure is not None and program.structure.loss is None and not full_outputs:
+            log.warning(
+                "fxseek: no cross-entropy over tokens was found in the captured graph, so the loss "
+                "keeps its full-token value; its gradients are those of the selected tokens"
+            )
         recorder.programs.append(program)
         recorder.compile_seconds += time.perf_counter() - start
         return _step(program, recorder) if run is None else run(program)
@@ -99,7 +108,7 @@ def _step(program: Program, recorder: Recorder) -> Callable[..., Any]:
     def step(*inputs: Any) -> Any:
         index = recorder.step
         recorder.step += 1
-        outputs, selection, scores = module(inputs, positions, index)
+        outputs, selection, scores = module(inputs, positions, index, recorder.padding_mask)
         recorder.last = _report(selection, scores, learn.saved_bytes, index)
         _LATEST.recorder = weakref.ref(recorder)
         return outputs

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from fxseek.backend import StepReport
 from fxseek.errors import GradientMismatch, InputError
 from fxseek.passes.facts import example, tensors_of
 from fxseek.reference import compare, masked_backprop
@@ -80,7 +84,7 @@ def check_gradients(
         for parameter in model.parameters():
             parameter.grad = None
         reference = masked_backprop(
-            model, batch, last.selected, weights=last.weights, loss=step.config.loss
+            model, batch, last.selected, weights=last.weights, loss=_reference_loss(step)
         )
     allowed = _tolerance(step) if tolerance is None else tolerance
     worst = compare(found, reference.gradients)
@@ -92,6 +96,49 @@ def check_gradients(
             "fxseek: please report it with fxseek.explain(model, **batch)."
         )
     return GradientCheck(worst.error, worst.name, allowed)
+
+
+def _reference_loss(step: SeekStep) -> Callable[[Any, Mapping[str, Any]], Tensor] | None:
+    """The caller's loss, with its token cross-entropies over the selected positions only."""
+    loss, last = step.config.loss, step.recorder.last
+    if loss is None or last is None:
+        return None
+    given, report = loss, last
+
+    def over_selected(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+        with _SelectedCrossEntropy(report):
+            return given(outputs, batch)
+
+    return over_selected
+
+
+class _SelectedCrossEntropy(TorchFunctionMode):
+    """Replaces a token cross-entropy by its weighted mean over selected labelled positions."""
+
+    def __init__(self, report: StepReport) -> None:
+        super().__init__()
+        self.report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.cross_entropy or kwargs.get("reduction", "mean") == "none":
+            return func(*args, **kwargs)
+        bound = inspect.signature(F.cross_entropy).bind(*args, **kwargs).arguments
+        target, report = bound["target"], self.report
+        rows, length = report.selected.shape[0], target.numel() // report.selected.shape[0]
+        if length not in (report.tokens, report.tokens - 1) or bound.get("weight") is not None:
+            return func(*args, **kwargs)
+        per_token = target.new_zeros(rows, report.tokens, dtype=report.weights.dtype)
+        per_token.scatter_(1, report.selected, report.weights)
+        chosen = torch.zeros_like(per_token, dtype=torch.bool).scatter_(1, report.selected, True)
+        ignored = bound.get("ignore_index", -100)
+        weights = per_token[:, :length].reshape(target.shape)
+        labelled = (target != ignored) & chosen[:, :length].reshape(target.shape)
+        losses = F.cross_entropy(**{**bound, "reduction": "none"})
+        mean = (losses * weights).sum() / labelled.sum().clamp(min=1)
+        if bound.get("reduction", "mean") == "sum":
+            return mean * (target != ignored).sum()
+        return mean
 
 
 def _tolerance(step: SeekStep) -> float:

@@ -2,7 +2,7 @@
 
 captured graph
   → functionalise   no writes
-  → normalise       one spelling per operation
+  → normalise       one spelling per operation; label shifts by padding
   → find_tokens     rows, columns, batch; a plan for each node that a rule understands
   → find_structure  loss, attentions, the last block
   → ditch           learn: the selected rows alone   ┐
@@ -28,6 +28,7 @@ from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
     PRIMARY_INPUTS,
     Facts,
+    Sizes,
     example,
     find_sizes,
     is_tensor,
@@ -38,6 +39,7 @@ from fxseek.passes.hoist import hoist_gathers
 from fxseek.passes.normalise import normalise
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens
+from fxseek.passes.unshift import unshift
 from fxseek.score_plan import plan_scores
 from fxseek.stages import Gather, Learn, Prefill, Score, ScorePlan, Select
 
@@ -49,6 +51,7 @@ class Program:
     captured: fx.Graph
     config: SeekConfig
     graph: fx.Graph = field(default_factory=fx.Graph)
+    sizes: Sizes | None = None
     facts: Facts | None = None
     structure: Structure | None = None
     learn: StageGraph | None = None
@@ -106,6 +109,8 @@ def _functionalise(program: Program) -> None:
 
 def _normalise(program: Program) -> None:
     program.graph = normalise(program.graph)
+    program.sizes = find_sizes(program.graph, program.config.token_dim)
+    program.graph = unshift(program.graph, program.sizes)
     program.graph.eliminate_dead_code(is_impure_node=_impure)
     program.graph.lint()
 
@@ -120,8 +125,8 @@ def _impure(node: fx.Node) -> bool:
 
 
 def _find_tokens(program: Program) -> None:
-    sizes = find_sizes(program.graph, program.config.token_dim)
-    program.facts = find_tokens(program.graph, sizes)
+    assert program.sizes is not None
+    program.facts = find_tokens(program.graph, program.sizes)
 
 
 def _find_structure(program: Program) -> None:
@@ -229,9 +234,10 @@ def _assemble(program: Program) -> None:
     inputs = graph.placeholder("inputs")
     positions = graph.placeholder("positions")
     step = graph.placeholder("step")
+    padding_mask = graph.placeholder("padding_mask")
     values = graph.call_module("prefill", (inputs, positions))
     values.name = "values"
-    scores = graph.call_module("score", (inputs, positions, values, step))
+    scores = graph.call_module("score", (inputs, positions, values, step, padding_mask))
     scores.name = "scores"
     selection = graph.call_module("select", (scores, step))
     selection.name = "selection"

@@ -109,8 +109,13 @@ class Score(nn.Module):
         positions: dict[fx.Node, int],
         values: Values,
         step: int,
+        padding_mask: Tensor | None,
     ) -> Scores:
-        """Scores by the configured rule; see DESIGN of the method in docs/scoring.md."""
+        """Scores by the configured rule (docs/scoring.md).
+
+        `padding_mask` [batch, tokens], nonzero at tokens, is the caller's: a model that does not
+        read its attention mask has none in its graph.
+        """
         plan, config = self.plan, self.config
 
         def read(node: fx.Node) -> Any:
@@ -121,8 +126,10 @@ class Score(nn.Module):
         batch, tokens = _extent(primary, plan.batch_dim, config.token_dim)
         device = primary.device
         valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        if plan.mask is not None:
-            valid = read(plan.mask).to(torch.bool).expand(batch, tokens)
+        if padding_mask is None and plan.mask is not None:
+            padding_mask = read(plan.mask)
+        if padding_mask is not None and padding_mask.shape[-1] == tokens:
+            valid = padding_mask.to(torch.bool).expand(batch, tokens)
         supervised = targets = None
         if plan.target is not None:
             targets = read(plan.target).reshape(batch, tokens)

@@ -140,7 +140,14 @@ class SeekStep:
         self.switch_off_checkpointing()
         if self._takes_use_cache(batch):
             batch["use_cache"] = False
-        return self._run(self._marked(batch))
+        marked = self._marked(batch)
+        mask = batch.get("attention_mask")
+        plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
+        self.recorder.padding_mask = mask if plain else None
+        try:
+            return self._run(marked)
+        finally:
+            self.recorder.padding_mask = None
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name (positional ones get the names of the signature)."""
