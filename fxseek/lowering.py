@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +38,10 @@ def lower(
     def run(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
         taken = tuple(arguments)
         arguments.clear()
-        outputs = compiled(*taken)
+        with warnings.catch_warnings():
+            # Dynamo reads .grad of every tensor it wraps, non-leaves too, when it captures
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
+            outputs = compiled(*taken)
         return outputs, _saved_by_functions(outputs, exclude)
 
     return run
