@@ -287,6 +287,8 @@ class _Ditch:
         source = node.args[0] if node.args else None
         if found is None or not (found.layout or found.name == "getitem"):
             return False
+        if node not in self.facts.plans:
+            return False  # tokens change places: a selected one may come from any other
         if not is_tensor(source) or source not in self.compact or found.name == "cat":
             return False
         assert isinstance(source, fx.Node)

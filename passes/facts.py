@@ -115,6 +115,51 @@ class Sizes:
         return tuple(kept if i == rows.row else size for i, size in enumerate(shape))
 
 
+def moved_rows(
+    sizes: Sizes, rows: Rows, before: Sequence[sympy.Expr], after: Sequence[sympy.Expr]
+) -> Rows | None:
+    """Where a reshape takes the rows, or None where it merges them with anything else."""
+    spans: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    old = [k for k, size in enumerate(before) if size != 1 or k in rows.dims]
+    new = [k for k, size in enumerate(after) if size != 1]
+    if any(before[k] == 1 for k in rows.dims):
+        return None
+    while i < len(old) and j < len(new):
+        left, right = [old[i]], [new[j]]
+        p, q = before[old[i]], after[new[j]]
+        i, j = i + 1, j + 1
+        while sympy.expand(p - q) != 0:
+            divides = sympy.fraction(sympy.cancel(p / q))[1] == 1  # q divides p: widen the right
+            if j < len(new) and (divides or i >= len(old)):
+                right.append(new[j])
+                q = sympy.expand(q * after[new[j]])
+                j += 1
+            elif i < len(old) and not divides:
+                left.append(old[i])
+                p = sympy.expand(p * before[old[i]])
+                i += 1
+            else:
+                return None
+        spans.append((left, right))
+    if i < len(old) or j < len(new):
+        return None
+    target: dict[int, int] = {}
+    for left, right in spans:
+        if len(left) == 1 and len(right) == 1:
+            target[left[0]] = right[0]
+        elif not rows.packed and left == [rows.batch, rows.row] and len(right) == 1:
+            return Rows(right[0], packed=True)
+        elif rows.packed and left == [rows.row] and len(right) == 2:
+            if after[right[0]] == sizes.batch and after[right[1]] == sizes.tokens:
+                return Rows(right[1], right[0])
+            return None
+    if any(dim not in target for dim in rows.dims):
+        return None
+    batch = None if rows.batch is None else target[rows.batch]
+    return Rows(target[rows.row], batch, rows.packed)
+
+
 def example(node: fx.Node) -> Any:
     """The example value that Dynamo recorded (fake tensors, numbers, tuples of them)."""
     return node.meta.get("example_value")
@@ -245,6 +290,7 @@ class Facts:
     `stream`: nodes that carry gradient or are floating-point values made from the token input.
     `token_made`: the latter alone.
     `general`: why a node takes the general path.
+    `guesses`: where the tokens of a value without a plan are, as far as its sizes tell.
     """
 
     sizes: Sizes
@@ -253,6 +299,7 @@ class Facts:
     stream: set[fx.Node] = field(default_factory=set)
     general: dict[fx.Node, str] = field(default_factory=dict)
     token_made: set[fx.Node] = field(default_factory=set)
+    guesses: dict[fx.Node, Rows | None] = field(default_factory=dict)
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         """Size expressions of a tensor node."""

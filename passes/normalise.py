@@ -53,6 +53,11 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "bitwise_or": operator.or_,
 }
 _VARIADIC = {"permute", "reshape", "expand", "repeat", "tile", "flip", "view"}
+_OTHER_ORDER = {"where"}
+"""Methods whose tensor is not the first argument of the function of that name."""
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+"""Spellings that torch's own functions take for NumPy's sake."""
+_FIRST = ("input", "tensors")
 
 
 def normalise(graph: fx.Graph) -> fx.Graph:
@@ -80,9 +85,11 @@ def normalise(graph: fx.Graph) -> fx.Graph:
 
 def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
     """The canonical call of a node, or None to keep it as it is."""
-    if node.op not in ("call_function", "call_method") or not node.args:
+    if node.op not in ("call_function", "call_method"):
         return None
-    args, kwargs = node.args, dict(node.kwargs)
+    args, kwargs = _arguments(node)
+    if not args:
+        return None
     value = example(node)
     if node.op == "call_method" and is_tensor(args[0]):
         method = str(node.target)
@@ -109,10 +116,31 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
     if node.op == "call_method":
         method = str(node.target)
         function = getattr(torch, method, None)
-        if method not in _VARIADIC and isinstance(function, types.BuiltinFunctionType):
+        if (
+            method not in _VARIADIC
+            and method not in _OTHER_ORDER
+            and isinstance(function, types.BuiltinFunctionType)
+        ):
             return function, args, kwargs
         return getattr(torch.Tensor, method), args, kwargs
+    if args != node.args or kwargs != node.kwargs:
+        assert callable(node.target)
+        return node.target, args, kwargs
     return None
+
+
+def _arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments by torch's own names, the first one in its place."""
+    args, kwargs = node.args, dict(node.kwargs)
+    if registry.operation(node) is None:
+        return args, kwargs
+    kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}
+    if not args and "condition" not in kwargs:
+        for name in _FIRST:
+            if name in kwargs:
+                args = (kwargs.pop(name),)
+                break
+    return args, kwargs
 
 
 def _undo_repeat(node: fx.Node) -> None:

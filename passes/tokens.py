@@ -51,6 +51,7 @@ def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
                     facts.plans.pop(undone, None)
                     facts.rows.pop(undone, None)
                     facts.general.pop(undone, None)
+                facts.guesses.clear()
                 _general(node, facts, "which of its two token dimensions is the row is not clear")
     return facts
 
@@ -112,7 +113,7 @@ def _settle_element(node: fx.Node, facts: Facts) -> None:
             assert isinstance(source, fx.Node)
             facts.plans[node] = Plan(rows[index], operator.getitem, (Element(source), index))
             return
-    facts.rows[node] = facts.sizes.rows(facts.shape(node)) if is_tensor(node) else None
+    facts.rows[node] = Call(node, facts).guessed(node) if is_tensor(node) else None
 
 
 class Element:
@@ -126,7 +127,7 @@ def _general(node: fx.Node, facts: Facts, reason: str) -> None:
     """No plan: full operands in, and the row is what the sizes alone allow."""
     facts.plans.pop(node, None)
     if is_tensor(node):
-        facts.rows[node] = facts.sizes.rows(facts.shape(node))
+        facts.rows[node] = Call(node, facts).guessed(node)
     else:
         facts.rows[node] = None
     operands = any(facts.token_sized(operand) for operand in node.all_input_nodes)

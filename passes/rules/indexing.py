@@ -22,10 +22,15 @@ from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, rule
     ),
 )
 def embedding(call: Call) -> Plan | None:
-    """``weight[indices]``; a table that is renormalised in place is not understood."""
+    """``weight[indices]``; a table that is renormalised in place is not understood.
+
+    Nor is a gradient scaled by how often an index occurs: that counts all tokens.
+    """
     indices, weight = call.arg(0, "input"), call.arg(1, "weight")
     rows = call.rows(indices)
     if rows is None or call.arg(3, "max_norm") is not None:
+        return None
+    if call.arg(5, "scale_grad_by_freq"):
         return None
     if call.facts.token_sized(weight) or not call.sizes.valid(rows, call.out):
         return None

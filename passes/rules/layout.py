@@ -6,14 +6,12 @@ commutes with selecting rows. Reshapes are read as groups of dimensions with equ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
-from fxseek.passes.facts import Rows, Sizes, is_tensor, tensors_of
+from fxseek.passes.facts import Rows, is_tensor, moved_rows, tensors_of
 from fxseek.passes.rules.registry import (
     Call,
     Full,
@@ -25,51 +23,6 @@ from fxseek.passes.rules.registry import (
     rule,
     tensor_nodes,
 )
-
-
-def moved_rows(
-    sizes: Sizes, rows: Rows, before: Sequence[sympy.Expr], after: Sequence[sympy.Expr]
-) -> Rows | None:
-    """Where a reshape takes the rows, or None where it merges them with anything else."""
-    spans: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    old = [k for k, size in enumerate(before) if size != 1 or k in rows.dims]
-    new = [k for k, size in enumerate(after) if size != 1]
-    if any(before[k] == 1 for k in rows.dims):
-        return None
-    while i < len(old) and j < len(new):
-        left, right = [old[i]], [new[j]]
-        p, q = before[old[i]], after[new[j]]
-        i, j = i + 1, j + 1
-        while sympy.expand(p - q) != 0:
-            divides = sympy.fraction(sympy.cancel(p / q))[1] == 1  # q divides p: widen the right
-            if j < len(new) and (divides or i >= len(old)):
-                right.append(new[j])
-                q = sympy.expand(q * after[new[j]])
-                j += 1
-            elif i < len(old) and not divides:
-                left.append(old[i])
-                p = sympy.expand(p * before[old[i]])
-                i += 1
-            else:
-                return None
-        spans.append((left, right))
-    if i < len(old) or j < len(new):
-        return None
-    target: dict[int, int] = {}
-    for left, right in spans:
-        if len(left) == 1 and len(right) == 1:
-            target[left[0]] = right[0]
-        elif not rows.packed and left == [rows.batch, rows.row] and len(right) == 1:
-            return Rows(right[0], packed=True)
-        elif rows.packed and left == [rows.row] and len(right) == 2:
-            if after[right[0]] == sizes.batch and after[right[1]] == sizes.tokens:
-                return Rows(right[1], right[0])
-            return None
-    if any(dim not in target for dim in rows.dims):
-        return None
-    batch = None if rows.batch is None else target[rows.batch]
-    return Rows(target[rows.row], batch, rows.packed)
 
 
 def _source(call: Call) -> tuple[fx.Node, Rows] | None:
@@ -114,6 +67,8 @@ def reshape(call: Call) -> Plan | None:
     if found is None:
         return None
     source, rows = found
+    if fake(source).dtype != fake(call.node).dtype:
+        return None  # x.view(dtype) reads the bits anew
     after = _checked(call, moved_rows(call.sizes, rows, call.shape(source), call.out))
     if after is None:
         return None

@@ -127,6 +127,8 @@ def _product(call: Call, left: fx.Node, right: fx.Node, place) -> Plan | None:
     want = call.aligned(right, out, rank)
     if want is None:
         return None
+    if out.batch == rank - 2 and isinstance(want, RowsOf):
+        return None  # the right operand has features where the left one has the batch
     args, kwargs = place(RowsOf(left, out, rank), want)
     return Plan(out, call.target, args, kwargs)
 

@@ -17,7 +17,7 @@ from fxseek.passes.rules.registry import Call, Plan, Sample, rule, whole
 
 
 def _dims(value: object, rank: int) -> tuple[int, ...] | None:
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         value = (value,)
     if not isinstance(value, (list, tuple)) or not value:
         return None
@@ -132,6 +132,8 @@ def along(call: Call) -> Plan | None:
     dim = call.arg(position, "dim", call.node.kwargs.get("dims", default))
     if name == "sort" and "stable" in call.node.kwargs:
         dim = call.node.kwargs.get("dim", -1)
+    if name == "flip" and isinstance(dim, int):
+        dim = call.node.args[1:]  # x.flip(1, 2): every further argument is a dimension
     if isinstance(dim, bool):
         return None
     return _over_features(call, _dims(dim, rank), keepdim=True)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxseek.passes.facts import Facts, Rows, RowsLike, example, is_tensor
+from fxseek.passes.facts import Facts, Rows, RowsLike, example, is_tensor, moved_rows
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,31 @@ class Call:
         if node in self.facts.stream:
             known = self.facts.rows.get(node)
             return known if isinstance(known, Rows) else None
-        return self.sizes.rows(self.shape(node))
+        return self.guessed(node)
+
+    def guessed(self, node: fx.Node) -> Rows | None:
+        """Where a value's tokens are as far as its sizes tell.
+
+        batch × tokens in one dimension may be in either order. Only a value that is made from
+        a batch-major one is taken to be so.
+        """
+        if node in self.facts.guesses:
+            return self.facts.guesses[node]
+        shape = self.shape(node)
+        rows = self.sizes.rows(shape)
+        if rows is not None and rows.packed:
+            name, source = operation(node), node.args[0] if node.args else None
+            if name in ("reshape", "flatten") and isinstance(source, fx.Node):
+                before = self.rows(source)
+                moved = before and moved_rows(self.sizes, before, self.shape(source), shape)
+                rows = rows if moved == rows else None
+            elif not any(
+                (before := self.rows(operand)) is not None and before.packed
+                for operand in _made_from(node)
+            ):
+                rows = None
+        self.facts.guesses[node] = rows
+        return rows
 
     def agree(self, operands: Sequence[fx.Node], out: Sequence[sympy.Expr]) -> Rows | None:
         """The rows of a broadcast result, if the operands leave one reading.
@@ -144,6 +168,14 @@ class Call:
     def compact_shape(self, rows: Rows) -> tuple[Length, ...]:
         """The size arguments that make the result compact."""
         return tuple(Length(size) for size in self.sizes.compact(self.out, rows))
+
+
+def _made_from(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a value is made from; of a tuple's element, those of the tuple."""
+    operands = node.all_input_nodes
+    if len(operands) == 1 and not is_tensor(operands[0]):
+        return operands[0].all_input_nodes
+    return operands
 
 
 RuleFunction = Callable[[Call], Plan | None]
