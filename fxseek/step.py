@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ __all__ = ["SeekStep", "compile", "report", "step_of", "uncompile"]
 
 log = logging.getLogger("fxseek")
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def compile(model: nn.Module, ratio: float | SeekConfig = 0.1, **options: Any) -> nn.Module:
+
+def compile(model: Model, ratio: float | SeekConfig = 0.1, **options: Any) -> Model:
     """Make a model's training step keep the activations of selected tokens only.
 
     In training mode, with grad enabled and labels given, a call of the model runs the
@@ -60,7 +62,7 @@ def compile(model: nn.Module, ratio: float | SeekConfig = 0.1, **options: Any) -
     return model
 
 
-def uncompile(model: nn.Module) -> nn.Module:
+def uncompile(model: Model) -> Model:
     """Give the model its original call back; returns it. A model that is not compiled stays."""
     step = step_of(model)
     if step is not None:
