@@ -90,6 +90,15 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def outer_saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The saved-tensor hooks that are in force, as (pack, unpack).
+
+    Only the innermost pair runs, so a meter has to pass tensors on to the pair that it hides
+    (`save_on_cpu`, another meter); torch has no public way to ask for it.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 @contextlib.contextmanager
 def capture_settings() -> Iterator[None]:
     """Settings of the capture: no duck shaping, and `warning_once` ignored.

@@ -257,6 +257,7 @@ def _predict_ordinary(program: Program, inputs: Sequence[Any]) -> int:
     fakes = _faked(inputs, mode)
     module = fx.GraphModule(nn.Module(), program.graph)
     with mode, torch.enable_grad(), SavedBytes(exclude=fakes) as saved:
-        kept_alive = fx.Interpreter(module).run(*fakes)
-    del kept_alive
-    return saved.total
+        outputs = fx.Interpreter(module).run(*fakes)
+        total = saved.total
+    del outputs
+    return total

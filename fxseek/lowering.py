@@ -50,11 +50,13 @@ def lower(
 def _saved_by_functions(outputs: Any, exclude: tuple[Any, ...]) -> int:
     """Bytes that compiled autograd functions hold; hooks would be traced into the graph."""
     saved = SavedBytes(exclude)
-    for node in _functions(outputs):
-        for tensor in getattr(node, "saved_tensors", ()) or ():
-            if isinstance(tensor, Tensor):
-                saved.count(tensor)
-    return saved.total
+    counted = [
+        saved.count(tensor)
+        for node in _functions(outputs)
+        for tensor in getattr(node, "saved_tensors", ()) or ()
+        if isinstance(tensor, Tensor)
+    ]
+    return saved.total if counted else 0
 
 
 def _functions(outputs: Any) -> Iterator[Any]:

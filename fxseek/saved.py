@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -9,35 +10,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxseek import _torch
+
 __all__ = ["SavedBytes"]
 
 
+class _Held:
+    """What autograd keeps in the place of a tensor; it dies when autograd lets go of it."""
+
+    __slots__ = ("__weakref__", "nbytes", "packed", "storage")
+
+    def __init__(self, storage: int, nbytes: int, packed: Any) -> None:
+        self.storage = storage
+        self.nbytes = nbytes
+        self.packed = packed
+
+
 class SavedBytes:
-    """Context manager that counts the bytes which autograd saves in it.
+    """Context manager that counts the bytes which autograd saves in it and still keeps.
 
     Memory of `exclude` (parameters, buffers, inputs) is not counted, memory that several saved
-    tensors share is counted once. `total` is in bytes.
+    tensors share is counted once. Hooks that the caller has set (offloading, other meters) go
+    on working: each tensor passes through them too.
     """
 
     def __init__(self, exclude: Iterable[Any] = ()) -> None:
-        self._known = {
-            tensor.untyped_storage()._cdata for tensor in exclude if isinstance(tensor, Tensor)
-        }
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        self.total = 0
+        self._known = {_torch.storage_key(x) for x in exclude if isinstance(x, Tensor)}
+        self._held: weakref.WeakSet[_Held] = weakref.WeakSet()
+        self._outer: Any = None
+        self._hooks: Any = None
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        self.count(tensor)
-        return tensor
+    @property
+    def total(self) -> int:
+        """Bytes kept now."""
+        return sum({held.storage: held.nbytes for held in self._held}.values())
 
-    def count(self, tensor: Tensor) -> None:
-        """Count one saved tensor's memory, unless it is known."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._known.add(storage._cdata)
-            self.total += storage.nbytes()
+    def count(self, tensor: Tensor, packed: Any = None) -> _Held:
+        """Count one saved tensor's memory for as long as the result lives."""
+        key = _torch.storage_key(tensor)
+        known = key in self._known
+        held = _Held(key, 0 if known else tensor.untyped_storage().nbytes(), packed)
+        if not known:
+            self._held.add(held)
+        return held
+
+    def _pack(self, tensor: Tensor) -> _Held:
+        # Detached: an operation that saves its own output would keep itself alive otherwise.
+        packed = tensor.detach() if self._outer is None else self._outer[0](tensor)
+        return self.count(tensor, packed)
+
+    def _unpack(self, held: _Held) -> Tensor:
+        return held.packed if self._outer is None else self._outer[1](held.packed)
 
     def __enter__(self) -> SavedBytes:
+        self._outer = _torch.outer_saved_tensor_hooks()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
         return self
 
@@ -48,7 +75,3 @@ class SavedBytes:
         trace: TracebackType | None,
     ) -> None:
         self._hooks.__exit__(kind, value, trace)
-
-
-def _unpack(tensor: Tensor) -> Tensor:
-    return tensor

@@ -161,9 +161,11 @@ def _two_token_dims(node: fx.Node, facts: Facts) -> bool:
 
 
 def _made_before(node: fx.Node, facts: Facts) -> bool:
-    """Whether an operand of the stream has two token dimensions already."""
+    """Whether an operand of the stream has two token dimensions, and its row is settled."""
     return any(
-        operand in facts.stream and _two_token_dims(operand, facts)
+        operand in facts.stream
+        and isinstance(facts.rows.get(operand), Rows)
+        and _two_token_dims(operand, facts)
         for operand in node.all_input_nodes
     )
 

@@ -7,12 +7,14 @@ law: calls that mix tokens get no plan, and the general path is exact for them.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import Chains, has_tokens
 from graphs import (
     Captured,
     assert_equal_gradients,
@@ -32,6 +34,7 @@ from graphs import (
 )
 from torch import Tensor, fx
 
+from fxseek.errors import GraphError
 from fxseek.passes.facts import Rows
 from fxseek.passes.rules import RULES, Call, Rule, Sample, find_rule, operation
 
@@ -360,10 +363,410 @@ def test_calls_that_mix_tokens_have_no_plan(batch, group):
         if node in captured.facts.plans
     ]
     assert not wrong, "\n".join(["taken for per-token:", *wrong])
+    assert_all_exact(captured, list(group), batch)
+
+
+# ---- every spelling, and calls that are easily misread -------------------------------------------
+
+OPERANDS = ("b t 5", "b t 5", "t 5", "5 7", "b t", "int:b t 5")
+
+SPELLED: dict[str, tuple[Callable[..., Any], ...]] = {
+    "add": (
+        lambda x, y, p, w, m, i: x + y,
+        lambda x, y, p, w, m, i: torch.add(x, y),
+        lambda x, y, p, w, m, i: x.add(y),
+        lambda x, y, p, w, m, i: torch.add(input=x, other=y),
+        lambda x, y, p, w, m, i: torch.add(x, y, alpha=2),
+        lambda x, y, p, w, m, i: x.__radd__(y),
+        lambda x, y, p, w, m, i: 2 + x,
+        lambda x, y, p, w, m, i: p + x,
+    ),
+    "sub": (
+        lambda x, y, p, w, m, i: x - y,
+        lambda x, y, p, w, m, i: 2 - x,
+        lambda x, y, p, w, m, i: torch.subtract(x, y),
+        lambda x, y, p, w, m, i: torch.sub(p, x),
+        lambda x, y, p, w, m, i: x.subtract(p),
+    ),
+    "rsub": (lambda x, y, p, w, m, i: torch.rsub(x, 2), lambda x, y, p, w, m, i: torch.rsub(x, p)),
+    "mul": (
+        lambda x, y, p, w, m, i: x * y,
+        lambda x, y, p, w, m, i: torch.mul(x, y),
+        lambda x, y, p, w, m, i: x.multiply(p),
+        lambda x, y, p, w, m, i: x * m.unsqueeze(-1),
+        lambda x, y, p, w, m, i: x * x.shape[1],
+        lambda x, y, p, w, m, i: x * torch.tensor(2.0),
+    ),
+    "div": (
+        lambda x, y, p, w, m, i: y / x,
+        lambda x, y, p, w, m, i: 1 / x,
+        lambda x, y, p, w, m, i: torch.div(p, x),
+        lambda x, y, p, w, m, i: x.true_divide(3),
+        lambda x, y, p, w, m, i: x / x.size(1),
+    ),
+    "pow": (
+        lambda x, y, p, w, m, i: x**2,
+        lambda x, y, p, w, m, i: 2**x,
+        lambda x, y, p, w, m, i: torch.pow(x, 3),
+        lambda x, y, p, w, m, i: x.pow(y),
+        lambda x, y, p, w, m, i: torch.pow(2, x),
+    ),
+    "neg": (
+        lambda x, y, p, w, m, i: -x,
+        lambda x, y, p, w, m, i: torch.negative(x),
+        lambda x, y, p, w, m, i: x.neg(),
+    ),
+    "matmul": (
+        lambda x, y, p, w, m, i: x @ w,
+        lambda x, y, p, w, m, i: torch.matmul(x, w),
+        lambda x, y, p, w, m, i: x.matmul(w),
+        lambda x, y, p, w, m, i: torch.matmul(x, w[:, 0]),
+        lambda x, y, p, w, m, i: torch.matmul(x, other=w),
+    ),
+    "linear": (
+        lambda x, y, p, w, m, i: F.linear(x, w.T),
+        lambda x, y, p, w, m, i: F.linear(input=x, weight=w.T, bias=w[0]),
+        lambda x, y, p, w, m, i: F.linear(weight=w.T, input=x),
+    ),
+    "softmax": (
+        lambda x, y, p, w, m, i: F.softmax(x, -1),
+        lambda x, y, p, w, m, i: F.softmax(x, dim=2, dtype=torch.float64),
+        lambda x, y, p, w, m, i: torch.softmax(x, 2),
+        lambda x, y, p, w, m, i: torch.softmax(input=x, dim=-1),
+        lambda x, y, p, w, m, i: x.softmax(dim=-1),
+        lambda x, y, p, w, m, i: x.softmax(-1, torch.float64),
+    ),
+    "mean": (
+        lambda x, y, p, w, m, i: x.mean(-1),
+        lambda x, y, p, w, m, i: x.mean([2], keepdim=True),
+        lambda x, y, p, w, m, i: torch.mean(x, (-1,), True),
+        lambda x, y, p, w, m, i: torch.mean(input=x, dim=-1),
+        lambda x, y, p, w, m, i: torch.mean(x, axis=-1),  # type: ignore[call-overload]
+        lambda x, y, p, w, m, i: x.mean(axis=2, keepdims=True),
+    ),
+    "sum": (
+        lambda x, y, p, w, m, i: x.sum(2),
+        lambda x, y, p, w, m, i: torch.sum(x, dim=-1, keepdim=True),
+        lambda x, y, p, w, m, i: x.unsqueeze(1).sum((1, -1)),
+    ),
+    "var": (
+        lambda x, y, p, w, m, i: x.var(-1, keepdim=True),
+        lambda x, y, p, w, m, i: torch.var(x, dim=2, correction=0),
+    ),
+    "cumsum": (
+        lambda x, y, p, w, m, i: x.cumsum(-1),
+        lambda x, y, p, w, m, i: torch.cumsum(x, dim=2),
+    ),
+    "flip": (
+        lambda x, y, p, w, m, i: x.flip(-1),
+        lambda x, y, p, w, m, i: torch.flip(x, [2]),
+        lambda x, y, p, w, m, i: x.flip(dims=(2,)),
+        lambda x, y, p, w, m, i: x.unsqueeze(2).flip(2, 3),
+    ),
+    "cat": (
+        lambda x, y, p, w, m, i: torch.cat((x, y), -1),
+        lambda x, y, p, w, m, i: torch.cat([x, y], dim=2),
+        lambda x, y, p, w, m, i: torch.concat((x, y), axis=-1),  # type: ignore[call-overload]
+        lambda x, y, p, w, m, i: torch.cat(tensors=(x, y), dim=-1),
+        lambda x, y, p, w, m, i: torch.concatenate((x, x, y), dim=-1),
+    ),
+    "stack": (
+        lambda x, y, p, w, m, i: torch.stack((x, y)),
+        lambda x, y, p, w, m, i: torch.stack((x, y), 1),
+        lambda x, y, p, w, m, i: torch.stack([x, y], dim=-1),
+        lambda x, y, p, w, m, i: torch.stack([x, y], -2),
+    ),
+    "where": (
+        lambda x, y, p, w, m, i: torch.where(y > 0, x, 0.5),
+        lambda x, y, p, w, m, i: x.where(y > 0, p),
+        lambda x, y, p, w, m, i: torch.where(condition=m[..., None] > 0, input=x, other=y),
+    ),
+    "masked_fill": (
+        lambda x, y, p, w, m, i: x.masked_fill(m[..., None] > 0, 0.5),
+        lambda x, y, p, w, m, i: torch.masked_fill(x, p > 0, 0.5),
+    ),
+    "clamp": (
+        lambda x, y, p, w, m, i: x.clamp(0.2, 0.7),
+        lambda x, y, p, w, m, i: torch.clip(x, min=p),
+        lambda x, y, p, w, m, i: x.clip(max=0.5),
+    ),
+    "transpose": (
+        lambda x, y, p, w, m, i: x.transpose(1, 2),
+        lambda x, y, p, w, m, i: torch.swapaxes(x, -1, 1),
+        lambda x, y, p, w, m, i: x.swapdims(0, 1),
+    ),
+    "permute": (
+        lambda x, y, p, w, m, i: x.permute(2, 0, 1),
+        lambda x, y, p, w, m, i: x.permute((1, 0, 2)),
+        lambda x, y, p, w, m, i: torch.permute(x, dims=(0, -1, 1)),
+    ),
+    "movedim": (
+        lambda x, y, p, w, m, i: x.movedim(1, 0),
+        lambda x, y, p, w, m, i: torch.moveaxis(x, (0, 1), (1, 2)),
+    ),
+    "reshape": (
+        lambda x, y, p, w, m, i: x.view(*x.shape[:2], 5, 1),
+        lambda x, y, p, w, m, i: x.reshape((x.shape[0], -1, 5, 1)),
+        lambda x, y, p, w, m, i: torch.reshape(x, (-1, 5)),
+        lambda x, y, p, w, m, i: x.view(-1, x.shape[-1]),
+        lambda x, y, p, w, m, i: x.unsqueeze(0).reshape_as(y),
+        lambda x, y, p, w, m, i: x.view(1, -1, 5),
+        lambda x, y, p, w, m, i: x.view(1, -1, 5).view(x.shape[0], 1, -1, 5),
+    ),
+    "expand": (
+        lambda x, y, p, w, m, i: x.unsqueeze(0).expand(2, -1, -1, -1),
+        lambda x, y, p, w, m, i: x[:, :, :1].expand(x.shape),
+    ),
+    "broadcast_to": (
+        lambda x, y, p, w, m, i: torch.broadcast_to(x[:, :, None], (*x.shape[:2], 2, 5)),
+        lambda x, y, p, w, m, i: x.broadcast_to((2, *x.shape)),
+    ),
+    "expand_as": (
+        lambda x, y, p, w, m, i: x[:, :, :1].expand_as(y),
+    ),
+    "repeat": (
+        lambda x, y, p, w, m, i: x.repeat(1, 1, 2),
+        lambda x, y, p, w, m, i: x.repeat((2, 1, 1, 2)),
+    ),
+    "getitem": (
+        lambda x, y, p, w, m, i: x[..., 1:3],
+        lambda x, y, p, w, m, i: x[:, : x.shape[1], 0],
+        lambda x, y, p, w, m, i: x[:, :, None, -2:],
+        lambda x, y, p, w, m, i: x[None, ..., 1],
+    ),
+    "gather": (
+        lambda x, y, p, w, m, i: x.gather(-1, i),
+        lambda x, y, p, w, m, i: torch.gather(x, dim=2, index=i[..., :2]),
+        lambda x, y, p, w, m, i: torch.gather(input=x, dim=2, index=i),
+    ),
+    "layer_norm": (
+        lambda x, y, p, w, m, i: F.layer_norm(x, (5,)),
+        lambda x, y, p, w, m, i: F.layer_norm(input=x, normalized_shape=[5], bias=w[:, 0]),
+        lambda x, y, p, w, m, i: torch.layer_norm(x, [5], w[:, 0]),
+    ),
+    "clone": (
+        lambda x, y, p, w, m, i: x.clone(),
+        lambda x, y, p, w, m, i: torch.clone(input=x),
+        lambda x, y, p, w, m, i: x.clone(memory_format=torch.contiguous_format),
+    ),
+    "to": (
+        lambda x, y, p, w, m, i: x.to(torch.float32),
+        lambda x, y, p, w, m, i: x.float(),
+        lambda x, y, p, w, m, i: x.type(torch.float32),
+        lambda x, y, p, w, m, i: x.float().type_as(y),
+        lambda x, y, p, w, m, i: x.to(device="cpu", dtype=torch.float32),
+        lambda x, y, p, w, m, i: x.float().to(y.dtype, copy=True),
+    ),
+    "einsum": (
+        lambda x, y, p, w, m, i: torch.einsum("btc,cd->btd", x, w),
+        lambda x, y, p, w, m, i: torch.einsum("btc,cd->dtb", [x, w]),
+        lambda x, y, p, w, m, i: torch.einsum("b t c, b t c -> b c t", x, y),
+    ),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_spelling_has_the_same_plan(batch):
+    calls = [(name, call) for name, spellings in SPELLED.items() for call in spellings]
+
+    def all_calls(x: Tensor, *others: Tensor) -> tuple[Any, ...]:
+        return tuple(call(x.exp(), *others) for _, call in calls)
+
+    assert_planned_and_exact(all_calls, [name for name, _ in calls], batch)
+
+
+ODD: dict[str, Callable[..., Any]] = {
+    # one value over tokens, broadcast to all of them
+    "minus the mean": lambda x, y, p, w, m, i: x - x.mean(1, keepdim=True),
+    "over the norm": lambda x, y, p, w, m, i: x / x.norm(dim=1, keepdim=True),
+    "added to the first": lambda x, y, p, w, m, i: x + x[:, :1],
+    "the last, expanded": lambda x, y, p, w, m, i: x[:, -1:].expand_as(x) * y,
+    "the first and itself": lambda x, y, p, w, m, i: torch.cat((x[:, :1].expand_as(x), x), -1),
+    # tokens × tokens
+    "outer product": lambda x, y, p, w, m, i: x[:, :, None] * y[:, None],
+    "outer sum": lambda x, y, p, w, m, i: (x.unsqueeze(1) + y.unsqueeze(2)).sum(2),
+    "outer sum, other way": lambda x, y, p, w, m, i: (x.unsqueeze(1) + y.unsqueeze(2)).sum(1),
+    "attention": lambda x, y, p, w, m, i: (x @ y.mT).softmax(-1) @ x,
+    "attention over rows": lambda x, y, p, w, m, i: (x @ y.mT).softmax(-2) @ x,
+    "attention, transposed": lambda x, y, p, w, m, i: (x @ y.mT).softmax(-1).mT @ x,
+    "attention of keys": lambda x, y, p, w, m, i: (y @ x.mT).softmax(-2).mT @ x,
+    "columns summed": lambda x, y, p, w, m, i: (x @ y.mT).tanh().sum(1),
+    "rows summed": lambda x, y, p, w, m, i: (x @ y.mT).tanh().sum(2),
+    "einsum attention": lambda x, y, p, w, m, i: torch.einsum(
+        "bts,bsc->btc", torch.einsum("btc,bsc->bts", x, y).softmax(-1), x
+    ),
+    "attention by multiplication": lambda x, y, p, w, m, i: (
+        (x[:, :, None] * y[:, None]).sum(-1).softmax(-1)[..., None] * x[:, None]
+    ).sum(2),
+    "diagonal": lambda x, y, p, w, m, i: (x @ y.mT).diagonal(dim1=1, dim2=2),
+    "lower triangle @ x": lambda x, y, p, w, m, i: x.new_ones(x.shape[1], x.shape[1]).tril() @ x,
+    "relative bias": lambda x, y, p, w, m, i: (
+        (x @ y.mT) + (p @ p.mT).unsqueeze(0)
+    ).softmax(-1) @ x,
+    "square of the map": lambda x, y, p, w, m, i: ((x @ y.mT) @ (x @ y.mT)).tanh() @ x,
+    # tokens first
+    "first: linear": lambda x, y, p, w, m, i: F.linear(x.transpose(0, 1), w.T),
+    "first: softmax": lambda x, y, p, w, m, i: x.transpose(0, 1).softmax(-1),
+    "first: positions": lambda x, y, p, w, m, i: x.transpose(0, 1) + p[:, None],
+    "first: row of the batch": lambda x, y, p, w, m, i: x.transpose(0, 1) * y.mean(1),
+    "first: mean": lambda x, y, p, w, m, i: x.transpose(0, 1).mean(2),
+    "first: cat": lambda x, y, p, w, m, i: torch.cat((x.transpose(0, 1), y.transpose(0, 1)), -1),
+    "first: view": lambda x, y, p, w, m, i: x.transpose(0, 1).unflatten(2, (5, 1)),
+    "first: weights per position": lambda x, y, p, w, m, i: (
+        x.transpose(0, 1) @ p[:, :, None].expand(-1, -1, 4)
+    ),
+    "first: shared weights": lambda x, y, p, w, m, i: x.transpose(0, 1) @ w,
+    "first: attention per position": lambda x, y, p, w, m, i: (
+        F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3)
+    ),
+    "first: product per position": lambda x, y, p, w, m, i: (
+        x.transpose(0, 1) @ y.transpose(0, 1).mT
+    ),
+    "features first": lambda x, y, p, w, m, i: x.permute(2, 1, 0) * p.T[:, :, None],
+    "features first, softmax": lambda x, y, p, w, m, i: x.permute(2, 1, 0).softmax(0),
+    "features first, bmm": lambda x, y, p, w, m, i: (
+        x.permute(2, 1, 0) @ y.permute(2, 0, 1)
+    ),
+    "weights per position": lambda x, y, p, w, m, i: x[:, :, None] @ p[:, :, None],
+    "product per token": lambda x, y, p, w, m, i: x[:, :, None] @ y[..., None],
+    "product of heads": lambda x, y, p, w, m, i: x[:, None] @ y[:, None].mT @ x[:, None],
+    # packed
+    "packed: linear": lambda x, y, p, w, m, i: F.linear(x.view(-1, 5), w.T),
+    "packed: scaled": lambda x, y, p, w, m, i: x.view(-1, 5) * m.view(-1, 1),
+    "packed: there and back": lambda x, y, p, w, m, i: (x.view(-1, 5) @ w).view(*x.shape[:2], 7),
+    "packed: sort": lambda x, y, p, w, m, i: x.view(-1, 5).sort(-1)[0],
+    "packed: sort of tokens": lambda x, y, p, w, m, i: x.view(-1, 5).sort(0)[0],
+    "packed: flipped": lambda x, y, p, w, m, i: x.view(-1, 5).flip(0).view(x.shape) * y,
+    "packed: attention": lambda x, y, p, w, m, i: F.scaled_dot_product_attention(
+        *[x.reshape(1, -1, 5)] * 3
+    ),
+    "packed: heads first": lambda x, y, p, w, m, i: (
+        x.view(-1, 5).T.reshape(5, *x.shape[:2]).permute(1, 2, 0)
+    ),
+    "token-major: linear": lambda x, y, p, w, m, i: (
+        (x.transpose(0, 1).reshape(-1, 5) @ w).view(x.shape[1], x.shape[0], 7).transpose(0, 1)
+    ),
+    "token-major: scaled": lambda x, y, p, w, m, i: (
+        (x.transpose(0, 1).reshape(-1, 5) * m.T.reshape(-1, 1)).tanh() @ w
+    ).view(x.shape[1], x.shape[0], 7),
+    "token-major: constants": lambda x, y, p, w, m, i: (
+        (w[:, 0] * m.detach().T.reshape(-1, 1)).tanh().view(x.shape[1], x.shape[0], 5)
+        + x.transpose(0, 1)
+    ),
+    "token-major: lookup": lambda x, y, p, w, m, i: (
+        F.embedding(i[..., 0].T.reshape(-1), w).tanh().view(x.shape[1], x.shape[0], 7)
+        + x[..., :1].transpose(0, 1)
+    ),
+    # shuffled
+    "shifted": lambda x, y, p, w, m, i: torch.cat((x[:, -1:], x[:, :-1]), 1) * y,
+    "padded": lambda x, y, p, w, m, i: F.pad(x, (0, 0, 1, 0))[:, :-1] * y,
+    "rolled": lambda x, y, p, w, m, i: x.roll(1, 1) * y,
+    "reversed": lambda x, y, p, w, m, i: x[:, torch.arange(x.shape[1]).flip(0)] * y,
+    "scrambled": lambda x, y, p, w, m, i: x.mT.reshape(x.shape) * y,
+    "strided": lambda x, y, p, w, m, i: x.cumsum(1)[:, : x.shape[1]].exp(),
+    "windows": lambda x, y, p, w, m, i: (
+        F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).mean(-1) * y
+    ),
+    "max over tokens": lambda x, y, p, w, m, i: x * x.max(1, keepdim=True)[0],
+    "chosen by index": lambda x, y, p, w, m, i: x.gather(1, i.clamp(max=1)) * y,
+    "added by index": lambda x, y, p, w, m, i: x.scatter_add(1, i, y),
+    "scan and lookup": lambda x, y, p, w, m, i: F.linear(x.cumsum(1), w.T).cumsum(1).softmax(-1),
+    # nothing to select from
+    "weights alone": lambda x, y, p, w, m, i: (w @ w.T).sum() * x,
+    "positions alone": lambda x, y, p, w, m, i: p.cumsum(0).softmax(-1) * x,
+    "unused tokens": lambda x, y, p, w, m, i: p.tanh() @ w,
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_calls_that_are_easily_misread_are_exact(batch):
+    def all_calls(x: Tensor, *others: Tensor) -> tuple[Any, ...]:
+        return tuple(call(x.exp(), *others) for call in ODD.values())
+
+    captured = captured_call(all_calls, OPERANDS, *APART[batch])
+    assert_all_exact(captured, list(ODD), batch)
+
+
+def assert_planned_and_exact(function: Callable[..., Any], names: list[str], batch: int) -> None:
+    captured = captured_call(function, OPERANDS, *APART[batch])
+    found = list(zip(names, captured.results, strict=True))
+    wrong = [
+        f"{name}: {node.format_node()} ({captured.facts.general.get(node)})"
+        for name, node in found
+        if node not in captured.facts.plans
+    ]
+    assert not wrong, "\n".join(["not taken for per-token:", *wrong])
+    other = [f"{name}: {node.format_node()}" for name, node in found if operation(node) != name]
+    assert not other, "\n".join(["spelled as another operation:", *other])
+    assert_all_exact(captured, names, batch)
+
+
+def assert_all_exact(captured: Captured, names: list[str], batch: int) -> None:
     failed = []
-    for name, node in zip(group, captured.results, strict=True):
+    for name, node in zip(names, captured.results, strict=True):
         try:
             assert_exact(captured, node, batch, packed="token-major" not in name)
-        except (AssertionError, RuntimeError, IndexError) as error:
-            failed.append(f"{name}: {type(error).__name__} {str(error)[:300]}")
-    assert not failed, "\n".join(["the general path is wrong:", *failed])
+        except (AssertionError, RuntimeError, IndexError, GraphError, TypeError) as error:
+            failed.append(f"{name}: {type(error).__name__} {str(error)[:400]}")
+    assert not failed, "\n".join(["not exact:", *failed])
+
+
+# ---- random chains of calls ----------------------------------------------------------------------
+
+
+def assert_chains_exact(seed: int, batch: int, steps: int = 40) -> None:
+    """Every value of a random chain: as computed, with gradient through selected tokens alone."""
+    chains = Chains(random.Random(seed), batch)
+    chains.add(steps)
+    size, tokens = APART[batch]
+    specs = ("b t 5", "b t 5", "5 7", "t 5")
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(chains.run(inputs))
+
+    captured = captured_call(call, specs, size, tokens)
+    leaves = [x for x in captured.inputs if isinstance(x, Tensor)]
+    inputs = tensors_for(specs, size, tokens, all_grad=batch > 1)
+    values = evaluate(captured.graph, captured.inputs)
+    kept = selections(size, tokens)[1]
+    wanted = chains.run(inputs, kept)
+    failed = []
+    for index, (node, want) in enumerate(zip(captured.results, wanted, strict=True)):
+        labels = chains.steps[index].labels
+        if sum(has_tokens(label) for label in labels) > 1 or not want.requires_grad:
+            continue
+        try:
+            (found,) = replay(captured, [("full", node)], values, kept)
+            torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+            slope = torch.randn(want.shape, dtype=want.dtype)
+            by_value = {id(leaf): i for i, leaf in enumerate(leaves)}
+            assert len(by_value) == len(leaves)
+            order = [_same_input(x, leaves) for x in inputs if x.requires_grad]
+            assert_equal_gradients(
+                [gradients(found, [x], slope)[0] if x is not None else None for x in order],
+                gradients(want, inputs, slope),
+            )
+        except Exception as error:
+            failed.append(f"{type(error).__name__} {str(error)[:300]}\n{chains.story(index)}")
+            break
+    assert not failed, "\n".join(failed)
+
+
+def _same_input(tensor: Tensor, leaves: list[Tensor]) -> Tensor | None:
+    """The captured input of the same values (None where the graph does not read it)."""
+    same = [x for x in leaves if x.shape == tensor.shape and torch.equal(x, tensor)]
+    return same[0] if same else None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_chains(seed, batch):
+    assert_chains_exact(seed, batch)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("seed", range(100, 300))
+def test_random_chains_at_length(seed, batch):
+    assert_chains_exact(seed, batch)
