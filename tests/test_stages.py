@@ -1,0 +1,203 @@
+"""What each stage may hold: bounds on memory, values let go of, nothing computed in vain."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from models import TinyConfig, TinyDecoder, batch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fxseek
+from fxseek.backend import Recorder
+from fxseek.step import step_of
+
+VOCAB, TOKENS, HEADS = 211, 67, 3
+LARGE = TinyConfig(vocab=VOCAB, heads=HEADS, kv_heads=1)
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shape of every tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= (
+                value.nbytes // 2
+            ):
+                self.made.add(tuple(value.shape))
+        return result
+
+
+def recorder_of(model: torch.nn.Module) -> Recorder:
+    step = step_of(model)
+    assert step is not None
+    return step.recorder
+
+
+def stages(model: torch.nn.Module) -> Any:
+    module = recorder_of(model).programs[0].module
+    assert module is not None
+    return module
+
+
+def shapes_of(stage: Any, run: Any) -> set[tuple[int, ...]]:
+    """The shapes that a stage makes while `run` runs a step."""
+    forward, mode = stage.forward, Shapes()
+
+    def recorded(*args: Any) -> Any:
+        with mode:
+            return forward(*args)
+
+    stage.forward = recorded
+    try:
+        run()
+    finally:
+        stage.forward = forward
+    return mode.made
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("score", ["context", "gradient", "tokenseek"])
+def test_scoring_never_makes_a_map_or_all_logits(score, attention):
+    config = TinyConfig(vocab=VOCAB, heads=HEADS, kv_heads=1, attention=attention)
+    model = fxseek.compile(TinyDecoder(config).train(), 0.1, score=score, chunk_bytes=1 << 13)
+    inputs = batch(VOCAB, batch=1, tokens=TOKENS)
+    model(**inputs).loss.backward()
+    made = shapes_of(stages(model).score, lambda: model(**inputs).loss.backward())
+    assert made
+    logits = [shape for shape in made if VOCAB in shape and TOKENS in shape]
+    assert not logits
+    if attention == "sdpa" or score == "context":  # eager attention makes its own map
+        maps = [shape for shape in made if shape.count(TOKENS) > 1 and HEADS in shape]
+        assert not maps
+    if score == "context":
+        assert not any(VOCAB in shape for shape in made)
+
+
+def test_smaller_chunks_score_the_same():
+    found = []
+    for chunk_bytes in (1 << 12, 1 << 26):
+        torch.manual_seed(0)
+        model = TinyDecoder(LARGE).double().train()
+        fxseek.compile(model, 0.1, chunk_bytes=chunk_bytes)
+        model(**batch(VOCAB, tokens=TOKENS, padding="left", labels="some")).loss.backward()
+        found.append(fxseek.report(model))
+    torch.testing.assert_close(found[0].context, found[1].context)
+    torch.testing.assert_close(found[0].gradient, found[1].gradient)
+    torch.testing.assert_close(found[0].full_loss, found[1].full_loss)
+    assert torch.equal(found[0].selected, found[1].selected)
+
+
+@pytest.mark.parametrize("score", ["random", "context"])
+def test_the_prefill_makes_no_logits(score):
+    model = fxseek.compile(TinyDecoder(LARGE).train(), 0.1, score=score)
+    inputs = batch(VOCAB, batch=1, tokens=TOKENS)
+    model(**inputs)
+    made = shapes_of(stages(model).prefill, lambda: model(**inputs))
+    assert not any(VOCAB in shape and TOKENS in shape for shape in made)
+    operations = stages(model).prefill.graph_module.graph
+    assert all(not node.meta.get("fxseek") or node.users for node in operations.nodes)
+
+
+def test_the_score_stage_leaves_no_parameter_gradient():
+    model = TinyDecoder(LARGE).train()
+    fxseek.compile(model, 0.1, score="tokenseek")
+    model(**batch(VOCAB, tokens=TOKENS))  # no backward
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_prefill_values_are_gone_after_the_step():
+    model = fxseek.compile(TinyDecoder(LARGE).train(), 0.1, score="random")
+    inputs = batch(VOCAB, tokens=TOKENS)
+    model(**inputs)
+    held: list[weakref.ref[Tensor]] = []
+    prefill = stages(model).prefill
+    forward = prefill.forward
+
+    def remember(*args: Any) -> Any:
+        values = forward(*args)
+        held.extend(weakref.ref(value) for value in values.values())
+        return values
+
+    prefill.forward = remember
+    gc.disable()
+    try:
+        loss = model(**inputs).loss
+        alive = [ref for ref in held if ref() is not None]
+        assert held
+        assert not alive
+        del loss
+    finally:
+        gc.enable()
+
+
+def test_the_program_reads_as_the_method():
+    model = fxseek.compile(TinyDecoder(LARGE).train(), 0.1)
+    model(**batch(VOCAB, tokens=TOKENS))
+    code = stages(model).code
+    order = [code.index(f"self.{name}(") for name in ("prefill", "score", "select", "gather")]
+    order.append(code.index("self.learn("))
+    assert order == sorted(order)
+    assert code.count("self.") == 5
+    learn = str(stages(model).learn.graph_module.graph)
+    assert "fxseek.rows.scatter_rows" in learn
+    assert "fxseek.rows.attend_rows" in learn
+
+
+def test_outer_saved_tensor_hooks_still_run():
+    model = fxseek.compile(TinyDecoder(LARGE).double().train(), 0.1)
+    inputs = batch(VOCAB, tokens=TOKENS)
+    check = fxseek.check_gradients(model, None, **inputs)
+    seen: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor.nbytes)
+        return tensor.detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    loss.backward()
+    assert seen
+    assert check.error <= 1e-9
+
+
+def test_selections_follow_the_seed():
+    chosen = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(0)
+        model = fxseek.compile(TinyDecoder(LARGE).train(), 0.2, score="random", seed=seed)
+        inputs = batch(VOCAB, tokens=TOKENS)
+        torch.rand(7)  # the global generator plays no part
+        model(**inputs)
+        first = fxseek.report(model).selected
+        model(**inputs)
+        chosen.append((first, fxseek.report(model).selected))
+    assert torch.equal(chosen[0][0], chosen[1][0])
+    assert torch.equal(chosen[0][1], chosen[1][1])
+    assert not torch.equal(chosen[0][0], chosen[0][1])
+    assert not torch.equal(chosen[0][0], chosen[2][0])
+
+
+@pytest.mark.parametrize("score", ["random", "gradient"])
+def test_the_weighted_loss_is_the_full_loss_on_average(score):
+    torch.manual_seed(0)
+    model = TinyDecoder(TinyConfig()).double().train()
+    inputs = batch(37, tokens=23, labels="completion")
+    with torch.no_grad():
+        full = model(**inputs).loss
+    fxseek.compile(model, 0.15, score=score, select="sample")
+    losses = torch.stack([model(**inputs).loss.detach() for _ in range(400)])
+    error = losses.std() / len(losses) ** 0.5
+    assert abs(losses.mean() - full) < 5 * error
+    assert losses.std() > 0
