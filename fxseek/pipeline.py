@@ -180,44 +180,26 @@ def _plan_scores(program: Program) -> None:
 def _prefill(program: Program) -> None:
     learn, score = program.learn, program.score
     assert learn is not None and score is not None
-    reads: dict[fx.Node, None] = {}
-    for item in learn.inputs:
-        if item.kind in ("value", "gathered"):
-            reads[item.node] = None  # type: ignore[index]
-    for node in (score.target, score.mask, score.ids, score.primary, *score.context_reads):
+    reads: dict[fx.Node, None] = {
+        item.node: None
+        for item in learn.inputs
+        if item.kind in ("value", "gathered") and item.node is not None
+    }
+    made = set() if score.block is None else set(score.block.outputs)
+    for node in (score.target, score.mask, score.ids, score.primary, score.hidden):
         if node is not None:
             reads[node] = None
-    if score.hidden is not None:
-        reads[score.hidden] = None
-    in_block: set[fx.Node] = set()
+    scored = [*score.context_reads]
     for stage in (score.block, score.head):
-        for item in stage.inputs if stage is not None else ():
-            if item.kind == "value":
-                reads[item.node] = None  # type: ignore[index]
-    if score.block is not None:
-        in_block = set(score.block.outputs)
-    outputs = [
-        node
-        for node in reads
-        if node.op != "placeholder"
-        and not (
-            node in in_block and node in score.context_reads and not _read_elsewhere(program, node)
-        )
-    ]
+        scored += [
+            item.node
+            for item in (() if stage is None else stage.inputs)
+            if item.kind == "value" and item.node is not None
+        ]
+    reads.update((node, None) for node in scored if node not in made)
+    outputs = [node for node in reads if node.op != "placeholder"]
     program.prefill = extract(program.graph, outputs)
     program.prefill.graph.lint()
-
-
-def _read_elsewhere(program: Program, node: fx.Node) -> bool:
-    learn, score = program.learn, program.score
-    assert learn is not None and score is not None
-    stages = [learn, score.head, score.block]
-    return node is score.hidden or any(
-        item.node is node and item.kind in ("value", "gathered")
-        for stage in stages
-        if stage is not None
-        for item in stage.inputs
-    )
 
 
 def _assemble(program: Program) -> None:

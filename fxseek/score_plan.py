@@ -112,34 +112,47 @@ def _target(facts: Facts, structure: Structure) -> dict[str, Any]:
 def _gradient(
     graph: fx.Graph, facts: Facts, structure: Structure, reads: tuple[fx.Node, ...]
 ) -> dict[str, Any]:
-    """The last block on all tokens, and the rest of the model on chunks of them."""
-    start, end, loss = structure.block_input, structure.block_exit, structure.loss
+    """The last block on all tokens, and the rest of the model on chunks of them.
+
+    The two meet at `cuts`: the block's exit, or, where attention is spelled out as matmul,
+    softmax, matmul, its operands, so that the map of tokens × tokens is made in chunks too.
+    """
+    start, loss = structure.block_input, structure.loss
     assert start is not None and loss is not None
     after = descendants([start])
-    within = [node for node in reads if node in after]
-    head = _head(graph, facts, end, loss) if end is not None else None
-    last = loss if head is None else end
-    assert last is not None
-    outputs = [last, *within]
-    cut = _constants_before(outputs, start, after)
-    block = extract(graph, outputs, given=[start, *cut], grad_modes=True)
+    head = _head(facts, structure, loss)
+    cuts: list[fx.Node] = []
+    if head is not None:
+        cuts = [
+            item.node
+            for item in head.inputs
+            if item.kind == "value"
+            and item.node in after
+            and example(item.node).is_floating_point()
+        ]
+    made = [loss] if head is None else [node for node in cuts if node is not start]
+    made += [node for node in reads if node in after and node not in made and node is not start]
+    constants = _constants_before(made, start, after)
+    block = extract(graph, made, given=[start, *constants], grad_modes=True)
     logits = Call(loss, facts).arg(0, "input")
-    width = 1
-    for dim, size in enumerate(example(logits).shape):
-        if not (
-            facts.sizes.has_tokens(facts.shape(logits)[dim])
-            or facts.shape(logits)[dim] == facts.sizes.batch
-        ):
-            width *= _torch.size_hint(size)
-    rows = facts.rows.get(end) if end is not None else None
+    classes = example(logits).shape[1 if example(logits).dim() > 1 else 0]
+    last = structure.attentions[-1]
+    spelled_out = operation(last) == "softmax"
     return {
         "hidden": start,
         "block": block,
         "head": head,
-        "exit_node": end,
-        "exit_row": rows.row if isinstance(rows, Rows) else 1,
-        "logit_bytes": width * max(4, example(logits).element_size()),
+        "cuts": tuple(cuts),
+        "logit_bytes": _torch.size_hint(classes) * max(4, example(logits).element_size()),
+        "map_bytes": _map_bytes(last) if spelled_out else 0,
     }
+
+
+def _map_bytes(attention: fx.Node) -> int:
+    """Bytes of one entry of an attention map, over all its heads."""
+    value = example(attention)
+    heads = _torch.size_hint(value.shape[-3]) if value.dim() > 2 else 1
+    return heads * value.element_size()
 
 
 def _constants_before(outputs: list[fx.Node], start: fx.Node, after: set[fx.Node]) -> list[fx.Node]:
@@ -155,21 +168,36 @@ def _constants_before(outputs: list[fx.Node], start: fx.Node, after: set[fx.Node
     return list(found)
 
 
-def _head(graph: fx.Graph, facts: Facts, end: fx.Node, loss: fx.Node) -> StageGraph | None:
-    """The graph from the block's exit to the loss on given rows; None if it is not per-token."""
-    rows = facts.rows.get(end)
-    if not isinstance(rows, Rows) or rows.packed or example(end).dim() != 3:
+def _head(facts: Facts, structure: Structure, loss: fx.Node) -> StageGraph | None:
+    """From the last attention to the loss on given rows; None if that is not per-token."""
+    last, end = structure.attentions[-1], structure.block_exit
+    if operation(last) == "softmax":
+        between = descendants(_square(facts, last)) & ancestors([loss])
+    elif end is not None:
+        between = (descendants([end]) & ancestors([loss])) - {end}
+    else:
         return None
-    between = (descendants([end]) & ancestors([loss])) - {end}
-    floating = {node for node in between if node in facts.stream}
-    if any(node not in facts.plans for node in floating):
+    carrying = {node for node in between if node in facts.stream}
+    if any(node not in facts.plans for node in carrying):
         return None
-    stage = ditch(graph, facts, carrying=floating, outputs=[("value", loss)], given=[end])
+    stage = ditch(loss.graph, facts, carrying=carrying, outputs=[("value", loss)])
     for node in stage.graph.nodes:
         if node.target is selected_cross_entropy:
             node.kwargs = {**node.kwargs, "reduction": "mean"}
     stage.graph.lint()
     return stage
+
+
+def _square(facts: Facts, attention: fx.Node) -> set[fx.Node]:
+    """An attention map and the values of tokens × tokens that it is made from, of its own layer."""
+    found: set[fx.Node] = set()
+    queue = [attention]
+    while queue:
+        node = queue.pop()
+        if node not in found and node in facts.stream and facts.square(node):
+            found.add(node)
+            queue.extend(node.all_input_nodes)
+    return found
 
 
 def _context(
@@ -220,27 +248,13 @@ def _context_of_softmax(
             f"the last attention map has the shape {tuple(map(str, shape))}; the context score "
             'reads [batch, heads, tokens, tokens]. Use score="random" or a callable.'
         )
-    square = {
-        node
-        for node in ancestors([attention])
-        if node in facts.stream
-        and sum(
-            facts.sizes.has_tokens(s)
-            for t in tensors_of(example(node))
-            for s in facts.sizes.shape(t)
-        )
-        > 1
-    }
-    stage = ditch(graph, facts, carrying=square, outputs=[("rows", attention)])
+    stage = ditch(graph, facts, carrying=_square(facts, attention), outputs=[("rows", attention)])
     module = stage.module("AttentionRows")
-    heads = 1
-    for size in example(attention).shape[-3:-2]:
-        heads *= _torch.size_hint(size)
-    item = example(attention).element_size()
+    entry = _map_bytes(attention)
 
     def column_sums(values: dict[fx.Node, Any], valid: Tensor, chunk_bytes: int) -> Tensor:
         batch, tokens = valid.shape
-        chunk = max(1, min(tokens, chunk_bytes // max(1, batch * heads * tokens * item * 2)))
+        chunk = max(1, min(tokens, chunk_bytes // max(1, 2 * batch * tokens * entry)))
         total: Tensor | None = None
         with torch.no_grad():
             for start in range(0, tokens, chunk):

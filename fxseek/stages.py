@@ -82,13 +82,15 @@ class ScorePlan:
     """The captured loss is a sum over tokens (the caller divides it), not their mean."""
     hidden: fx.Node | None = None
     block: StageGraph | None = None
-    """block input → (block exit or loss, values that the context part reads)."""
+    """block input → the cuts (or the loss), and values that the context part reads."""
     head: StageGraph | None = None
-    """block exit rows → loss, on chunks of tokens; None: the block graph ends in the loss."""
-    exit_node: fx.Node | None = None
-    exit_row: int = 1
+    """cuts → loss, on chunks of tokens; None: the block graph ends in the loss."""
+    cuts: tuple[fx.Node, ...] = ()
+    """Values that the head takes over from the block."""
     logit_bytes: int = 0
     """Bytes of one token's logits in one row of the batch."""
+    map_bytes: int = 0
+    """Bytes of one entry of a spelled-out attention map over its heads; 0 for fused attention."""
     context: Callable[[dict[fx.Node, Any], Tensor, int], Tensor] | None = None
     context_reads: tuple[fx.Node, ...] = ()
 
@@ -193,66 +195,76 @@ class Score(nn.Module):
                 self.block,
                 [hidden if i.node is plan.hidden else frozen(i.node) for i in plan.block.inputs],  # type: ignore[arg-type]
             )
-        end, reads = found[0], found[1:]
+        made = dict(zip(plan.block.outputs, found, strict=True))
+        del found
         context = None
         if plan.context is not None:
-            made = dict(zip(plan.block.outputs[1:], (r.detach() for r in reads), strict=True))
-            for node in plan.context_reads:
-                if node not in made:
-                    made[node] = read(node)
-            context = plan.context(made, valid, config.chunk_bytes)
-            del made
-        del reads, found
+            reads = {
+                node: made[node].detach() if node in made else read(node)
+                for node in plan.context_reads
+            }
+            context = plan.context(reads, valid, config.chunk_bytes)
+            del reads
         if self.head is None:
-            loss = end
+            (loss,) = (value for node, value in made.items() if node not in plan.context_reads)
             (slope,) = torch.autograd.grad(loss, hidden)
             full_loss = loss.detach()
             if plan.sums:
                 full_loss = full_loss / supervised.sum().clamp(min=1)
         else:
-            slope_at_exit, full_loss = self._head_in_chunks(read, end.detach(), supervised)
-            (slope,) = torch.autograd.grad(end, hidden, slope_at_exit)
+            cuts = {node: hidden if node is plan.hidden else made[node] for node in plan.cuts}
+            slopes, full_loss = self._head_in_chunks(read, cuts, supervised)
+            pairs = [
+                (y, dy) for y, dy in zip(cuts.values(), slopes, strict=True) if y.requires_grad
+            ]
+            (slope,) = torch.autograd.grad([y for y, _ in pairs], hidden, [dy for _, dy in pairs])
         if slope.dim() == 2:
             slope = slope.unflatten(0, valid.shape)
         return context, scoring.gradient_magnitude(slope, config.gradient_norm), full_loss
 
     def _head_in_chunks(
-        self, read: Callable[[fx.Node], Any], end: Tensor, supervised: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """∂ loss / ∂ block exit, with head and cross-entropy on chunks of tokens.
+        self,
+        read: Callable[[fx.Node], Any],
+        cuts: dict[fx.Node, Tensor],
+        supervised: Tensor,
+    ) -> tuple[list[Tensor], Tensor]:
+        """∂ loss / ∂ each cut, with what follows (head and cross-entropy) on chunks of tokens.
 
-        The logits of `chunk` tokens are alive at a time: `chunk_bytes` bounds them.
+        The logits of `chunk` tokens are alive at a time (and their rows of an attention map
+        that is spelled out): `chunk_bytes` bounds either.
         """
         plan = self.plan
         assert plan.head is not None and self.head is not None
         batch, tokens = supervised.shape
-        chunk = max(1, min(tokens, self.config.chunk_bytes // max(1, batch * plan.logit_bytes)))
+        row_bytes = max(1, plan.logit_bytes, plan.map_bytes * tokens)
+        chunk = max(1, min(tokens, self.config.chunk_bytes // (batch * row_bytes)))
         total = supervised.sum().clamp(min=1)
-        slope = torch.empty_like(end)
-        loss = torch.zeros(
-            (), device=end.device, dtype=torch.promote_types(end.dtype, torch.float32)
-        )
+        leaves = {node: value.detach().requires_grad_() for node, value in cuts.items()}
+        slopes = [torch.zeros_like(value) for value in leaves.values()]
+        loss = supervised.new_zeros((), dtype=torch.float64)
         for start in range(0, tokens, chunk):
             length = min(chunk, tokens - start)
-            rows = end.narrow(plan.exit_row, start, length).detach().requires_grad_()
-            kept = torch.arange(start, start + length, device=end.device).expand(batch, length)
+            kept = torch.arange(start, start + length, device=supervised.device)
             # the weights turn the chunk's own mean into its share of the mean over all tokens
             share = supervised[:, start : start + length].sum() / total
-            weights = share.to(loss.dtype).expand(batch, length)
-            arguments = {"rows": rows, "kept": kept, "weights": weights}
+            stage = {"kept": kept.expand(batch, length), "weights": share.expand(batch, length)}
             values = []
             for item in plan.head.inputs:
-                if item.node is None or item.kind == "rows":
-                    values.append(arguments[item.kind])
+                if item.node is None:
+                    values.append(stage[item.kind])
+                elif item.node in leaves:
+                    values.append(leaves[item.node])
                 else:
                     value = read(item.node)
                     values.append(value.detach() if isinstance(value, Tensor) else value)
             with torch.enable_grad():
                 (part,) = run_boxed(self.head, values)
-            (slope_rows,) = torch.autograd.grad(part, rows)
-            slope.narrow(plan.exit_row, start, length).copy_(slope_rows)
+            parts = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
+            for slope, found in zip(slopes, parts, strict=True):
+                if found is not None:
+                    slope += found
             loss += part.detach()
-        return slope, loss
+        return slopes, loss.to(torch.promote_types(slopes[0].dtype, torch.float32))
 
 
 def _extent(primary: Tensor, batch_dim: int | None, token_dim: int) -> tuple[int, int]:

@@ -313,6 +313,13 @@ class Facts:
             for size in self.sizes.shape(tensor)
         )
 
+    def square(self, node: fx.Node) -> bool:
+        """Whether the value has two token dimensions, as an attention map has."""
+        return any(
+            sum(self.sizes.has_tokens(size) for size in self.sizes.shape(tensor)) > 1
+            for tensor in tensors_of(example(node))
+        )
+
     def shared(self, node: fx.Node) -> bool:
         """Whether all rows of a batch share the value (position tables, relative biases).
 

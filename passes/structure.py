@@ -68,8 +68,7 @@ def _is_attention(node: fx.Node, facts: Facts) -> bool:
         return node in facts.plans
     if name != "softmax" or node not in facts.plans:
         return False
-    shape = facts.shape(node)
-    return sum(facts.sizes.has_tokens(size) for size in shape) > 1
+    return facts.square(node)
 
 
 def _cuts(

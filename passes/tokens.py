@@ -44,7 +44,7 @@ def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
         if node in facts.rows:  # settled while a product before it was tried
             continue
         _settle(node, facts)
-        if node in facts.plans and _two_token_dims(node, facts) and not _made_before(node, facts):
+        if node in facts.plans and facts.square(node) and not _made_before(node, facts):
             settled = _try_rows(nodes[index + 1 :], node, facts)
             if settled is not None:
                 for undone in settled:
@@ -153,19 +153,12 @@ def _computable(expression: sympy.Expr, sizes: Sizes) -> bool:
     )
 
 
-def _two_token_dims(node: fx.Node, facts: Facts) -> bool:
-    return any(
-        sum(facts.sizes.has_tokens(size) for size in facts.sizes.shape(tensor)) > 1
-        for tensor in tensors_of(example(node))
-    )
-
-
 def _made_before(node: fx.Node, facts: Facts) -> bool:
     """Whether an operand of the stream has two token dimensions, and its row is settled."""
     return any(
         operand in facts.stream
         and isinstance(facts.rows.get(operand), Rows)
-        and _two_token_dims(operand, facts)
+        and facts.square(operand)
         for operand in node.all_input_nodes
     )
 
@@ -189,7 +182,7 @@ def _try_rows(later: list[fx.Node], start: fx.Node, facts: Facts) -> list[fx.Nod
         plan = facts.plans.get(node)
         if plan is None or not _reads_rows(plan, region):
             return settled
-        if _two_token_dims(node, facts):
+        if facts.square(node):
             region.add(node)
     return None
 

@@ -203,6 +203,18 @@ def test_token_shaped_outputs(kind, model, inputs):
         torch.testing.assert_close(found, logits[rows, selected])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("trained", ["head", "blocks.1", "embed", "blocks.0.attention"])
+def test_frozen_parts(trained, attention, inputs):
+    torch.manual_seed(0)
+    model = TinyDecoder(TinyConfig(attention=attention)).double().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(trained)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    fxseek.compile(model, 0.3, score="tokenseek")
+    assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
 def test_the_callers_tensors_are_not_marked(model, inputs):
     fxseek.compile(model, 0.3)
     model(**inputs).loss.backward()
@@ -306,8 +318,8 @@ def test_a_model_that_torch_compiled(model):
     model.compile()
     with pytest.raises(fxseek.ConfigError, match=r"compiled by torch\.compile already"):
         fxseek.compile(model)
+    compiled: Any = torch.compile(TinyDecoder(GROUPED))
     with pytest.raises(fxseek.ConfigError, match=r"compiled by torch\.compile already"):
-        compiled: Any = torch.compile(TinyDecoder(GROUPED))
         fxseek.compile(compiled)
 
 

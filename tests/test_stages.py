@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import TinyConfig, TinyDecoder, batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,9 +79,8 @@ def test_scoring_never_makes_a_map_or_all_logits(score, attention):
     assert made
     logits = [shape for shape in made if VOCAB in shape and TOKENS in shape]
     assert not logits
-    if attention == "sdpa" or score == "context":  # eager attention makes its own map
-        maps = [shape for shape in made if shape.count(TOKENS) > 1 and HEADS in shape]
-        assert not maps
+    maps = [shape for shape in made if shape.count(TOKENS) > 1 and HEADS in shape]
+    assert not maps
     if score == "context":
         assert not any(VOCAB in shape for shape in made)
 
@@ -201,3 +201,49 @@ def test_the_weighted_loss_is_the_full_loss_on_average(score):
     error = losses.std() / len(losses) ** 0.5
     assert abs(losses.mean() - full) < 5 * error
     assert losses.std() > 0
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_causal", "sdpa_float", "eager"])
+@pytest.mark.parametrize("norm", ["rms", "post"])
+def test_scores_are_those_of_the_paper(attention, kv_heads, norm, monkeypatch):
+    """I1 and I2 against the eager model: its last attention map, and ∂L/∂z by autograd."""
+    torch.manual_seed(0)
+    config = TinyConfig(vocab=VOCAB, heads=3, kv_heads=kv_heads, attention=attention, norm=norm)
+    model = TinyDecoder(config).double().train()
+    inputs = batch(VOCAB, tokens=23, padding="none", labels="some")
+    inputs.pop("attention_mask", None)
+    seen: list[Tensor] = []
+    maps: list[Tensor] = []
+
+    def see(module: Any, args: tuple[Tensor, ...]) -> None:
+        args[0].retain_grad()
+        seen.append(args[0])
+
+    sdpa, softmax = F.scaled_dot_product_attention, F.softmax
+
+    def mapped(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        identity = torch.eye(key.shape[-2], dtype=key.dtype).expand(*key.shape[:-1], -1)
+        maps.append(sdpa(query, key, identity, **options).detach())
+        return sdpa(query, key, value, **options)
+
+    def kept(*args: Any, **options: Any) -> Tensor:
+        maps.append(softmax(*args, **options).detach())
+        return softmax(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", mapped)
+        patched.setattr(F, "softmax", kept)
+        hook = model.blocks[-1].register_forward_pre_hook(see)
+        loss = model(**inputs).loss
+        loss.backward()
+        hook.remove()
+    model.zero_grad()
+    fxseek.compile(model, 0.2, score="tokenseek", chunk_bytes=1 << 12)
+    model(**inputs)
+    report = fxseek.report(model)
+    assert seen[0].grad is not None
+    assert report.full_loss is not None
+    torch.testing.assert_close(report.full_loss, loss.detach())
+    torch.testing.assert_close(report.gradient, seen[0].grad.abs().sum(-1))
+    torch.testing.assert_close(report.context, maps[-1].mean(1).sum(1))
