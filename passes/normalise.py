@@ -112,7 +112,7 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
             dtype = args[2] if len(args) > 2 else kwargs.get("dtype")
         if dim is None:
             return None
-        return function, (args[0], dim), {} if dtype is None else {"dtype": dtype}
+        return function, (node.args[0], dim), {} if dtype is None else {"dtype": dtype}
     if node.op == "call_method":
         method = str(node.target)
         function = getattr(torch, method, None)
@@ -131,7 +131,8 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
 
 def _arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call's arguments by torch's own names, the first one in its place."""
-    args, kwargs = node.args, dict(node.kwargs)
+    args: tuple[Any, ...] = node.args
+    kwargs = dict(node.kwargs)
     if registry.operation(node) is None:
         return args, kwargs
     kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}

@@ -58,7 +58,8 @@ def _unshift(graph: fx.Graph, loss: fx.Node, sizes: Sizes) -> None:
         return
     if not _cuts(cut_logits, last=True) or not _cuts(cut_target, last=False):
         return
-    whole, labels = cut_logits.args[0], cut_target.args[0]
+    whole: Any = cut_logits.args[0]
+    labels: Any = cut_target.args[0]
     if sizes.shape(example(whole))[:2] != sizes.shape(example(labels)):
         return
     width = example(logits).shape[-1]
@@ -109,10 +110,10 @@ def _sliced(node: fx.Node, rank: int) -> tuple[fx.Node | None, list[torch.dtype]
 
 def _cuts(node: fx.Node, *, last: bool) -> bool:
     """Whether a slice drops the last (or the first) entry of dimension 1, and nothing else."""
-    source = node.args[0]
+    source: Any = node.args[0]
     if not is_tensor(source):
         return False
-    before, after = example(source), example(node)  # type: ignore[arg-type]
+    before, after = example(source), example(node)
     if before.dim() != after.dim():
         return False
     index: Any = node.args[1]

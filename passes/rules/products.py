@@ -166,7 +166,7 @@ def einsum(call: Call) -> Plan | None:
         return None
     inputs, output = formula.replace(" ", "").split("->")
     terms = inputs.split(",")
-    nodes = [node for node in operands if is_tensor(node)]
+    nodes: list[Any] = [node for node in operands if is_tensor(node)]
     if len(terms) != len(operands) or len(nodes) != len(operands):
         return None
     readings: set[tuple[str, str | None]] = set()

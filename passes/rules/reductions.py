@@ -7,6 +7,8 @@ all dimensions, an operation takes the general path.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import fx
@@ -83,7 +85,8 @@ def _over_features(call: Call, dims: tuple[int, ...] | None, keepdim: bool) -> P
 )
 def reduce(call: Call) -> Plan | None:
     """Reductions with a ``dim`` argument."""
-    rank = len(call.shape(call.node.args[0])) if is_tensor(call.node.args[0]) else 0
+    source: Any = call.node.args[0]
+    rank = len(call.shape(source)) if is_tensor(source) else 0
     dims = _dims(call.arg(1, "dim"), rank) if rank else None
     if call.node.kwargs.get("out") is not None:
         return None

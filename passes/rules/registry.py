@@ -243,7 +243,8 @@ ALIASES: dict[str, tuple[Any, ...]] = {
     "type_as": (),
 }
 
-_SPACES: tuple[Any, ...] = (F, torch, F.linear.__self__, torch.special, torch.Tensor)
+_NN: Any = vars(torch._C)["_nn"]  # where F.linear, F.gelu and others live
+_SPACES: tuple[Any, ...] = (F, torch, _NN, torch.special, torch.Tensor)
 
 
 def _register_names(name: str) -> None:
