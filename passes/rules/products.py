@@ -7,6 +7,8 @@ keys and values enter attention. A contraction over the token row is never per-t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import fx
