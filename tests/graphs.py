@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.node import map_arg
 
 from fxseek import _torch
@@ -17,6 +18,7 @@ from fxseek.passes.facts import Facts, Rows, example, find_sizes, is_tensor, nee
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.normalise import normalise
 from fxseek.passes.tokens import find_tokens
+
 
 @dataclass
 class Captured:
@@ -75,7 +77,7 @@ def capture(
     with _torch.capture_settings():
         try:
             compiled(*tensors)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except BackendCompilerFailed as error:
             raise error.inner_exception from None
     made[0].compiled = compiled
     return made[0]
@@ -260,7 +262,9 @@ def gradients(result: Tensor, inputs: Sequence[Any], cotangent: Tensor) -> list[
     if not result.requires_grad:
         return [None for _ in leaves]
     return list(
-        torch.autograd.grad((result * cotangent).sum(), leaves, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(
+            (result * cotangent).sum(), leaves, retain_graph=True, allow_unused=True
+        )
     )
 
 
@@ -288,12 +292,12 @@ __all__ = [
     "carrying_nodes",
     "dims_of",
     "dynamic_dims",
+    "elements_of",
     "evaluate",
     "example",
-    "elements_of",
     "gradients",
-    "node_mask",
     "is_tensor",
+    "node_mask",
     "replay",
     "run_stage",
     "selections",

@@ -21,9 +21,9 @@ from graphs import (
     capture,
     dims_of,
     dynamic_dims,
+    elements_of,
     evaluate,
     example,
-    elements_of,
     gradients,
     is_tensor,
     node_mask,
@@ -75,16 +75,13 @@ def captured_call(
 ) -> Captured:
     """The graph of a call whose first argument has the name of a model's token input."""
 
-    if specs[0].startswith("int:"):
+    def of_ids(input_ids: Tensor, *others: Tensor) -> Any:
+        return function(input_ids, *others)
 
-        def call(input_ids: Tensor, *others: Tensor) -> Any:
-            return function(input_ids, *others)
+    def of_embeddings(inputs_embeds: Tensor, *others: Tensor) -> Any:
+        return function(inputs_embeds, *others)
 
-    else:
-
-        def call(inputs_embeds: Tensor, *others: Tensor) -> Any:
-            return function(inputs_embeds, *others)
-
+    call = of_ids if specs[0].startswith("int:") else of_embeddings
     inputs = tensors_for(specs, batch, tokens, all_grad=batch > 1)
     return capture(call, inputs, dynamic_dims(specs, batch), dims_of(specs[0]).index("t"))
 
@@ -274,9 +271,7 @@ MIXING: dict[str, Callable[..., Any]] = {
     "linear over tokens": lambda x: F.linear(x.transpose(1, 2), x.new_ones(2, x.shape[1])),
     "einsum(btc,btd->bcd)": lambda x: torch.einsum("btc,btd->bcd", x, x),
     "einsum(btc->bc)": lambda x: torch.einsum("btc->bc", x),
-    "addbmm": lambda x: torch.addbmm(
-        x.new_zeros(x.shape[1], 5), x, x.new_ones(x.shape[0], 5, 5)
-    ),
+    "addbmm": lambda x: torch.addbmm(x.new_zeros(x.shape[1], 5), x, x.new_ones(x.shape[0], 5, 5)),
     "conv1d": lambda x: F.conv1d(x.transpose(1, 2), x.new_ones(5, 5, 3), padding=1),
     "sdpa over features": lambda x: F.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3),
     # lookups in a table made of the tokens
@@ -326,15 +321,11 @@ MIXING_BATCH: dict[str, Callable[..., Any]] = {
     "packed layer_norm": lambda x: F.layer_norm(x.view(-1, 5), (x.shape[0] * x.shape[1], 5)),
     "tokens first, softmax(0)": lambda x: x.transpose(0, 1).softmax(0),
     "tokens first, mean(1)": lambda x: x.transpose(0, 1).mean(1),
-    "tokens first, layer_norm": lambda x: F.layer_norm(
-        x.transpose(0, 1), (x.shape[0], 5)
-    ),
+    "tokens first, layer_norm": lambda x: F.layer_norm(x.transpose(0, 1), (x.shape[0], 5)),
 }
 
 
-def assert_exact(
-    captured: Captured, node: fx.Node, batch: int, *, packed: bool = True
-) -> None:
+def assert_exact(captured: Captured, node: fx.Node, batch: int, *, packed: bool = True) -> None:
     """Replayed on selected tokens: the node's value, and gradients with every result masked."""
     size, tokens = APART[batch]
     inputs = [x for x in captured.inputs if isinstance(x, Tensor)]
@@ -521,9 +512,7 @@ SPELLED: dict[str, tuple[Callable[..., Any], ...]] = {
         lambda x, y, p, w, m, i: torch.broadcast_to(x[:, :, None], (*x.shape[:2], 2, 5)),
         lambda x, y, p, w, m, i: x.broadcast_to((2, *x.shape)),
     ),
-    "expand_as": (
-        lambda x, y, p, w, m, i: x[:, :, :1].expand_as(y),
-    ),
+    "expand_as": (lambda x, y, p, w, m, i: x[:, :, :1].expand_as(y),),
     "repeat": (
         lambda x, y, p, w, m, i: x.repeat(1, 1, 2),
         lambda x, y, p, w, m, i: x.repeat((2, 1, 1, 2)),
@@ -601,8 +590,8 @@ ODD: dict[str, Callable[..., Any]] = {
     "diagonal": lambda x, y, p, w, m, i: (x @ y.mT).diagonal(dim1=1, dim2=2),
     "lower triangle @ x": lambda x, y, p, w, m, i: x.new_ones(x.shape[1], x.shape[1]).tril() @ x,
     "relative bias": lambda x, y, p, w, m, i: (
-        (x @ y.mT) + (p @ p.mT).unsqueeze(0)
-    ).softmax(-1) @ x,
+        ((x @ y.mT) + (p @ p.mT).unsqueeze(0)).softmax(-1) @ x
+    ),
     "square of the map": lambda x, y, p, w, m, i: ((x @ y.mT) @ (x @ y.mT)).tanh() @ x,
     # tokens first
     "first: linear": lambda x, y, p, w, m, i: F.linear(x.transpose(0, 1), w.T),
@@ -616,17 +605,15 @@ ODD: dict[str, Callable[..., Any]] = {
         x.transpose(0, 1) @ p[:, :, None].expand(-1, -1, 4)
     ),
     "first: shared weights": lambda x, y, p, w, m, i: x.transpose(0, 1) @ w,
-    "first: attention per position": lambda x, y, p, w, m, i: (
-        F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3)
+    "first: attention per position": lambda x, y, p, w, m, i: F.scaled_dot_product_attention(
+        *[x.transpose(0, 1)] * 3
     ),
     "first: product per position": lambda x, y, p, w, m, i: (
         x.transpose(0, 1) @ y.transpose(0, 1).mT
     ),
     "features first": lambda x, y, p, w, m, i: x.permute(2, 1, 0) * p.T[:, :, None],
     "features first, softmax": lambda x, y, p, w, m, i: x.permute(2, 1, 0).softmax(0),
-    "features first, bmm": lambda x, y, p, w, m, i: (
-        x.permute(2, 1, 0) @ y.permute(2, 0, 1)
-    ),
+    "features first, bmm": lambda x, y, p, w, m, i: x.permute(2, 1, 0) @ y.permute(2, 0, 1),
     "weights per position": lambda x, y, p, w, m, i: x[:, :, None] @ p[:, :, None],
     "product per token": lambda x, y, p, w, m, i: x[:, :, None] @ y[..., None],
     "product of heads": lambda x, y, p, w, m, i: x[:, None] @ y[:, None].mT @ x[:, None],
@@ -664,9 +651,7 @@ ODD: dict[str, Callable[..., Any]] = {
     "reversed": lambda x, y, p, w, m, i: x[:, torch.arange(x.shape[1]).flip(0)] * y,
     "scrambled": lambda x, y, p, w, m, i: x.mT.reshape(x.shape) * y,
     "strided": lambda x, y, p, w, m, i: x.cumsum(1)[:, : x.shape[1]].exp(),
-    "windows": lambda x, y, p, w, m, i: (
-        F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).mean(-1) * y
-    ),
+    "windows": lambda x, y, p, w, m, i: F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).mean(-1) * y,
     "max over tokens": lambda x, y, p, w, m, i: x * x.max(1, keepdim=True)[0],
     "chosen by index": lambda x, y, p, w, m, i: x.gather(1, i.clamp(max=1)) * y,
     "added by index": lambda x, y, p, w, m, i: x.scatter_add(1, i, y),
@@ -727,8 +712,11 @@ def assert_chains_exact(seed: int, batch: int, steps: int = 40) -> None:
     try:
         captured = captured_call(call, specs, size, tokens)
     except GraphError as error:  # Dynamo compared a length with a number
-        assert "was captured as the constant" in str(error)
+        if "was captured as the constant" not in str(error):
+            raise
         return
+    if any(not polynomial(captured, node) for node in captured.results):
+        return  # Dynamo could not simplify the sizes of a reshape
     leaves = [x for x in captured.inputs if isinstance(x, Tensor)]
     inputs = tensors_for(specs, size, tokens, all_grad=batch > 1)
     values = evaluate(captured.graph, captured.inputs)
@@ -754,6 +742,12 @@ def assert_chains_exact(seed: int, batch: int, steps: int = 40) -> None:
             failed.append(f"{type(error).__name__} {str(error)[:300]}\n{chains.story(index)}")
             break
     assert not failed, "\n".join(failed)
+
+
+def polynomial(captured: Captured, node: fx.Node) -> bool:
+    """Whether all sizes are sums and products of lengths."""
+    sizes = captured.facts.shape(node)
+    return all(size.is_polynomial(*size.free_symbols) for size in sizes if size.free_symbols)
 
 
 def _same_input(tensor: Tensor, leaves: list[Tensor]) -> Tensor | None:
