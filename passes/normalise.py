@@ -90,6 +90,7 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
     args, kwargs = _arguments(node)
     if not args:
         return None
+    source: Any = args[0]
     value = example(node)
     if node.op == "call_method" and is_tensor(args[0]):
         method = str(node.target)
@@ -112,7 +113,7 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
             dtype = args[2] if len(args) > 2 else kwargs.get("dtype")
         if dim is None:
             return None
-        return function, (node.args[0], dim), {} if dtype is None else {"dtype": dtype}
+        return function, (source, dim), {} if dtype is None else {"dtype": dtype}
     if node.op == "call_method":
         method = str(node.target)
         function = getattr(torch, method, None)

@@ -36,7 +36,7 @@ from torch import Tensor, fx
 
 from fxseek.errors import GraphError
 from fxseek.passes.facts import Rows
-from fxseek.passes.rules import RULES, Call, Rule, Sample, find_rule, operation
+from fxseek.passes.rules import RULES, Call, Rule, find_rule, operation
 
 # Captured where every size is the same, then fed sizes that differ: only symbols tell them apart.
 SIZES = {1: [(1, 11)], 5: [(5, 5), (3, 11)]}
@@ -46,14 +46,6 @@ APART = {1: (1, 11), 3: (3, 11)}
 def rules() -> list[Rule]:
     """One record of each rule (a rule is registered under each of its names)."""
     return list({rule.function: rule for rule in RULES.values()}.values())
-
-
-CASES = [
-    pytest.param(rule, sample, batch, id=f"{rule.function.__name__}-{index}-{batch}")
-    for rule in rules()
-    for index, sample in enumerate(rule.samples)
-    for batch in SIZES
-]
 
 
 def tensors_for(
@@ -154,25 +146,30 @@ def example_rows(captured: Captured) -> int:
     raise AssertionError("no token input")
 
 
-@pytest.mark.parametrize(("rule", "sample", "batch"), CASES)
-def test_law(rule: Rule, sample: Sample, batch: int):
-    captured = captured_call(sample.function, sample.shapes, *SIZES[batch][0])
-    nodes = [
-        node
-        for node in captured.graph.nodes
-        if (found := find_rule(node)) is not None and found.function is rule.function
-    ]
-    assert nodes, f"the sample calls no operation of its rule {rule.function.__name__}"
-    for node in nodes:
-        if operation(node) == "getitem" and not is_tensor(node.args[0]):
-            continue
-        assert planned(captured, node), (
-            f"{node.format_node()} takes the general path: "
-            f"{captured.facts.general.get(node, 'not in the stream')}"
-        )
-        pieces = [node] if is_tensor(node) else list(node.users)
-        for piece in pieces:
-            assert_law(captured, piece, sample.shapes, batch)
+@pytest.mark.parametrize("batch", SIZES, ids=["one", "many"])
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule.function.__name__)
+def test_law(rule: Rule, batch: int):
+    called: set[str | None] = set()
+    for sample in rule.samples:
+        captured = captured_call(sample.function, sample.shapes, *SIZES[batch][0])
+        nodes = [
+            node
+            for node in captured.graph.nodes
+            if (found := find_rule(node)) is not None and found.function is rule.function
+        ]
+        for node in nodes:
+            if operation(node) == "getitem" and not is_tensor(node.args[0]):
+                continue
+            called.add(operation(node))
+            assert planned(captured, node), (
+                f"{node.format_node()} takes the general path: "
+                f"{captured.facts.general.get(node, 'not in the stream')}"
+            )
+            pieces = [node] if is_tensor(node) else list(node.users)
+            for piece in pieces:
+                assert_law(captured, piece, sample.shapes, batch)
+    names = {name for name, other in RULES.items() if other.function is rule.function}
+    assert called == names, f"no sample calls {sorted(names - called)}"
 
 
 # ---- calls that mix tokens ---------------------------------------------------------------------

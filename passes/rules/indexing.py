@@ -41,7 +41,6 @@ def embedding(call: Call) -> Plan | None:
 
 @rule(
     "gather",
-    "take_along_dim",
     family="per-token",
     reason="picks features of each token by that token's indices",
     samples=(
@@ -51,8 +50,6 @@ def embedding(call: Call) -> Plan | None:
 )
 def gather(call: Call) -> Plan | None:
     """``x.gather(dim, index)`` along a feature dimension."""
-    if getattr(call.target, "__name__", "") != "gather":
-        return None
     x, dim, index = call.arg(0, "input"), call.arg(1, "dim"), call.arg(2, "index")
     rows = call.rows(x)
     if rows is None or not isinstance(dim, int):

@@ -89,6 +89,8 @@ def reshape(call: Call) -> Plan | None:
         Sample(lambda x: x.permute(2, 0, 1), ("b t 5",)),
         Sample(lambda x: x.movedim(1, 2), ("b t 3 5",)),
         Sample(lambda x: x.transpose(-1, -2), ("b t 5",)),
+        Sample(lambda x: x.reshape(-1, 5).t()),
+        Sample(lambda x: x.transpose(0, 1)),
     ),
 )
 def permute(call: Call) -> Plan | None:
@@ -119,6 +121,8 @@ def permute(call: Call) -> Plan | None:
     samples=(
         Sample(lambda x: x.unsqueeze(2).expand(-1, -1, 3, -1)),
         Sample(lambda x: x.unsqueeze(0).expand(2, *x.shape)),
+        Sample(lambda x: torch.broadcast_to(x.unsqueeze(0), (2, *x.shape))),
+        Sample(lambda x, y: x[..., :1].expand_as(y), ("b t 5", "b t 5")),
     ),
 )
 def expand(call: Call) -> Plan | None:
@@ -144,6 +148,8 @@ def expand(call: Call) -> Plan | None:
     samples=(
         Sample(lambda x: x.repeat_interleave(3, dim=2)),
         Sample(lambda x: x.repeat(1, 1, 2)),
+        Sample(lambda x: x.tile((2,))),
+        Sample(lambda x: x.repeat(2, 1, 1, 1)),
     ),
 )
 def repeat(call: Call) -> Plan | None:
@@ -165,7 +171,6 @@ def repeat(call: Call) -> Plan | None:
 @rule(
     "cat",
     "stack",
-    "hstack",
     family="per-token",
     layout=True,
     reason="joins along a feature dimension, token by token",
@@ -182,8 +187,6 @@ def join(call: Call) -> Plan | None:
     if not isinstance(parts, (list, tuple)) or not all(is_tensor(part) for part in parts):
         return None
     name = getattr(call.target, "__name__", "")
-    if name == "hstack":
-        return None
     rank = len(call.out)
     dim = call.arg(1, "dim", 0)
     if not isinstance(dim, int):
@@ -234,6 +237,8 @@ def join(call: Call) -> Plan | None:
         Sample(lambda x: x.split((2, 4), -1)[1], ("b t 6",)),
         Sample(lambda x: x.unbind(2)[1], ("b t 3 5",)),
         Sample(lambda x: x.unbind(1)[1], ("b 3 t 5",)),
+        Sample(lambda x: x.tensor_split(2, -1)[0]),
+        Sample(lambda x: x.split_with_sizes((2, 3), -1)[1]),
     ),
 )
 def cut(call: Call) -> Plan | None:
@@ -285,6 +290,8 @@ def cut(call: Call) -> Plan | None:
         Sample(lambda x: x[:, 0:, ::2]),
         Sample(lambda x: x[:, 1], ("b 3 t 5",)),
         Sample(lambda x: x.narrow(-1, 1, 2)),
+        Sample(lambda x: x.select(-1, 1)),
+        Sample(lambda x: x.select(1, 0), ("b 3 t 5",)),
     ),
 )
 def getitem(call: Call) -> Plan | None:

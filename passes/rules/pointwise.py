@@ -107,22 +107,25 @@ _UNARY = [
     "bitwise_not",
 ]
 
-_SAMPLES_UNARY = tuple(
-    Sample(lambda x, name=name: _call(name, x))
-    for name in ("exp", "gelu", "silu", "sqrt", "tanh", "softplus", "neg", "relu")
-)
+_PARAMETERS: dict[str, tuple[float, ...]] = {"threshold": (0.5, 0.1)}
+_OF_INTEGERS = ("bitwise_not",)
 
 
-def _call(name: str, x: torch.Tensor) -> torch.Tensor:
-    function = getattr(F, name, None) or getattr(torch, name)
-    return function(x)
+def _unary_calls(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Every unary function, one result each; `x` lies between 0 and 1."""
+    results: list[torch.Tensor] = []
+    for name in _UNARY:
+        function = getattr(F, name, None) or getattr(torch, name)
+        operand = (x * 9).long() if name in _OF_INTEGERS else x + 1 if name == "acosh" else x
+        results.append(function(operand, *_PARAMETERS.get(name, ())))
+    return tuple(results)
 
 
 @rule(
     *_UNARY,
     family="per-token",
     reason="one element in, one element out",
-    samples=_SAMPLES_UNARY,
+    samples=(Sample(_unary_calls), Sample(_unary_calls, ("b 2 t 5",))),
 )
 def unary(call: Call) -> Plan | None:
     """Unary functions, with whatever scalar parameters they take."""
@@ -168,6 +171,33 @@ _BINARY = [
 ]
 
 
+_SCALED = ("addcmul", "addcdiv", "lerp")
+_OF_BITS = ("bitwise_and", "bitwise_or", "bitwise_xor")
+
+
+def _binary_calls(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Every function of two operands or more, one result each; `x` lies between 0 and 1."""
+    results: list[torch.Tensor] = []
+    bits, other = (x * 9).long(), (y * 9).long()
+    for name in _BINARY:
+        function = getattr(torch, name)
+        if name == "where":
+            results.append(torch.where(y > 0, x, y))
+        elif name == "masked_fill":
+            results.append(x.masked_fill(y > 0, 2.0))
+        elif name == "clamp":
+            results.append(torch.clamp(x, y, y + 0.1))
+        elif name == "floor_divide":  # has no derivative
+            results.append(function(x.detach(), y.detach()))
+        elif name in _OF_BITS:
+            results.append(function(bits, other))
+        elif name in _SCALED:
+            results.append(function(x, y + 9, x * y + 9))
+        else:
+            results.append(function(x, y))
+    return tuple(results)
+
+
 @rule(
     *_BINARY,
     family="per-token",
@@ -186,6 +216,8 @@ _BINARY = [
         Sample(lambda x: x.clamp(-1, 1), ("b t 5",)),
         Sample(lambda x, y: x.masked_fill(y > 0, 2.0), ("b t 5", "b t 1")),
         Sample(lambda x: x.clamp(min=0.1) ** 2, ("b t 5",)),
+        Sample(_binary_calls, ("b t 5", "b t 1")),
+        Sample(_binary_calls, ("b t 5", "t 5")),
     ),
 )
 def binary(call: Call) -> Plan | None:
@@ -222,19 +254,17 @@ def convert(call: Call) -> Plan | None:
 
 @rule(
     "dropout",
-    "dropout1d",
     "alpha_dropout",
-    "feature_alpha_dropout",
     "bernoulli",
     family="random",
     reason="each element is kept or dropped by itself; prefill and learn draw separately",
     samples=(
         Sample(lambda x: F.dropout(x, 0.0, True)),
         Sample(lambda x: F.dropout(x, 0.3, False)),
+        Sample(lambda x: F.alpha_dropout(x, 0.3, False)),
+        Sample(lambda x: torch.bernoulli((x > 0.5).double())),
     ),
 )
 def random(call: Call) -> Plan | None:
-    """Random masks drawn per element."""
-    if call.node.target is F.dropout1d:  # drops whole channels
-        return None
+    """Random masks drawn per element (those that drop whole channels have no rule)."""
     return pointwise_plan(call)

@@ -55,6 +55,9 @@ def linear(call: Call) -> Plan | None:
         Sample(lambda x, w: x @ w, ("b 2 t 5", "5 3")),
         Sample(torch.matmul, ("b 2 t 5", "b 2 5 3")),
         Sample(torch.bmm, ("b t 5", "b 5 3")),
+        Sample(lambda x, w: x.reshape(-1, 5).mv(w), ("b t 5", "5")),
+        Sample(lambda x, w: x.transpose(0, 1) @ w, ("b t 5", "5 3")),
+        Sample(lambda x, y: x.unsqueeze(2) @ y.unsqueeze(3), ("b t 5", "b t 5")),
     ),
 )
 def matmul(call: Call) -> Plan | None:
@@ -68,7 +71,6 @@ def matmul(call: Call) -> Plan | None:
 @rule(
     "addmm",
     "baddbmm",
-    "addbmm",
     family="per-token",
     reason="as a matrix product, plus a broadcast addend",
     samples=(
@@ -82,8 +84,6 @@ def matmul(call: Call) -> Plan | None:
 )
 def addmm(call: Call) -> Plan | None:
     """``beta · addend + alpha · left @ right``."""
-    if getattr(call.target, "__name__", "") == "addbmm":
-        return None  # sums over the batch
     addend = call.arg(0, "input")
     left = call.arg(1, "batch1", call.arg(1, "mat1"))
     right = call.arg(2, "batch2", call.arg(2, "mat2"))

@@ -81,6 +81,8 @@ def _over_features(call: Call, dims: tuple[int, ...] | None, keepdim: bool) -> P
         Sample(lambda x: x.amax((1, 3)), ("b 2 t 5",)),
         Sample(lambda x: x.var(-1, keepdim=True)),
         Sample(lambda x: torch.logsumexp(x, -1)),
+        Sample(lambda x: (x.prod(-1), x.amin(2, True), x.std(-1), x.nansum([2]))),
+        Sample(lambda x: ((x > 0.5).any(-1), (x > 0.5).all(2), x.argmax(-1), x.argmin(2))),
     ),
 )
 def reduce(call: Call) -> Plan | None:
@@ -121,6 +123,8 @@ def reduce(call: Call) -> Plan | None:
         Sample(lambda x: x.flip(-1)),
         Sample(lambda x: x.topk(2, dim=-1)[0]),
         Sample(lambda x: F.glu(x, -1), ("b t 6",)),
+        Sample(lambda x: (x.cumprod(2), x.sort(-1)[0], x.argsort(-1), F.normalize(x, dim=-1))),
+        Sample(lambda x: x.flip(1, 3), ("b 3 t 5",)),
     ),
 )
 def along(call: Call) -> Plan | None:

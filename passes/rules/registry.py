@@ -187,7 +187,8 @@ class Sample:
 
     `function` takes one float64 tensor per entry of `shapes`, spelled like ``"b t 5"``:
     ``b`` the batch, ``t`` the tokens, numbers ordinary sizes; ``int:b t`` makes indices. The
-    first tensor is the one whose tokens are perturbed. Distinct primes keep swapped axes from
+    first tensor is the one whose tokens are perturbed; it lies between 0 and 1. Each name that a
+    rule is registered for must be called by a sample. Distinct primes keep swapped axes from
     agreeing by luck.
     """
 
