@@ -23,7 +23,6 @@ from graphs import (
     dynamic_dims,
     elements_of,
     evaluate,
-    example,
     gradients,
     is_tensor,
     node_mask,
@@ -35,7 +34,7 @@ from graphs import (
 from torch import Tensor, fx
 
 from fxseek.errors import GraphError
-from fxseek.passes.facts import Rows
+from fxseek.passes.facts import Rows, descendants
 from fxseek.passes.rules import RULES, Call, Rule, find_rule, operation
 
 # Captured where every size is the same, then fed sizes that differ: only symbols tell them apart.
@@ -121,8 +120,9 @@ def assert_moves_own_row(
 ) -> None:
     """Another value of one token of the first input moves that token's row alone."""
     first = inputs[0]
-    size, token_dim = first.shape[0], example_rows(captured)
-    tokens = first.shape[token_dim]
+    sizes = captured.facts.shape(token_input(captured))
+    token_dim = sizes.index(captured.facts.sizes.tokens)
+    size, tokens = first.shape[0], first.shape[token_dim]
     for index in {0, size - 1}:
         at = (index * 7 + 2) % tokens
         moved = first.detach().clone()
@@ -137,13 +137,10 @@ def assert_moves_own_row(
         assert not (moves & ~own).any(), f"{node.format_node()} mixes tokens"
 
 
-def example_rows(captured: Captured) -> int:
-    """The token dimension of the first tensor input."""
-    sizes = captured.facts.sizes
-    for node in captured.graph.nodes:
-        if node.op == "placeholder" and str(node.target) in ("L_inputs_embeds_", "L_input_ids_"):
-            return sizes.shape(example(node)).index(sizes.tokens)
-    raise AssertionError("no token input")
+def token_input(captured: Captured) -> fx.Node:
+    """The placeholder of the first tensor."""
+    names = ("L_inputs_embeds_", "L_input_ids_")
+    return next(node for node in captured.graph.nodes if str(node.target) in names)
 
 
 @pytest.mark.parametrize("batch", SIZES, ids=["one", "many"])
@@ -157,7 +154,8 @@ def test_law(rule: Rule, batch: int):
             for node in captured.graph.nodes
             if (found := find_rule(node)) is not None and found.function is rule.function
         ]
-        for node in nodes:
+        reached = descendants([token_input(captured)])
+        for node in reached.intersection(nodes):
             if operation(node) == "getitem" and not is_tensor(node.args[0]):
                 continue
             called.add(operation(node))
