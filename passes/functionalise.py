@@ -18,6 +18,7 @@ write through an alias would be lost. Writes whose aliases are read later are re
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,12 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.imatmul: operator.matmul,
 }
 
+_BOOLEAN = (
+    *("eq", "ne", "lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"),
+    *("not_equal", "logical_and", "logical_or", "logical_xor", "logical_not"),
+)
+"""Their results are boolean; in place they are of the written tensor's type."""
+
 _BUFFER_WRITERS = ("batch_norm", "instance_norm")
 
 
@@ -59,8 +66,26 @@ def copied(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return source.to(x.dtype).expand(x.shape).clone()
 
 
+def filled(x: torch.Tensor, value: Any) -> torch.Tensor:
+    """What ``x.fill_(value)`` leaves in `x`, as a new tensor; `value` a number or one element."""
+    if isinstance(value, torch.Tensor):
+        return copied(x, value)
+    return torch.full_like(x, value)
+
+
 def _refuse(node: fx.Node, what: str, remedy: str) -> GraphError:
     return GraphError(f"{what}, at {where(node)} ({node.format_node()}). {remedy}")
+
+
+def _refuse_input(node: fx.Node, written: fx.Node) -> GraphError:
+    path = _torch.source_path(written) or written.name
+    remedy = "Write to a copy of it."
+    if "_buffers[" in path:
+        remedy = (
+            "A layer that updates a buffer in training (the running statistics of a batch norm, a "
+            "counter) must be in eval mode."
+        )
+    return _refuse(node, f"the graph writes to {path}", remedy)
 
 
 def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
@@ -74,13 +99,9 @@ def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
         name = getattr(node.target, "__name__", "")
         if kwargs.get("out") is not None:
             raise _refuse(node, "an operation writes to out=", "Use its result instead.")
-        if kwargs.get("inplace") is True:
-            kwargs["inplace"] = False
-            return args[0], node.target, args, kwargs  # type: ignore[return-value]
-        if name in ("relu", "silu", "gelu", "dropout", "leaky_relu", "elu", "hardtanh") and (
-            args and args[-1] is True and len(args) > (3 if name == "dropout" else 1)
-        ):
-            return args[0], node.target, (*args[:-1], False), kwargs  # type: ignore[return-value]
+        flagged = _without_flag(node)
+        if flagged is not None:
+            return flagged
         if (
             name in _BUFFER_WRITERS
             and len(args) > 1
@@ -97,6 +118,10 @@ def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
             raise _refuse(
                 node, f"the operation {schema.name} writes to its arguments", "Use a pure one."
             )
+        if name.startswith("_foreach_") and name.endswith("_"):
+            raise _refuse(
+                node, f"torch.{name} writes to a list of tensors", "Use a pure operation."
+            )
         if (
             getattr(node.target, "__module__", "") != "_operator"
             and name.endswith("_")
@@ -105,7 +130,7 @@ def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
             and args
             and is_tensor(args[0])
         ):
-            return _method(node, name)
+            return _method(node, name, getattr(torch, name[:-1], None))
     if node.op == "call_method":
         name = str(node.target)
         if name.endswith("_") and not name.endswith("__"):
@@ -115,8 +140,43 @@ def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
     return None
 
 
+def _without_flag(
+    node: fx.Node,
+) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
+    """A call with ``inplace=True`` without it, wherever the flag was given; else None."""
+    assert callable(node.target)
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # torch's own functions have no such flag
+        return None
+    if bound.arguments.get("inplace") is not True or not node.args:
+        return None
+    bound.arguments["inplace"] = False
+    written = node.args[0]
+    assert isinstance(written, fx.Node)
+    return written, node.target, bound.args, bound.kwargs
+
+
+_OF_SHAPE = (
+    "as_strided_",
+    "detach_",
+    "rename_",
+    "requires_grad_",
+    "resize_",
+    "resize_as_",
+    "set_",
+    "squeeze_",
+    "swapaxes_",
+    "swapdims_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+)
+"""They change what a tensor is, not only what it holds: the recorded examples are changed too."""
+
+
 def _method(
-    node: fx.Node, name: str
+    node: fx.Node, name: str, pure: Callable[..., Any] | None = None
 ) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
     target = node.args[0]
     assert isinstance(target, fx.Node)
@@ -125,9 +185,9 @@ def _method(
     if name == "zero_":
         return target, torch.zeros_like, (target,), {}
     if name == "fill_":
-        return target, torch.full_like, node.args, {}
-    pure = getattr(torch.Tensor, name[:-1], None)
-    if pure is None or name in ("requires_grad_", "detach_", "set_", "resize_"):
+        return target, filled, node.args, {}
+    pure = getattr(torch.Tensor, name[:-1], pure)
+    if pure is None or name in _OF_SHAPE:
         raise _refuse(node, f"Tensor.{name} changes a tensor in place", "Use a pure operation.")
     return target, pure, node.args, dict(node.kwargs)
 
@@ -160,10 +220,9 @@ def functionalise(graph: fx.Graph) -> fx.Graph:
             new_of[node] = copy.node_copy(node, latest)
             continue
         written, target, args, kwargs = write
-        root = written
-        if root.op == "placeholder":
-            name = _torch.source_path(root) or root.name
-            raise _refuse(node, f"the graph writes to {name}", "Write to a copy of it.")
+        for alias in views[_torch.storage_key(example(written))]:
+            if alias.op == "placeholder":
+                raise _refuse_input(node, alias)
         stale = _stale_alias(node, written, views, order)
         if stale is not None:
             raise _refuse(
@@ -180,7 +239,8 @@ def functionalise(graph: fx.Graph) -> fx.Graph:
         )
         fresh.meta = {**node.meta, "example_value": example(written)}
         before, operands = example(written), [t for a in args[1:] for t in _tensors(a)]
-        if any(t.dtype != before.dtype for t in operands) and target is not set_item:
+        other = any(t.dtype != before.dtype for t in operands) and target is not set_item
+        if other or getattr(target, "__name__", "") in _BOOLEAN:
             fresh = copy.call_function(torch.Tensor.to, (fresh, before.dtype))
             fresh.meta = {**node.meta, "example_value": before}
         if any(t.requires_grad for t in operands) and not before.requires_grad:
@@ -237,9 +297,9 @@ def _stale_alias(
                 and written.args == (alias, user.args[1])
             )
             if puts_back:
-                return None
+                break  # what is read from here on is the written base
             return alias
     return None
 
 
-__all__ = ["copied", "functionalise", "set_item"]
+__all__ = ["copied", "filled", "functionalise", "set_item"]

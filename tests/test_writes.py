@@ -1,0 +1,566 @@
+"""Writes in place: as they are in eager mode, or a GraphError that names the line. Never wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import masked_gradients
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxseek
+from fxseek.reference import compare
+
+BATCH, TOKENS, WIDTH, VOCAB = 3, 11, 6, 17
+Body = Callable[["Written", Tensor], Tensor]
+
+
+class Written(nn.Module):
+    """Embedding, a linear layer, a body that writes, another layer, the loss."""
+
+    count: Tensor
+
+    def __init__(self, body: Body, layers: tuple[nn.Module, ...] = ()) -> None:
+        super().__init__()
+        self.body = body
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.scale = nn.Parameter(torch.linspace(0.3, 1.2, WIDTH))
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer("count", torch.zeros(1, WIDTH))
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        x = self.body(self, self.first(self.embed(input_ids)))
+        return self.head(self.last(x).tanh())
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.logits(input_ids)
+        return {"loss": F.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1))}
+
+
+def model_of(body: Body, *layers: nn.Module) -> Written:
+    torch.manual_seed(0)
+    return Written(body, layers).double().train()
+
+
+def inputs_of() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCAB, (BATCH, TOKENS), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
+    return {"input_ids": ids, "labels": labels}
+
+
+def assert_exact(model: Written) -> None:
+    inputs = inputs_of()
+    fxseek.compile(model, 0.4, score="random", select="sample")
+    loss = model(**inputs)["loss"]
+    loss.backward()
+    report = fxseek.report(model)
+    wanted, gradients = masked_gradients(
+        model,
+        lambda: model.logits(inputs["input_ids"]),
+        inputs["labels"],
+        report.selected,
+        report.weights,
+    )
+    found = compare({name: p.grad for name, p in model.named_parameters()}, gradients)
+    torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-9)
+    assert found.error <= 1e-9, f"gradient of {found.name} is off by {found.error:.2e}"
+
+
+# ---- writes that become new values ---------------------------------------------------------------
+
+
+def add_in_place(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y += m.scale
+    return y * x
+
+
+def chained_methods(m: Written, x: Tensor) -> Tensor:
+    y = x * 2
+    y.mul_(m.scale).add_(x).sub_(0.5)
+    return y
+
+
+def all_operators(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y += 1
+    y -= m.scale
+    y *= x
+    y /= 3
+    y **= 2
+    y %= 0.7
+    return y
+
+
+def product_in_place(m: Written, x: Tensor) -> Tensor:
+    y = x * 2
+    y @= m.first.weight
+    return y
+
+
+def features(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y[:, :, 1:3] = x[:, :, 2:4]
+    y[..., 0] = 0.5
+    y[:, :, -1] = m.scale[0]
+    return y
+
+
+def features_added(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y[..., 1:3] += x[..., :2]
+    y[:, :, 0] *= 2
+    return y
+
+
+def tokens_shifted(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y[:, 1:] = x[:, :-1]
+    return y + x
+
+
+def first_token(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y[:, 0] = y[:, 1] * 2
+    y[:, -1] += x[:, 0]
+    return y
+
+
+def by_mask(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y[x > 0.2] = 0.7
+    y.masked_fill_(x < -0.2, 0.1)
+    return y + x
+
+
+def by_own_mask(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y.masked_fill_(y > 0, 0.1)
+    return y + x
+
+
+def by_index(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y[torch.arange(x.shape[0]), torch.zeros(x.shape[0], dtype=torch.long)] = x[:, 2]
+    y.index_add_(1, torch.tensor([0, 3]), x[:, :2])
+    return y + x
+
+
+def added_by_index(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    index = torch.zeros(x.shape, dtype=torch.long)
+    y.scatter_add_(1, index, x)
+    return y
+
+
+def put_by_index(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y.index_put_((torch.arange(x.shape[0]),), x, accumulate=True)
+    return y
+
+
+def into_zeros(m: Written, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, ::2] = x[:, ::2] * m.scale
+    y[:, 1::2] = x[:, 1::2]
+    return y + x
+
+
+def into_empty(m: Written, x: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    for i in range(WIDTH):
+        y[..., i] = x[..., -i - 1] * m.scale[i]
+    return y
+
+
+def copied(m: Written, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y.copy_(x * m.scale)
+    return y + x
+
+
+def copied_into_narrower(m: Written, x: Tensor) -> Tensor:
+    y = torch.empty_like(x, dtype=torch.float32)
+    y.copy_(m.scale.detach())
+    return y.double() * x
+
+
+def zeroed(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    z = y.clone()
+    z.zero_()
+    w = y.clone()
+    w.fill_(0.3)
+    return y + z + w
+
+
+def filled_by_tensor(m: Written, x: Tensor) -> Tensor:
+    y = x.clone()
+    y.fill_(m.scale[1])
+    return y + x
+
+
+def scan_in_place(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y.cumsum_(1)
+    return y
+
+
+def clamped(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y.clamp_(min=-0.3, max=0.4)
+    torch.relu_(y)
+    return y
+
+
+def clone_first(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    z = y.clone()
+    z += 1
+    return y * z
+
+
+def both_names(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    z = y.add_(x)
+    w = z.mul_(2)
+    return y + z * w
+
+
+def result_and_operand(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    z = F.selu(y, True)
+    return y * z + x
+
+
+def view_after(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y += 1
+    z = y.view(-1, WIDTH)
+    return (z * z).view(x.shape) + y
+
+
+def positions(m: Written, x: Tensor) -> Tensor:
+    at = torch.arange(x.shape[1])
+    at += 1
+    at.clamp_(max=5)
+    return x + m.embed(at)
+
+
+def mask_of_constants(m: Written, x: Tensor) -> Tensor:
+    mask = torch.full((x.shape[1], x.shape[1]), float("-inf"), dtype=x.dtype)
+    mask.triu_(1)
+    mask = mask[None].repeat(x.shape[0], 1, 1)
+    mask[:, :, 0] = 0.0
+    scores = x @ (x * m.scale).transpose(1, 2)
+    scores += mask
+    return scores.softmax(-1) @ x
+
+
+def compared(m: Written, x: Tensor) -> Tensor:
+    y = x.detach().clone()
+    y.gt_(0.1)
+    z = x.detach().clone()
+    z.logical_not_()
+    return x * y + z
+
+
+def another_dtype(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y += m.scale.float()
+    y[:, :, 0] = x[:, :, 1].float()
+    return y
+
+
+def added_without_grad(m: Written, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = x * 2
+        y += 1
+    return y * x
+
+
+HANDLED = [
+    add_in_place,
+    chained_methods,
+    all_operators,
+    product_in_place,
+    features,
+    features_added,
+    tokens_shifted,
+    first_token,
+    by_mask,
+    by_own_mask,
+    by_index,
+    added_by_index,
+    put_by_index,
+    into_zeros,
+    into_empty,
+    copied,
+    copied_into_narrower,
+    zeroed,
+    filled_by_tensor,
+    scan_in_place,
+    clamped,
+    clone_first,
+    both_names,
+    result_and_operand,
+    view_after,
+    positions,
+    mask_of_constants,
+    another_dtype,
+    compared,
+    added_without_grad,
+]
+
+
+@pytest.mark.parametrize("body", HANDLED, ids=lambda body: body.__name__)
+def test_writes_that_become_new_values(body):
+    assert_exact(model_of(body))
+
+
+ACTIVATIONS = [
+    nn.ReLU(True),
+    nn.ReLU6(True),
+    nn.LeakyReLU(0.2, True),
+    nn.ELU(0.7, True),
+    nn.SELU(True),
+    nn.CELU(0.5, True),
+    nn.SiLU(True),
+    nn.Mish(True),
+    nn.Hardtanh(-0.3, 0.4, True),
+    nn.Hardswish(True),
+    nn.Hardsigmoid(True),
+    nn.Threshold(0.1, 0.05, True),
+    nn.Dropout(0.0, True),
+    nn.RReLU(0.25, 0.25, True),
+]
+
+
+@pytest.mark.parametrize("layer", ACTIVATIONS, ids=lambda layer: type(layer).__name__)
+def test_layers_in_place(layer):
+    def body(m: Written, x: Tensor) -> Tensor:
+        y = x * m.scale
+        z = m.layers[0](y)
+        return y * z + x
+
+    assert_exact(model_of(body, layer))
+
+
+# ---- writes that are refused --------------------------------------------------------------------
+
+
+def view_then_base(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    v = y[:, :3]
+    v += 1  # here
+    return y
+
+
+def base_then_view(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    v = y.view(-1, WIDTH)
+    y += 1  # here
+    return v.view(x.shape)
+
+
+def part_of_a_part(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y[:, 0][:, 1] = 0  # here
+    return y
+
+
+def through_detach(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y.detach().mul_(2)  # here
+    return y
+
+
+def through_data(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y.data.mul_(2)  # here
+    return y
+
+
+def transposed_view(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    v = y.mT
+    v[:, 0] = 0  # here
+    return y
+
+
+def other_half(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    a, b = y[..., :3], y[..., 3:]
+    a += 1  # here
+    return b.repeat(1, 1, 2)
+
+
+def buffer_counts(m: Written, x: Tensor) -> Tensor:
+    m.count += 1  # here
+    return x * m.count
+
+
+def buffer_by_method(m: Written, x: Tensor) -> Tensor:
+    m.count.mul_(0.9).add_(x.detach().mean())  # here
+    return x
+
+
+def buffer_by_view(m: Written, x: Tensor) -> Tensor:
+    flat = m.count.view(-1)
+    flat.add_(1)  # here
+    return x
+
+
+def buffer_by_index(m: Written, x: Tensor) -> Tensor:
+    m.count[0, 1] = 3.0  # here
+    return x
+
+
+def buffer_row(m: Written, x: Tensor) -> Tensor:
+    row = m.count[0]
+    row[1] = 3.0  # here
+    return x
+
+
+def parameter(m: Written, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        m.scale.mul_(0.5)  # here
+    return x * m.scale
+
+
+def noise(m: Written, x: Tensor) -> Tensor:
+    return x + torch.empty_like(x).uniform_()  # here
+
+
+def list_in_place(m: Written, x: Tensor) -> Tensor:
+    y, z = x * m.scale, x + 1
+    torch._foreach_add_([y, z], 1.0)  # type: ignore[attr-defined]  # here
+    return y + z
+
+
+@torch.library.custom_op("fxseek_tests::double_in_place", mutates_args={"x"})
+def double_in_place(x: Tensor) -> None:
+    x.mul_(2)
+
+
+def unknown_operation(m: Written, x: Tensor) -> Tensor:
+    y = x.detach() * 3
+    double_in_place(y)  # here
+    return x * y
+
+
+REFUSED = [
+    view_then_base,
+    base_then_view,
+    part_of_a_part,
+    through_detach,
+    through_data,
+    transposed_view,
+    other_half,
+    buffer_counts,
+    buffer_by_method,
+    buffer_by_view,
+    buffer_by_index,
+    buffer_row,
+    parameter,
+    noise,
+    list_in_place,
+    unknown_operation,
+]
+
+
+def line_of(body: Callable[..., Any]) -> str:
+    lines = inspect.getsource(body).splitlines()
+    return next(line for line in lines if line.endswith("# here")).split("#")[0].strip()
+
+
+@pytest.mark.parametrize("body", REFUSED, ids=lambda body: body.__name__)
+def test_writes_that_are_refused(body):
+    model = fxseek.compile(model_of(body), 0.4, score="random")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(fxseek.GraphError) as caught:
+        model(**inputs_of())
+    assert line_of(body) in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def shape_in_place(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    y.transpose_(1, 2)
+    return y.transpose(1, 2) + x
+
+
+def unsqueezed_in_place(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    z = y + 1
+    y.unsqueeze_(1)
+    return (y * z[:, None])[:, 0]
+
+
+def written_out(m: Written, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    torch.mul(x.detach(), 2.0, out=y)
+    return y * x
+
+
+def two_halves(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    a, b = y[..., :3], y[..., 3:]
+    a += 1
+    return torch.cat((a, b), -1)
+
+
+def read_before_it_is_put_back(m: Written, x: Tensor) -> Tensor:
+    y = x * m.scale
+    u, v = y[:, 0], y[:, 0]
+    v += 1
+    z = u * 2
+    y[:, 0] = v
+    return y + z[:, None]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [shape_in_place, unsqueezed_in_place, written_out, two_halves, read_before_it_is_put_back],
+    ids=lambda body: body.__name__,
+)
+def test_writes_that_are_exact_or_refused(body):
+    with contextlib.suppress(fxseek.GraphError, fxseek.CaptureError):
+        assert_exact(model_of(body))
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_writes_to_inputs_are_refused(name):
+    class Writes(Written):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            {"input_ids": input_ids, "labels": labels}[name][:, 0] = 1
+            return super().forward(input_ids, labels)
+
+    torch.manual_seed(0)
+    model = fxseek.compile(Writes(lambda m, x: x).double().train(), 0.4, score="random")
+    inputs = inputs_of()
+    before = inputs[name].clone()
+    with pytest.raises(fxseek.GraphError, match=name):
+        model(**inputs)
+    assert torch.equal(inputs[name], before)
+
+
+def test_batch_norm_is_refused_in_training_and_exact_in_eval():
+    def body(m: Written, x: Tensor) -> Tensor:
+        return m.layers[0](x.transpose(1, 2)).transpose(1, 2)
+
+    model = fxseek.compile(model_of(body, nn.BatchNorm1d(WIDTH)), 0.4, score="random")
+    with pytest.raises(fxseek.GraphError, match="eval mode"):
+        model(**inputs_of())
+    model = model_of(body, nn.BatchNorm1d(WIDTH))
+    model.layers.eval()
+    assert_exact(model)
