@@ -1,6 +1,7 @@
 """The passes in order, and the program that they make.
 
 captured graph
+  → inline          no checkpointed regions
   → functionalise   no writes
   → normalise       one spelling per operation; label shifts by padding
   → find_tokens     rows, columns, batch; a plan for each node that a rule understands
@@ -36,6 +37,7 @@ from fxseek.passes.facts import (
 )
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.hoist import hoist_gathers
+from fxseek.passes.inline import inline
 from fxseek.passes.normalise import normalise
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens
@@ -103,7 +105,7 @@ def build(captured: fx.Graph, config: SeekConfig, *, full_outputs: bool) -> Prog
 
 
 def _functionalise(program: Program) -> None:
-    program.graph = functionalise(program.captured)
+    program.graph = functionalise(inline(program.captured))
     program.graph.lint()
 
 

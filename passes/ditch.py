@@ -71,8 +71,12 @@ class StageGraph:
     general: list[fx.Node] = field(default_factory=list)
 
     def module(self, name: str) -> fx.GraphModule:
-        """The stage as a module; it owns no parameters, all values are inputs."""
-        return fx.GraphModule(torch.nn.Module(), self.graph, class_name=name)
+        """The stage as a module; it owns no parameters, all values are inputs.
+
+        Bodies of autograd functions are taken along from the captured module.
+        """
+        owner = self.graph.owning_module or torch.nn.Module()
+        return fx.GraphModule(owner, self.graph, class_name=name)
 
 
 def enters_autocast(node: fx.Node) -> bool:
@@ -125,7 +129,7 @@ class _Ditch:
         self.facts = facts
         self.carrying = carrying - given
         self.given = given
-        self.graph = fx.Graph()
+        self.graph = fx.Graph(owning_module=source.owning_module)
         self.inputs: dict[StageInput, fx.Node] = {}
         self.anchor: fx.Node | None = None
         self.compact: dict[fx.Node, fx.Node] = {}
@@ -303,6 +307,8 @@ class _Ditch:
     # ---- emission ------------------------------------------------------------------------
 
     def _copy(self, node: fx.Node) -> fx.Node:
+        if node.op == "get_attr":
+            return self._stamp(self.graph.node_copy(node), node)
         args = map_arg(node.args, self._full)
         kwargs = map_arg(node.kwargs, self._full)
         return self._emit(node, node.target, args, kwargs)

@@ -44,7 +44,7 @@ def extract(
         if node.op != "placeholder" and node not in stops
         for region in in_regions.get(node, ())
     }
-    graph = fx.Graph()
+    graph = fx.Graph(owning_module=source.owning_module)
     new_of: dict[fx.Node, fx.Node] = {}
     inputs: list[StageInput] = []
     for node in source.nodes:

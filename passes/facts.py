@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -185,14 +186,19 @@ def needs_grad(node: fx.Node) -> bool:
 
 
 def where(node: fx.Node) -> str:
-    """The user's own source line of a node, for messages."""
+    """The user's own source line of a node, for messages: the innermost one outside torch."""
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.strip().splitlines()]
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith("File "):
-            code = lines[index + 1] if index + 1 < len(lines) else ""
-            return f"{lines[index]}: {code}" if code else lines[index]
-    return "source line unknown"
+    frames = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    if not frames:
+        return "source line unknown"
+    own = [index for index in frames if _TORCH not in lines[index]]
+    at = (own or frames)[-1]
+    code = lines[at + 1] if at + 1 < len(lines) and at + 1 not in frames else ""
+    return f"{lines[at]}: {code}" if code else lines[at]
+
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def module_path(node: fx.Node) -> str:

@@ -199,7 +199,7 @@ def functionalise(graph: fx.Graph) -> fx.Graph:
         GraphError: a write to an input, parameter or buffer, or to memory whose aliases are
             read afterwards.
     """
-    copy = fx.Graph()
+    copy = fx.Graph(owning_module=graph.owning_module)
     new_of: dict[fx.Node, fx.Node] = {}
     current: dict[fx.Node, fx.Node] = {}
     order = {node: index for index, node in enumerate(graph.nodes)}

@@ -62,7 +62,7 @@ _FIRST = ("input", "tensors")
 
 def normalise(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` in which each registered operation is one call_function."""
-    copy = fx.Graph()
+    copy = fx.Graph(owning_module=graph.owning_module)
     new_of: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         spelled = _spell(node)

@@ -35,7 +35,7 @@ def next_labels(labels: torch.Tensor, ignored: int) -> torch.Tensor:
 
 def unshift(graph: fx.Graph, sizes: Sizes) -> fx.Graph:
     """A copy of `graph` with the shifts of its cross-entropies by padding."""
-    copy = fx.Graph()
+    copy = fx.Graph(owning_module=graph.owning_module)
     new_of: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         new_of[node] = copy.node_copy(node, new_of.__getitem__)

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import fxseek
+from fxseek.reference import compare
+
 IGNORED = -100
 
 
@@ -29,12 +32,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 class Marked(TorchFunctionMode):
     """In it, results of the selected tokens `kept` ([batch, kept]) alone pass gradient.
 
-    `tokens` and the batch must differ from all other sizes.
+    `tokens` and the batch must differ from all other sizes. `packed`: batch × tokens in one
+    dimension are row by row.
     """
 
-    def __init__(self, kept: Tensor, tokens: int) -> None:
+    def __init__(self, kept: Tensor, tokens: int, *, packed: bool = True) -> None:
         super().__init__()
-        self.mask = node_mask(kept, tokens)
+        self.mask = node_mask(kept, tokens, packed=packed)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -56,13 +60,15 @@ def masked_gradients(
     targets: Tensor,
     kept: Tensor,
     weights: Tensor,
+    *,
+    packed: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the weighted mean over selected positions that have a label."""
     batch, tokens = targets.shape
     weight = torch.zeros(batch, tokens, dtype=torch.float64)
     weight.scatter_(1, kept, weights.to(torch.float64))
     chosen = torch.zeros(batch, tokens).bool().scatter_(1, kept, True)
-    with Marked(kept, tokens):
+    with Marked(kept, tokens, packed=packed):
         logits = logits_of()
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * weight
     loss = losses.sum() / (chosen & (targets != IGNORED)).sum().clamp(min=1)
@@ -73,4 +79,77 @@ def masked_gradients(
     return loss.detach(), {name: g for (name, _), g in zip(named, found, strict=True)}
 
 
-__all__ = ["IGNORED", "Marked", "masked_gradients"]
+BATCH, TOKENS, WIDTH, VOCAB = 5, 11, 6, 17
+Body = Callable[["Model", Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """Embedding, a linear layer, any body, another layer, the loss. Sizes are all different."""
+
+    count: Tensor
+
+    def __init__(self, body: Body, layers: tuple[nn.Module, ...] = ()) -> None:
+        super().__init__()
+        self.body = body
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.scale = nn.Parameter(torch.linspace(0.3, 1.2, WIDTH))
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer("count", torch.zeros(1, WIDTH))
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        x = self.body(self, self.first(self.embed(input_ids)))
+        return self.head(self.last(x).tanh())
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.logits(input_ids)
+        return {"loss": F.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1))}
+
+
+def model_of(body: Body, *layers: nn.Module) -> Model:
+    torch.manual_seed(0)
+    return Model(body, layers).double().train()
+
+
+def inputs_of(batch: int = BATCH) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCAB, (batch, TOKENS), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, IGNORED)
+    return {"input_ids": ids, "labels": labels}
+
+
+def assert_exact(model: Model, *, batch: int = BATCH, packed: bool = True, **options: Any) -> None:
+    """One compiled step has the loss and gradients of masked full backprop."""
+    inputs = inputs_of(batch)
+    fxseek.compile(model, 0.4, **{"score": "random", "select": "sample", **options})
+    loss = model(**inputs)["loss"]
+    loss.backward()
+    report = fxseek.report(model)
+    wanted, gradients = masked_gradients(
+        model,
+        lambda: model.logits(inputs["input_ids"]),
+        inputs["labels"],
+        report.selected,
+        report.weights,
+        packed=packed,
+    )
+    found = compare({name: p.grad for name, p in model.named_parameters()}, gradients)
+    torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-9)
+    assert found.error <= 1e-9, f"gradient of {found.name} is off by {found.error:.2e}"
+
+
+__all__ = [
+    "BATCH",
+    "IGNORED",
+    "TOKENS",
+    "VOCAB",
+    "WIDTH",
+    "Marked",
+    "Model",
+    "assert_exact",
+    "inputs_of",
+    "masked_gradients",
+    "model_of",
+]

@@ -9,88 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import masked_gradients
+from oracle import WIDTH, Model, assert_exact, inputs_of, model_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxseek
-from fxseek.reference import compare
-
-BATCH, TOKENS, WIDTH, VOCAB = 3, 11, 6, 17
-Body = Callable[["Written", Tensor], Tensor]
-
-
-class Written(nn.Module):
-    """Embedding, a linear layer, a body that writes, another layer, the loss."""
-
-    count: Tensor
-
-    def __init__(self, body: Body, layers: tuple[nn.Module, ...] = ()) -> None:
-        super().__init__()
-        self.body = body
-        self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.first = nn.Linear(WIDTH, WIDTH)
-        self.last = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, VOCAB)
-        self.scale = nn.Parameter(torch.linspace(0.3, 1.2, WIDTH))
-        self.layers = nn.ModuleList(layers)
-        self.register_buffer("count", torch.zeros(1, WIDTH))
-
-    def logits(self, input_ids: Tensor) -> Tensor:
-        x = self.body(self, self.first(self.embed(input_ids)))
-        return self.head(self.last(x).tanh())
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.logits(input_ids)
-        return {"loss": F.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1))}
-
-
-def model_of(body: Body, *layers: nn.Module) -> Written:
-    torch.manual_seed(0)
-    return Written(body, layers).double().train()
-
-
-def inputs_of() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, VOCAB, (BATCH, TOKENS), generator=generator)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
-    return {"input_ids": ids, "labels": labels}
-
-
-def assert_exact(model: Written) -> None:
-    inputs = inputs_of()
-    fxseek.compile(model, 0.4, score="random", select="sample")
-    loss = model(**inputs)["loss"]
-    loss.backward()
-    report = fxseek.report(model)
-    wanted, gradients = masked_gradients(
-        model,
-        lambda: model.logits(inputs["input_ids"]),
-        inputs["labels"],
-        report.selected,
-        report.weights,
-    )
-    found = compare({name: p.grad for name, p in model.named_parameters()}, gradients)
-    torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-9)
-    assert found.error <= 1e-9, f"gradient of {found.name} is off by {found.error:.2e}"
-
 
 # ---- writes that become new values ---------------------------------------------------------------
 
 
-def add_in_place(m: Written, x: Tensor) -> Tensor:
+def add_in_place(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y += m.scale
     return y * x
 
 
-def chained_methods(m: Written, x: Tensor) -> Tensor:
+def chained_methods(m: Model, x: Tensor) -> Tensor:
     y = x * 2
     y.mul_(m.scale).add_(x).sub_(0.5)
     return y
 
 
-def all_operators(m: Written, x: Tensor) -> Tensor:
+def all_operators(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y += 1
     y -= m.scale
@@ -101,13 +41,13 @@ def all_operators(m: Written, x: Tensor) -> Tensor:
     return y
 
 
-def product_in_place(m: Written, x: Tensor) -> Tensor:
+def product_in_place(m: Model, x: Tensor) -> Tensor:
     y = x * 2
     y @= m.first.weight
     return y
 
 
-def features(m: Written, x: Tensor) -> Tensor:
+def features(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y[:, :, 1:3] = x[:, :, 2:4]
     y[..., 0] = 0.5
@@ -115,86 +55,86 @@ def features(m: Written, x: Tensor) -> Tensor:
     return y
 
 
-def features_added(m: Written, x: Tensor) -> Tensor:
+def features_added(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y[..., 1:3] += x[..., :2]
     y[:, :, 0] *= 2
     return y
 
 
-def tokens_shifted(m: Written, x: Tensor) -> Tensor:
+def tokens_shifted(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y[:, 1:] = x[:, :-1]
     return y + x
 
 
-def first_token(m: Written, x: Tensor) -> Tensor:
+def first_token(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y[:, 0] = y[:, 1] * 2
     y[:, -1] += x[:, 0]
     return y
 
 
-def by_mask(m: Written, x: Tensor) -> Tensor:
+def by_mask(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y[x > 0.2] = 0.7
     y.masked_fill_(x < -0.2, 0.1)
     return y + x
 
 
-def by_own_mask(m: Written, x: Tensor) -> Tensor:
+def by_own_mask(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y.masked_fill_(y > 0, 0.1)
     return y + x
 
 
-def by_index(m: Written, x: Tensor) -> Tensor:
+def by_index(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y[torch.arange(x.shape[0]), torch.zeros(x.shape[0], dtype=torch.long)] = x[:, 2]
     y.index_add_(1, torch.tensor([0, 3]), x[:, :2])
     return y + x
 
 
-def added_by_index(m: Written, x: Tensor) -> Tensor:
+def added_by_index(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     index = torch.zeros(x.shape, dtype=torch.long)
     y.scatter_add_(1, index, x)
     return y
 
 
-def put_by_index(m: Written, x: Tensor) -> Tensor:
+def put_by_index(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y.index_put_((torch.arange(x.shape[0]),), x, accumulate=True)
     return y
 
 
-def into_zeros(m: Written, x: Tensor) -> Tensor:
+def into_zeros(m: Model, x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y[:, ::2] = x[:, ::2] * m.scale
     y[:, 1::2] = x[:, 1::2]
     return y + x
 
 
-def into_empty(m: Written, x: Tensor) -> Tensor:
+def into_empty(m: Model, x: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
     for i in range(WIDTH):
         y[..., i] = x[..., -i - 1] * m.scale[i]
     return y
 
 
-def copied(m: Written, x: Tensor) -> Tensor:
+def copied(m: Model, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     y.copy_(x * m.scale)
     return y + x
 
 
-def copied_into_narrower(m: Written, x: Tensor) -> Tensor:
+def copied_into_narrower(m: Model, x: Tensor) -> Tensor:
     y = torch.empty_like(x, dtype=torch.float32)
     y.copy_(m.scale.detach())
     return y.double() * x
 
 
-def zeroed(m: Written, x: Tensor) -> Tensor:
+def zeroed(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     z = y.clone()
     z.zero_()
@@ -203,60 +143,60 @@ def zeroed(m: Written, x: Tensor) -> Tensor:
     return y + z + w
 
 
-def filled_by_tensor(m: Written, x: Tensor) -> Tensor:
+def filled_by_tensor(m: Model, x: Tensor) -> Tensor:
     y = x.clone()
     y.fill_(m.scale[1])
     return y + x
 
 
-def scan_in_place(m: Written, x: Tensor) -> Tensor:
+def scan_in_place(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y.cumsum_(1)
     return y
 
 
-def clamped(m: Written, x: Tensor) -> Tensor:
+def clamped(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y.clamp_(min=-0.3, max=0.4)
     torch.relu_(y)
     return y
 
 
-def clone_first(m: Written, x: Tensor) -> Tensor:
+def clone_first(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     z = y.clone()
     z += 1
     return y * z
 
 
-def both_names(m: Written, x: Tensor) -> Tensor:
+def both_names(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     z = y.add_(x)
     w = z.mul_(2)
     return y + z * w
 
 
-def result_and_operand(m: Written, x: Tensor) -> Tensor:
+def result_and_operand(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     z = F.selu(y, True)
     return y * z + x
 
 
-def view_after(m: Written, x: Tensor) -> Tensor:
+def view_after(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y += 1
     z = y.view(-1, WIDTH)
     return (z * z).view(x.shape) + y
 
 
-def positions(m: Written, x: Tensor) -> Tensor:
+def positions(m: Model, x: Tensor) -> Tensor:
     at = torch.arange(x.shape[1])
     at += 1
     at.clamp_(max=5)
     return x + m.embed(at)
 
 
-def mask_of_constants(m: Written, x: Tensor) -> Tensor:
+def mask_of_constants(m: Model, x: Tensor) -> Tensor:
     mask = torch.full((x.shape[1], x.shape[1]), float("-inf"), dtype=x.dtype)
     mask.triu_(1)
     mask = mask[None].repeat(x.shape[0], 1, 1)
@@ -266,7 +206,7 @@ def mask_of_constants(m: Written, x: Tensor) -> Tensor:
     return scores.softmax(-1) @ x
 
 
-def compared(m: Written, x: Tensor) -> Tensor:
+def compared(m: Model, x: Tensor) -> Tensor:
     y = x.detach().clone()
     y.gt_(0.1)
     z = x.detach().clone()
@@ -274,14 +214,14 @@ def compared(m: Written, x: Tensor) -> Tensor:
     return x * y + z
 
 
-def another_dtype(m: Written, x: Tensor) -> Tensor:
+def another_dtype(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y += m.scale.float()
     y[:, :, 0] = x[:, :, 1].float()
     return y
 
 
-def added_without_grad(m: Written, x: Tensor) -> Tensor:
+def added_without_grad(m: Model, x: Tensor) -> Tensor:
     with torch.no_grad():
         y = x * 2
         y += 1
@@ -347,7 +287,7 @@ ACTIVATIONS = [
 
 @pytest.mark.parametrize("layer", ACTIVATIONS, ids=lambda layer: type(layer).__name__)
 def test_layers_in_place(layer):
-    def body(m: Written, x: Tensor) -> Tensor:
+    def body(m: Model, x: Tensor) -> Tensor:
         y = x * m.scale
         z = m.layers[0](y)
         return y * z + x
@@ -358,90 +298,90 @@ def test_layers_in_place(layer):
 # ---- writes that are refused --------------------------------------------------------------------
 
 
-def view_then_base(m: Written, x: Tensor) -> Tensor:
+def view_then_base(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     v = y[:, :3]
     v += 1  # here
     return y
 
 
-def base_then_view(m: Written, x: Tensor) -> Tensor:
+def base_then_view(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     v = y.view(-1, WIDTH)
     y += 1  # here
     return v.view(x.shape)
 
 
-def part_of_a_part(m: Written, x: Tensor) -> Tensor:
+def part_of_a_part(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y[:, 0][:, 1] = 0  # here
     return y
 
 
-def through_detach(m: Written, x: Tensor) -> Tensor:
+def through_detach(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y.detach().mul_(2)  # here
     return y
 
 
-def through_data(m: Written, x: Tensor) -> Tensor:
+def through_data(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y.data.mul_(2)  # here
     return y
 
 
-def transposed_view(m: Written, x: Tensor) -> Tensor:
+def transposed_view(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     v = y.mT
     v[:, 0] = 0  # here
     return y
 
 
-def other_half(m: Written, x: Tensor) -> Tensor:
+def other_half(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     a, b = y[..., :3], y[..., 3:]
     a += 1  # here
     return b.repeat(1, 1, 2)
 
 
-def buffer_counts(m: Written, x: Tensor) -> Tensor:
+def buffer_counts(m: Model, x: Tensor) -> Tensor:
     m.count += 1  # here
     return x * m.count
 
 
-def buffer_by_method(m: Written, x: Tensor) -> Tensor:
+def buffer_by_method(m: Model, x: Tensor) -> Tensor:
     m.count.mul_(0.9).add_(x.detach().mean())  # here
     return x
 
 
-def buffer_by_view(m: Written, x: Tensor) -> Tensor:
+def buffer_by_view(m: Model, x: Tensor) -> Tensor:
     flat = m.count.view(-1)
     flat.add_(1)  # here
     return x
 
 
-def buffer_by_index(m: Written, x: Tensor) -> Tensor:
+def buffer_by_index(m: Model, x: Tensor) -> Tensor:
     m.count[0, 1] = 3.0  # here
     return x
 
 
-def buffer_row(m: Written, x: Tensor) -> Tensor:
+def buffer_row(m: Model, x: Tensor) -> Tensor:
     row = m.count[0]
     row[1] = 3.0  # here
     return x
 
 
-def parameter(m: Written, x: Tensor) -> Tensor:
+def parameter(m: Model, x: Tensor) -> Tensor:
     with torch.no_grad():
         m.scale.mul_(0.5)  # here
     return x * m.scale
 
 
-def noise(m: Written, x: Tensor) -> Tensor:
+def noise(m: Model, x: Tensor) -> Tensor:
     return x + torch.empty_like(x).uniform_()  # here
 
 
-def list_in_place(m: Written, x: Tensor) -> Tensor:
+def list_in_place(m: Model, x: Tensor) -> Tensor:
     y, z = x * m.scale, x + 1
     torch._foreach_add_([y, z], 1.0)  # type: ignore[attr-defined]  # here
     return y + z
@@ -452,7 +392,7 @@ def double_in_place(x: Tensor) -> None:
     x.mul_(2)
 
 
-def unknown_operation(m: Written, x: Tensor) -> Tensor:
+def unknown_operation(m: Model, x: Tensor) -> Tensor:
     y = x.detach() * 3
     double_in_place(y)  # here
     return x * y
@@ -493,33 +433,33 @@ def test_writes_that_are_refused(body):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def shape_in_place(m: Written, x: Tensor) -> Tensor:
+def shape_in_place(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     y.transpose_(1, 2)
     return y.transpose(1, 2) + x
 
 
-def unsqueezed_in_place(m: Written, x: Tensor) -> Tensor:
+def unsqueezed_in_place(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     z = y + 1
     y.unsqueeze_(1)
     return (y * z[:, None])[:, 0]
 
 
-def written_out(m: Written, x: Tensor) -> Tensor:
+def written_out(m: Model, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     torch.mul(x.detach(), 2.0, out=y)
     return y * x
 
 
-def two_halves(m: Written, x: Tensor) -> Tensor:
+def two_halves(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     a, b = y[..., :3], y[..., 3:]
     a += 1
     return torch.cat((a, b), -1)
 
 
-def read_before_it_is_put_back(m: Written, x: Tensor) -> Tensor:
+def read_before_it_is_put_back(m: Model, x: Tensor) -> Tensor:
     y = x * m.scale
     u, v = y[:, 0], y[:, 0]
     v += 1
@@ -540,7 +480,7 @@ def test_writes_that_are_exact_or_refused(body):
 
 @pytest.mark.parametrize("name", ["input_ids", "labels"])
 def test_writes_to_inputs_are_refused(name):
-    class Writes(Written):
+    class Writes(Model):
         def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
             {"input_ids": input_ids, "labels": labels}[name][:, 0] = 1
             return super().forward(input_ids, labels)
@@ -555,7 +495,7 @@ def test_writes_to_inputs_are_refused(name):
 
 
 def test_batch_norm_is_refused_in_training_and_exact_in_eval():
-    def body(m: Written, x: Tensor) -> Tensor:
+    def body(m: Model, x: Tensor) -> Tensor:
         return m.layers[0](x.transpose(1, 2)).transpose(1, 2)
 
     model = fxseek.compile(model_of(body, nn.BatchNorm1d(WIDTH)), 0.4, score="random")
