@@ -24,6 +24,7 @@ from torch.fx.node import map_arg
 from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
 from fxseek.lowering import lower
+from fxseek.passes.causal import use_causal_flag
 from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
@@ -180,8 +181,8 @@ def _plan_scores(program: Program) -> None:
 
 
 def _prefill(program: Program) -> None:
-    learn, score = program.learn, program.score
-    assert learn is not None and score is not None
+    learn, score, sizes = program.learn, program.score, program.sizes
+    assert learn is not None and score is not None and sizes is not None
     reads: dict[fx.Node, None] = {
         item.node: None
         for item in learn.inputs
@@ -201,7 +202,7 @@ def _prefill(program: Program) -> None:
     reads.update((node, None) for node in scored if node not in made)
     outputs = [node for node in reads if node.op != "placeholder"]
     program.prefill = extract(program.graph, outputs)
-    program.prefill.graph.lint()
+    use_causal_flag(program.prefill, sizes)
 
 
 def _assemble(program: Program) -> None:

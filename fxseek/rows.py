@@ -7,11 +7,15 @@ dimension.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend_rows", "gather_rows", "scatter_rows"]
+from fxseek import _torch
+
+__all__ = ["attend_all", "attend_rows", "gather_rows", "is_causal_mask", "scatter_rows"]
 
 
 def _packed_index(kept: Tensor, length: int) -> Tensor:
@@ -97,3 +101,36 @@ def attend_rows(
         scale=scale,
         enable_gqa=enable_gqa,
     )
+
+
+def is_causal_mask(mask: Tensor) -> bool:
+    """Whether a boolean mask [..., tokens, tokens] is the causal one in every entry.
+
+    Waits for the device. A fake tensor has no values to look at, so the answer is no.
+    """
+    tokens = mask.shape[-1]
+    if mask.shape[-2] != tokens or _torch.is_fake(mask):
+        return False
+    if bool(mask[..., 0, 1:].any()) or not bool(mask[..., -1, :].all()):
+        return False
+    columns = torch.arange(tokens, device=mask.device)
+    same = torch.ones((), dtype=torch.bool, device=mask.device)
+    for start in range(0, tokens, _MASK_ROWS):
+        rows = mask[..., start : start + _MASK_ROWS, :]
+        causal = columns <= columns[start : start + _MASK_ROWS, None]
+        same &= (rows == causal).all()
+    return bool(same)
+
+
+_MASK_ROWS = 256
+"""Rows of a mask that are compared at a time."""
+
+
+def attend_all(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, *, causal: bool, **options: Any
+) -> Tensor:
+    """`scaled_dot_product_attention` of all tokens, by the causal flag where the mask is causal."""
+    if causal:
+        options["is_causal"] = True
+        return F.scaled_dot_product_attention(query, key, value, **options)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)

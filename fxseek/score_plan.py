@@ -12,6 +12,7 @@ from fxseek import _torch, scoring
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
 from fxseek.loss import selected_cross_entropy
+from fxseek.passes.causal import use_causal_flag
 from fxseek.passes.ditch import StageGraph, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
@@ -26,6 +27,7 @@ from fxseek.passes.facts import (
 )
 from fxseek.passes.rules import Call, operation
 from fxseek.passes.structure import Structure
+from fxseek.rows import is_causal_mask
 from fxseek.stages import ScorePlan, run_boxed
 
 Context = Callable[[dict[fx.Node, Any], Tensor, int], Tensor]
@@ -134,6 +136,7 @@ def _gradient(
     made += [node for node in reads if node in after and node not in made and node is not start]
     constants = _constants_before(made, start, after)
     block = extract(graph, made, given=[start, *constants], grad_modes=True)
+    use_causal_flag(block, facts.sizes)
     logits = Call(loss, facts).arg(0, "input")
     classes = example(logits).shape[1 if example(logits).dim() > 1 else 0]
     last = structure.attentions[-1]
@@ -220,13 +223,17 @@ def _context_of_sdpa(facts: Facts, attention: fx.Node) -> tuple[Context, tuple[f
             'reads [batch, heads, tokens, width]. Use score="random" or a callable.'
         )
 
+    square = mask is not None and example(mask).dtype == torch.bool and facts.square(mask)
+
     def column_sums(values: dict[fx.Node, Any], valid: Tensor, chunk_bytes: int) -> Tensor:
+        allowed = None if mask is None else values[mask]
+        flagged = square and allowed is not None and is_causal_mask(allowed)
         return scoring.attention_column_sums(
             values[query],
             values[key],
-            mask=None if mask is None else values[mask],
+            mask=None if flagged else allowed,
             scale=values[scale] if isinstance(scale, fx.Node) else scale,
-            is_causal=causal,
+            is_causal=causal or flagged,
             query_valid=valid,
             chunk_bytes=chunk_bytes,
         )

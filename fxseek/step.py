@@ -241,7 +241,7 @@ class SeekStep:
 
     def _run(self, batch: dict[str, Any]) -> Any:
         try:
-            with _torch.capture_settings():
+            with _torch.capture_settings(first=not self.recorder.programs):
                 result = self._compiled(**batch)
         except FxseekError:
             raise

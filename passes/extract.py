@@ -53,6 +53,7 @@ def extract(
         kind = "input" if node.op == "placeholder" else "value"
         name = node.name if kind == "input" else f"{node.name}_full"
         new_of[node] = graph.placeholder(name)
+        new_of[node].meta = dict(node.meta)
         inputs.append(StageInput(kind, node))
     for node in source.nodes:
         switches_grad = getattr(node.target, "__name__", "") == "_set_grad_enabled"
