@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import TorchDynamoException
 
+from fxseek.errors import GraphError
 from fxseek.saved import SavedBytes
 from fxseek.stages import run_boxed
 
@@ -41,7 +43,13 @@ def lower(
         with warnings.catch_warnings():
             # Dynamo reads .grad of every tensor it wraps, non-leaves too, when it captures
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
-            outputs = compiled(*taken)
+            try:
+                outputs = compiled(*taken)
+            except TorchDynamoException as error:
+                raise GraphError(
+                    f"backend={backend!r} could not compile the learn stage: {error}\n"
+                    'Use backend="eager", which runs the same graph without compiling it.'
+                ) from error
         return outputs, _saved_by_functions(outputs, exclude)
 
     return run

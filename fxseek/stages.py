@@ -62,9 +62,12 @@ class Prefill(nn.Module):
         """The full values of `outputs`."""
         with torch.no_grad():
             found = run_boxed(self.graph_module, [inputs[positions[i.node]] for i in self.inputs])  # type: ignore[index]
-        values: Values = {}
-        for node, value in zip(self.outputs, found, strict=True):
-            values[node] = owned(value) if node in self.bases else value
+            found = list(found)
+            values: Values = {}
+            for node in reversed(self.outputs):  # one by one: a view dies when its copy is made
+                value = found.pop()
+                values[node] = owned(value) if node in self.bases else value
+                del value
         return values
 
 

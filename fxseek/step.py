@@ -204,21 +204,7 @@ class SeekStep:
                 "count tokens"
             )
         rows, tokens = primary.shape[0], primary.shape[dim]
-        for name in ("labels", "attention_mask", "position_ids"):
-            other = batch.get(name)
-            if (
-                isinstance(other, Tensor)
-                and other.dim() == 2
-                and primary.dim() >= 2
-                and (other.shape[0] not in (1, rows) or other.shape[1] != tokens)
-                and not (name == "labels" and other.dim() != primary.dim())
-                and name != "attention_mask"
-                and not hasattr(self.model, "peft_config")
-            ):
-                raise InputError(
-                    f"{name} has the shape {list(other.shape)}, {names[0]} "
-                    f"{list(primary.shape)}: both must be [batch, tokens]"
-                )
+        self._check_lengths(batch, names[0], rows, tokens)
         aliases: dict[int, Tensor] = {}
 
         def alias(value: Any) -> Any:
@@ -238,6 +224,21 @@ class SeekStep:
             return view
 
         return {name: alias(value) for name, value in batch.items()}
+
+    def _check_lengths(self, batch: dict[str, Any], primary: str, rows: int, tokens: int) -> None:
+        """Integer [batch, tokens] arguments must be as long as the tokens are."""
+        config = getattr(self.model, "config", None)
+        if self.config.token_dim != 1 or getattr(config, "is_encoder_decoder", False):
+            return
+        for name in ("labels", "attention_mask", "position_ids"):
+            other = batch.get(name)
+            if not isinstance(other, Tensor) or other.dim() != 2 or other.is_floating_point():
+                continue
+            if other.shape[0] not in (1, rows) or other.shape[1] != tokens:
+                raise InputError(
+                    f"{name} has the shape {list(other.shape)}, {primary} has {rows} rows of "
+                    f"{tokens} tokens: both must be [batch, tokens]"
+                )
 
     def _run(self, batch: dict[str, Any]) -> Any:
         try:
