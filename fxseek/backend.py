@@ -27,8 +27,9 @@ __all__ = ["Recorder", "StepReport", "fxseek_backend", "latest_recorder", "make_
 class StepReport:
     """What the last training step selected, scored and saved.
 
-    `selected`: LongTensor[batch, kept], ascending. `weights`: FloatTensor[batch, kept], the
-    loss weight of each. `scores`, `context`, `gradient`: FloatTensor[batch, tokens]; the
+    `selected`: LongTensor[batch, kept], ascending; a row keeps its ratio of its own valid tokens,
+    and one that is shorter than the longest ends in -1. `weights`: FloatTensor[batch, kept], the
+    loss weight of each (0 where there is none). `scores`, `context`, `gradient`: FloatTensor[batch, tokens]; the
     latter two are None where the score does not use them. `full_loss`: the loss over all
     labelled tokens in nats, None where scoring did not compute it. `saved_bytes`: bytes that
     autograd keeps for backward, parameters and buffers excluded, shared memory counted once.
@@ -118,7 +119,7 @@ def _step(program: Program, recorder: Recorder) -> Callable[..., Any]:
 
 def _report(selection: Selection, scores: Scores, saved_bytes: int, step: int) -> StepReport:
     return StepReport(
-        selected=selection.kept,
+        selected=selection.selected,
         weights=selection.weights,
         scores=scores.scores,
         context=scores.context,

@@ -128,9 +128,10 @@ class _SelectedCrossEntropy(TorchFunctionMode):
         rows, length = report.selected.shape[0], target.numel() // report.selected.shape[0]
         if length not in (report.tokens, report.tokens - 1) or bound.get("weight") is not None:
             return func(*args, **kwargs)
-        per_token = target.new_zeros(rows, report.tokens, dtype=report.weights.dtype)
-        per_token.scatter_(1, report.selected, report.weights)
-        chosen = torch.zeros_like(per_token, dtype=torch.bool).scatter_(1, report.selected, True)
+        per_token = target.new_zeros(rows, report.tokens + 1, dtype=report.weights.dtype)
+        at = report.selected.where(report.selected >= 0, report.tokens)  # -1: a place of its own
+        per_token.scatter_(1, at, report.weights)
+        chosen = torch.zeros_like(per_token, dtype=torch.bool).scatter_(1, at, True)
         ignored = bound.get("ignore_index", -100)
         weights = per_token[:, :length].reshape(target.shape)
         labelled = (target != ignored) & chosen[:, :length].reshape(target.shape)

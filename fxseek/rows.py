@@ -50,11 +50,17 @@ def scatter_rows(
     row: int,
     batch: int | None = None,
     packed: bool = False,
+    filled: Tensor | None = None,
 ) -> Tensor:
     """A full value with its selected rows replaced; the others are constants from `base`.
 
-    Shapes: base [..., tokens, ...], rows [..., kept, ...] → [..., tokens, ...].
+    Rows that are `filled` up with positions that are not selected pass no gradient.
+
+    Shapes: base [..., tokens, ...], rows [..., kept, ...], filled Bool [batch, kept] →
+    [..., tokens, ...].
     """
+    if filled is not None:
+        rows = torch.where(_placed(filled, rows, row, batch, packed), rows.detach(), rows)
     if packed:
         return base.index_copy(row, _packed_index(kept, base.shape[row]), rows)
     if batch is None:
@@ -63,6 +69,19 @@ def scatter_rows(
     moved = base.movedim((batch, row), (0, 1))
     placed = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
     return placed.movedim((0, 1), (batch, row))
+
+
+def _placed(filled: Tensor, rows: Tensor, row: int, batch: int | None, packed: bool) -> Tensor:
+    """[batch, kept] with its dimensions where `rows` has them."""
+    shape = [1] * rows.dim()
+    if packed:
+        shape[row] = filled.numel()
+        return filled.reshape(shape)
+    shape[row] = filled.shape[1]
+    if batch is None:
+        return filled[0].reshape(shape)
+    shape[batch] = filled.shape[0]
+    return (filled if batch < row else filled.T).reshape(shape)
 
 
 def attend_rows(

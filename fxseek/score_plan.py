@@ -268,7 +268,7 @@ def _context_of_softmax(
                 kept = torch.arange(start, min(start + chunk, tokens), device=valid.device)
                 kept = kept.expand(batch, -1)
                 arguments = [
-                    kept if i.kind == "kept" else values[i.node]  # type: ignore[index]
+                    {"kept": kept, "filled": None}[i.kind] if i.node is None else values[i.node]
                     for i in stage.inputs
                 ]
                 (probabilities,) = run_boxed(module, arguments)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import ConfigError, InputError
 
-__all__ = ["Selection", "count_kept", "select_sample", "select_topk"]
+__all__ = ["Selection", "count_kept", "count_kept_of_rows", "select_sample", "select_topk"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,19 @@ class Selection:
     """The kept positions of every row and what each weighs in the loss.
 
     Shapes: ``kept`` Long [batch, k], ascending and without repetition in each row; ``weights``
-    float32 [batch, k], meant for ``sum(weight · loss) / number of kept positions with a label``.
+    float32 [batch, k], meant for ``sum(weight · loss) / number of kept positions with a label``;
+    ``filled`` Bool [batch, k], True at the end of a row that keeps fewer than k positions and is
+    filled up with padding (weight 0), None where no row can be.
     """
 
     kept: Tensor
     weights: Tensor
+    filled: Tensor | None = None
+
+    @property
+    def selected(self) -> Tensor:
+        """``kept`` with -1 in place of padding. Long [batch, k]."""
+        return self.kept if self.filled is None else self.kept.masked_fill(self.filled, -1)
 
 
 def count_kept(ratio: float, tokens: int) -> int:
@@ -53,6 +61,19 @@ def count_kept(ratio: float, tokens: int) -> int:
 
 
 @torch.no_grad()
+def count_kept_of_rows(ratio: float, valid: Tensor) -> Tensor:
+    """`count_kept` of each row's own valid positions; 0 where a row has none.
+
+    Shapes: valid Bool [batch, tokens] → Long [batch].
+    """
+    tokens = valid.sum(-1)
+    product = ratio * tokens.to(torch.float32 if valid.device.type == "mps" else torch.float64)
+    nearest = product.round()
+    whole = torch.where((product - nearest).abs() <= 1e-9 * nearest, nearest, product.ceil())
+    return torch.minimum(whole.long().clamp_min(1), tokens)
+
+
+@torch.no_grad()
 def select_topk(
     scores: Tensor,
     k: int,
@@ -60,6 +81,8 @@ def select_topk(
     valid: Tensor,
     supervised: Tensor | None = None,
     supervised_only: bool = False,
+    counts: Tensor | None = None,
+    required: Tensor | None = None,
 ) -> Selection:
     """The ``k`` best-scoring positions of each row, all with weight 1.
 
@@ -69,7 +92,11 @@ def select_topk(
     row has one, the row's best labelled position replaces the worst chosen. Labels at invalid
     positions don't count.
 
-    Shapes: scores [batch, tokens], without NaN; valid, supervised Bool [batch, tokens].
+    ``counts`` are the numbers that the rows keep, where they keep fewer than ``k``; invalid
+    positions fill them up, with weight 0. ``required`` positions come before all others.
+
+    Shapes: scores [batch, tokens], without NaN; valid, supervised Bool [batch, tokens]; counts
+    Long [batch]; required Long [batch, any].
 
     Raises:
         ValueError: k is below 1 or above tokens; supervised_only without supervised.
@@ -81,19 +108,20 @@ def select_topk(
         if supervised is None:
             raise ValueError("supervised_only needs to know which positions have a label")
         tier = tier + labelled
-    ranking = _ranking(scores, tier)
-    chosen = ranking[:, :k]
+    ranking = _ranking(scores, _with_required(tier, required))
 
     if supervised is not None and not supervised_only:
         tokens = ranking.shape[-1]
+        size = _counts(counts, ranking, k)
         rank = torch.arange(tokens, device=ranking.device)
         first = torch.where(labelled.gather(-1, ranking), rank, tokens).amin(-1, keepdim=True)
-        replaces = (first >= k) & (first < tokens)
+        replaces = (first >= size) & (first < tokens) & (size > 0)
+        last = (size - 1).clamp_min(0)
         best = ranking.gather(-1, first.clamp_max(tokens - 1))
-        last = torch.where(replaces, best, chosen[:, -1:])
-        chosen = torch.cat([chosen[:, :-1], last], dim=-1)
-    kept = chosen.sort(dim=-1).values
-    return Selection(kept, torch.ones_like(kept, dtype=torch.float32))
+        ranking = ranking.scatter(-1, last, torch.where(replaces, best, ranking.gather(-1, last)))
+    kept, filled = _take(ranking, counts, k, valid)
+    weights = torch.ones_like(kept, dtype=torch.float32)
+    return Selection(kept, weights if filled is None else weights.masked_fill(filled, 0.0), filled)
 
 
 @torch.no_grad()
@@ -105,6 +133,8 @@ def select_sample(
     supervised: Tensor | None,
     generator: torch.Generator,
     uniform: float = 0.5,
+    counts: Tensor | None = None,
+    required: Tensor | None = None,
 ) -> Selection:
     """``k`` labelled positions of each row, drawn by mass, weighted so that the loss is unbiased.
 
@@ -124,6 +154,8 @@ def select_sample(
     don't count. ``supervised=None`` takes every valid position as labelled.
 
     The draws come from ``generator``, on the CPU, so that all devices select alike.
+
+    ``counts`` and ``required`` are those of `select_topk`.
 
     Shapes: mass [batch, tokens], finite and nonnegative; valid, supervised Bool [batch, tokens].
 
@@ -156,19 +188,52 @@ def select_sample(
     # 1 - [0, 1) = (0, 1]: no division by zero
     uniforms = 1.0 - torch.rand(mass.shape, generator=generator, dtype=dtype)
     priority = share / uniforms.to(mass.device, non_blocking=True)
-    ranking = _ranking(torch.where(labelled, priority, mass), valid.long() + labelled)
-    kept = ranking[:, :k].sort(dim=-1).values
+    tier = _with_required(valid.long() + labelled, required)
+    ranking = _ranking(torch.where(labelled, priority, mass), tier)
+    kept, filled = _take(ranking, counts, k, valid)
 
     # Unlabelled positions have priority 0, so that τ = 0 in rows that keep all their labels.
-    if k < tokens:
-        threshold = priority.gather(-1, ranking[:, k : k + 1])
-    else:
-        threshold = torch.zeros_like(total)
+    size = _counts(counts, ranking, k)
+    following = ranking.gather(-1, size.clamp_max(tokens - 1))
+    threshold = priority.gather(-1, following).masked_fill(size >= tokens, 0.0)
     kept_labelled = labelled.gather(-1, kept)
+    if filled is not None:
+        kept_labelled = kept_labelled & ~filled
     weights = (threshold / share.gather(-1, kept)).clamp_min(1.0)
     weights = weights * kept_labelled.sum() / labelled.sum().clamp_min(1)
-    weights = weights.masked_fill(~kept_labelled, 1.0)
-    return Selection(kept, weights.to(torch.float32))
+    weights = weights.masked_fill(~kept_labelled, 1.0).to(torch.float32)
+    return Selection(kept, weights if filled is None else weights.masked_fill(filled, 0.0), filled)
+
+
+def _counts(counts: Tensor | None, ranking: Tensor, k: int) -> Tensor:
+    """How many positions each row keeps, [batch, 1]."""
+    if counts is None:
+        return ranking.new_full((ranking.shape[0], 1), k)
+    return counts.unsqueeze(-1)
+
+
+def _with_required(tier: Tensor, required: Tensor | None) -> Tensor:
+    """Tiers in which required positions come first."""
+    if required is None:
+        return tier
+    return tier.scatter(-1, required, 4)
+
+
+def _take(
+    ranking: Tensor, counts: Tensor | None, k: int, valid: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The first positions of each ranking, ascending, then padding; and which are padding."""
+    if counts is None:
+        return ranking[:, :k].sort(dim=-1).values, None
+    size = counts.unsqueeze(-1)
+    slot = torch.arange(k, device=ranking.device)
+    filled = slot >= size
+    # invalid positions are at the end of a ranking, and there are enough of them
+    spare = valid.sum(-1, keepdim=True) + slot - size
+    index = torch.where(filled, spare.clamp_max(ranking.shape[-1] - 1), slot)
+    kept = ranking.gather(-1, index)
+    order = (kept + filled * ranking.shape[-1]).argsort(dim=-1)
+    return kept.gather(-1, order), filled
 
 
 def _ranking(scores: Tensor, tier: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ class Scores:
     context: Tensor | None = None
     gradient: Tensor | None = None
     full_loss: Tensor | None = None
+    padded: bool = False
+    """`valid` came from a padding mask, so that rows may have different lengths."""
+    required: Tensor | None = None
+    """Positions that the model reads by place, such as a pooled token: [batch, any]."""
 
 
 def run_boxed(module: fx.GraphModule, values: list[Any]) -> Any:
@@ -96,6 +100,10 @@ class ScorePlan:
     """Bytes of one entry of a spelled-out attention map over its heads; 0 for fused attention."""
     context: Callable[[dict[fx.Node, Any], Tensor, int], Tensor] | None = None
     context_reads: tuple[fx.Node, ...] = ()
+    required: tuple[int | fx.Node, ...] = ()
+    """Places in a row that the model reads one by one, as constants or values."""
+    virtual: int = 0
+    """Tokens that the model puts in front of those it is given (prompt tuning)."""
 
 
 class Score(nn.Module):
@@ -129,12 +137,16 @@ class Score(nn.Module):
         primary = read(plan.primary) if plan.primary is not None else None
         assert primary is not None
         batch, tokens = _extent(primary, plan.batch_dim, config.token_dim)
+        tokens += plan.virtual
         device = primary.device
         valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
         if padding_mask is None and plan.mask is not None:
             padding_mask = read(plan.mask)
-        if padding_mask is not None and padding_mask.shape[-1] == tokens:
-            valid = padding_mask.to(torch.bool).expand(batch, tokens)
+        padded = padding_mask is not None and padding_mask.shape[-1] == tokens - plan.virtual
+        if padded:
+            assert padding_mask is not None
+            own = padding_mask.to(torch.bool).expand(batch, -1)
+            valid = torch.cat((valid[:, : plan.virtual], own), dim=1)
         supervised = targets = None
         if plan.target is not None:
             targets = read(plan.target).reshape(batch, tokens)
@@ -179,7 +191,14 @@ class Score(nn.Module):
             if config.select == "sample"
             else scores
         )
-        return Scores(valid, supervised, scores, mass, context, gradient, full_loss)
+        required = [
+            _position(place if isinstance(place, int) else read(place), batch, tokens, device)
+            for place in plan.required
+        ]
+        return Scores(
+            valid, supervised, scores, mass, context, gradient, full_loss, padded,
+            torch.cat(required, dim=1) if required else None,
+        )  # fmt: skip
 
     def _by_gradient(
         self, read: Callable[[fx.Node], Any], valid: Tensor, supervised: Tensor
@@ -250,11 +269,11 @@ class Score(nn.Module):
             kept = torch.arange(start, start + length, device=supervised.device)
             # the weights turn the chunk's own mean into its share of the mean over all tokens
             share = supervised[:, start : start + length].sum() / total
-            stage = {"kept": kept.expand(batch, length), "weights": share.expand(batch, length)}
+            stage = selecting.Selection(kept.expand(batch, length), share.expand(batch, length))
             values = []
             for item in plan.head.inputs:
                 if item.node is None:
-                    values.append(stage[item.kind])
+                    values.append(getattr(stage, item.kind))
                 elif item.node in leaves:
                     values.append(leaves[item.node])
                 else:
@@ -273,6 +292,14 @@ class Score(nn.Module):
 def _extent(primary: Tensor, batch_dim: int | None, token_dim: int) -> tuple[int, int]:
     batch = primary.shape[batch_dim] if batch_dim is not None else 1
     return batch, primary.shape[token_dim]
+
+
+def _position(place: int | Tensor, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """A place in the rows as [batch, any]; negative ones count from the end."""
+    if isinstance(place, int):
+        place = torch.tensor(place, device=device)
+    place = place.reshape(batch, -1) if place.dim() else place.expand(batch, 1)
+    return torch.where(place < 0, place + tokens, place)
 
 
 def _not_finite(bad: Tensor, context: Tensor | None, gradient: Tensor | None, valid: Tensor) -> str:
@@ -297,24 +324,22 @@ class Select(nn.Module):
         self.config = config
 
     def forward(self, scores: Scores, step: int) -> selecting.Selection:
-        """K = ceil(ratio · tokens) positions of every row, ascending."""
-        config = self.config
-        k = selecting.count_kept(config.ratio, scores.valid.shape[1])
+        """``ceil(ratio · tokens)`` positions of every row, of its own tokens where it is padded."""
+        config, valid = self.config, scores.valid
+        k = selecting.count_kept(config.ratio, valid.shape[1])
+        common = {
+            "valid": valid,
+            "supervised": scores.supervised,
+            "counts": selecting.count_kept_of_rows(config.ratio, valid) if scores.padded else None,
+            "required": scores.required,
+        }
         if config.select == "sample":
+            generator = scoring.step_generator(config.seed, step)
             return selecting.select_sample(
-                scores.mass,
-                k,
-                valid=scores.valid,
-                supervised=scores.supervised,
-                generator=scoring.step_generator(config.seed, step),
-                uniform=config.uniform,
+                scores.mass, k, generator=generator, uniform=config.uniform, **common
             )
         return selecting.select_topk(
-            scores.scores,
-            k,
-            valid=scores.valid,
-            supervised=scores.supervised,
-            supervised_only=config.supervised_only,
+            scores.scores, k, supervised_only=config.supervised_only, **common
         )
 
 
@@ -377,7 +402,7 @@ class Learn(nn.Module):
             elif item.kind == "gathered":
                 arguments.append(rows.pop(item))
             else:
-                arguments.append(selection.kept if item.kind == "kept" else selection.weights)
+                arguments.append(getattr(selection, item.kind))
         values.clear()
         rows.clear()
         with torch.enable_grad():

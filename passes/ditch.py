@@ -52,8 +52,8 @@ class StageInput:
     """An input of a stage: ``kind`` says which, `node` is the captured node it stands for.
 
     ``"input"``: an input of the captured graph; ``"value"``: a full value of the prefill;
-    ``"rows"``: a compact value given by the caller; ``"kept"`` and ``"weights"``: the
-    selection; ``"gathered"``: rows gathered by the gather stage, named by `key`.
+    ``"rows"``: a compact value given by the caller; ``"kept"``, ``"weights"`` and ``"filled"``:
+    the selection; ``"gathered"``: rows gathered by the gather stage, named by `key`.
     """
 
     kind: str
@@ -338,7 +338,8 @@ class _Ditch:
     def _scatter(self, node: fx.Node, rows: Rows) -> fx.Node:
         base = self._input(StageInput("value", node))
         kept = self._input(StageInput("kept"))
-        args = (base, self.compact[node], kept, rows.row, rows.batch, rows.packed)
+        filled = self._input(StageInput("filled"))
+        args = (base, self.compact[node], kept, rows.row, rows.batch, rows.packed, filled)
         made = self.graph.create_node("call_function", scatter_rows, args, name=f"{node.name}_all")
         return self._stamp(made, node)
 

@@ -178,7 +178,7 @@ def run_stage(
             value = values[item.node]
             given.append(value.detach() if isinstance(value, Tensor) else value)
         else:
-            given.append(kept if item.kind == "kept" else weights)
+            given.append({"kept": kept, "weights": weights, "filled": None}[item.kind])
     module = stage.module("Stage")
     return list(module(*given))
 
