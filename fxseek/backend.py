@@ -29,9 +29,9 @@ class StepReport:
 
     `selected`: LongTensor[batch, kept], ascending; a row keeps its ratio of its own valid tokens,
     and one that is shorter than the longest ends in -1. `weights`: FloatTensor[batch, kept], the
-    loss weight of each (0 where there is none). `scores`, `context`, `gradient`: FloatTensor[batch, tokens]; the
-    latter two are None where the score does not use them. `full_loss`: the loss over all
-    labelled tokens in nats, None where scoring did not compute it. `saved_bytes`: bytes that
+    loss weight of each (0 where there is none). `scores`, `context`, `gradient`:
+    FloatTensor[batch, tokens]; the latter two are None where the score does not use them.
+    `full_loss`: the loss over all labelled tokens in nats, None where scoring did not compute it. `saved_bytes`: bytes that
     autograd keeps for backward, parameters and buffers excluded, shared memory counted once.
     `tokens`: tokens of a row. `step`: how many steps were run before.
     """
@@ -75,10 +75,12 @@ def make_backend(
     recorder: Recorder,
     *,
     full_outputs: bool,
+    token_inputs: Sequence[str] | None = None,
     run: Callable[[Program], Callable[..., Any]] | None = None,
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """A backend for `torch.compile` that compiles training graphs and leaves others alone.
 
+    `token_inputs` are the arguments that count tokens; by default all that are long enough.
     `run` makes the compiled function of a program; by default the step itself.
     """
 
@@ -86,8 +88,10 @@ def make_backend(
         if not trains(gm.graph):
             return gm.forward
         start = time.perf_counter()
-        program = build(gm.graph, config, full_outputs=full_outputs)
-        if program.structure is not None and program.structure.loss is None and not full_outputs:
+        program = build(gm.graph, config, full_outputs=full_outputs, token_inputs=token_inputs)
+        structure = program.structure
+        assert structure is not None
+        if structure.loss is None and not structure.pooled and not full_outputs:
             log.warning(
                 "fxseek: no cross-entropy over tokens was found in the captured graph, so the loss "
                 "keeps its full-token value; its gradients are those of the selected tokens"

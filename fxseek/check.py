@@ -99,8 +99,16 @@ def check_gradients(
 
 
 def _reference_loss(step: SeekStep) -> Callable[[Any, Mapping[str, Any]], Tensor] | None:
-    """The caller's loss, with its token cross-entropies over the selected positions only."""
+    """The caller's loss, with its token cross-entropies over the selected positions only.
+
+    A model whose own loss is none over tokens (a classifier's) is held to that loss as it is.
+    """
     loss, last = step.config.loss, step.recorder.last
+    if loss is None and all(
+        program.structure is not None and program.structure.loss is None
+        for program in step.recorder.programs
+    ):
+        return _own_loss
     if loss is None or last is None:
         return None
     given, report = loss, last
@@ -110,6 +118,10 @@ def _reference_loss(step: SeekStep) -> Callable[[Any, Mapping[str, Any]], Tensor
             return given(outputs, batch)
 
     return over_selected
+
+
+def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs["loss"]
 
 
 class _SelectedCrossEntropy(TorchFunctionMode):

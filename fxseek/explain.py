@@ -126,7 +126,15 @@ def _capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[A
         return stop
 
     trial = SeekStep(step.model, step.config)
-    trial.use_backend(make_backend(step.config, trial.recorder, full_outputs=False, run=wrap))
+    trial.use_backend(
+        make_backend(
+            step.config,
+            trial.recorder,
+            full_outputs=False,
+            token_inputs=trial.token_inputs,
+            run=wrap,
+        )
+    )
     was_training = step.model.training
     modes = {module: module.training for module in step.model.modules()}
     try:
@@ -162,7 +170,9 @@ def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
             "score: head and loss are not per-token after the last attention, so their gradient "
             "is taken on all tokens at once, not in chunks"
         )
-    if structure.loss is None:
+    if structure.pooled:
+        notes.append("the model reads some positions by their place: these are always kept")
+    if structure.loss is None and not structure.pooled:
         notes.append(
             "loss: no cross-entropy over tokens in the graph; the loss keeps its full-token value "
             "and its gradients are those of selected tokens"

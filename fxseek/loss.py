@@ -21,7 +21,8 @@ def selected_cross_entropy(
     """Weighted mean of the cross-entropy over kept positions that have a label, in nats.
 
     Shapes: logits and target of the kept positions, as `F.cross_entropy` takes them; weights
-    [batch, kept], 0 where padding fills a row up (its label does not count); full_target the targets of all positions → scalar.
+    [batch, kept], 0 where padding fills a row up (its label does not count); full_target the
+    targets of all positions → scalar.
 
     With ``reduction="sum"`` the mean is multiplied by the number of labels in `full_target`,
     so that a caller who divides by a count of labels over several batches gets the gradient

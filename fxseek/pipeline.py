@@ -13,7 +13,7 @@ captured graph
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,11 +70,17 @@ def trains(graph: fx.Graph) -> bool:
     return any(needs_grad(node) for node in output.all_input_nodes)
 
 
-def build(captured: fx.Graph, config: SeekConfig, *, full_outputs: bool) -> Program:
+def build(
+    captured: fx.Graph,
+    config: SeekConfig,
+    *,
+    full_outputs: bool,
+    token_inputs: Sequence[str] | None = None,
+) -> Program:
     """Run all passes.
 
     `full_outputs`: token-shaped outputs keep their size (the torch.compile backend), whatever
-    the configuration says.
+    the configuration says. `token_inputs`: see `find_sizes`.
 
     Raises:
         GraphError: the graph cannot be rewritten; the message names the pass, the user's
@@ -84,7 +90,7 @@ def build(captured: fx.Graph, config: SeekConfig, *, full_outputs: bool) -> Prog
     done = "capture"
     for name, step in (
         ("functionalise", _functionalise),
-        ("normalise", _normalise),
+        ("normalise", lambda p: _normalise(p, token_inputs)),
         ("find_tokens", _find_tokens),
         ("find_structure", _find_structure),
         ("ditch", lambda p: _ditch(p, full_outputs)),
@@ -110,9 +116,9 @@ def _functionalise(program: Program) -> None:
     program.graph.lint()
 
 
-def _normalise(program: Program) -> None:
+def _normalise(program: Program, token_inputs: Sequence[str] | None) -> None:
     program.graph = normalise(program.graph)
-    program.sizes = find_sizes(program.graph, program.config.token_dim)
+    program.sizes = find_sizes(program.graph, program.config.token_dim, token_inputs)
     program.graph = unshift(program.graph, program.sizes)
     program.graph.eliminate_dead_code(is_impure_node=_impure)
     program.graph.lint()
@@ -189,7 +195,8 @@ def _prefill(program: Program) -> None:
         if item.kind in ("value", "gathered") and item.node is not None
     }
     made = set() if score.block is None else set(score.block.outputs)
-    for node in (score.target, score.mask, score.ids, score.primary, score.hidden):
+    positions = [place for place in score.required if isinstance(place, fx.Node)]
+    for node in (score.target, score.mask, score.ids, score.primary, score.hidden, *positions):
         if node is not None:
             reads[node] = None
     scored = [*score.context_reads]

@@ -200,26 +200,33 @@ class _Layout:
             kind = self._kind(tuple(x.shape), shape)
             if kind is None:
                 return x
-            keep = selected if kind == "rows" else selected.reshape(-1)
-            keep = keep.to(x.device).reshape(*keep.shape, *[1] * (x.ndim - keep.ndim))
-            return torch.where(keep, x, x.detach())
+            size = [1] * x.ndim
+            if kind == "packed":
+                size[0] = selected.numel()
+            else:
+                size[0], size[kind] = selected.shape
+            return torch.where(selected.to(x.device).reshape(size), x, x.detach())
 
         return _map_tensors(masked, result)
 
-    def _kind(self, shape: tuple[int, ...], other: tuple[int, ...] | None) -> str | None:
-        """``"rows"`` for [batch, tokens, ...], ``"packed"`` for [batch * tokens, ...], or None."""
+    def _kind(self, shape: tuple[int, ...], other: tuple[int, ...] | None) -> int | str | None:
+        """Where the tokens are: a dimension of [batch, ..., tokens, ...], or ``"packed"``."""
         batch, tokens = self.sizes
         # Position embeddings may have one row for the whole batch: no part of them is one row's
         # token, and what they are added to is masked after it.
-        rows = len(shape) >= 2 and shape[0] == batch and shape[1] == tokens
+        row = 1 if len(shape) >= 2 and shape[0] == batch and shape[1] == tokens else None
         packed = len(shape) >= 2 and shape[0] == batch * tokens
         if other is not None and self.probed is not None and 2 <= len(other) == len(shape):
             changed = [d for d, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
-            rows = rows and changed == [1] and other[1] == self.probed[0].tokens
+            row = changed[0] if len(changed) == 1 and changed != [0] else None
+            if row is not None and (
+                shape[0] != batch or shape[row] != tokens or other[row] != self.probed[0].tokens
+            ):
+                row = None  # heads before tokens are fine, anything else is not one token's
             packed = packed and changed == [0] and other[0] == batch * self.probed[0].tokens
-        elif rows and packed:
+        elif row is not None and packed:
             packed = False
-        return "rows" if rows else "packed" if packed else None
+        return row if row is not None else "packed" if packed else None
 
 
 def _run_recorded(

@@ -42,7 +42,12 @@ def plan_scores(
         GraphError: the rule needs a loss, an attention or a last block, and the graph has none.
     """
     inputs = _inputs(graph, facts, config)
-    plan: dict[str, Any] = {**inputs, **_target(facts, structure)}
+    plan: dict[str, Any] = {
+        **inputs,
+        **_target(facts, structure),
+        "required": structure.pooled,
+        "virtual": facts.sizes.virtual,
+    }
     kind = config.score
     if callable(kind):
         plan["hidden"] = structure.block_input
@@ -59,11 +64,11 @@ def plan_scores(
         plan["context"], plan["context_reads"] = _context(graph, facts, structure.attentions[-1])
         if kind == "context":
             return ScorePlan(**plan)
-    if structure.loss is None:
+    if structure.objective is None:
         raise GraphError(
-            f"score={kind!r} needs the gradient of the loss, and the captured graph holds no "
-            "cross-entropy over tokens: the loss is computed outside it, or by other "
-            'operations. Pass labels to the model, or use score="context", "random" or a callable.'
+            f"score={kind!r} needs the gradient of the loss, and the captured graph returns no "
+            "scalar with gradient (or several): the loss is computed outside it. "
+            'Pass labels to the model, or use score="context", "random" or a callable.'
         )
     if structure.block_input is None:
         raise GraphError(
@@ -83,17 +88,19 @@ def _inputs(graph: fx.Graph, facts: Facts, config: SeekConfig) -> dict[str, Any]
     ]
     sizes = facts.sizes
     named = {_torch.source_name(node): node for node in inputs}
-    primary = next((named[name] for name in PRIMARY_INPUTS if name in named), None)
-    if primary is None:
-        primary = next(node for node in inputs if example(node).dim() > config.token_dim)
-    mask = named.get("attention_mask")
-    if mask is not None:
-        shape = facts.shape(mask)
-        two = len(shape) == 2 and shape[1] == sizes.tokens
-        if not two or example(mask).is_floating_point():
-            mask = None
+    given = sizes.tokens - sizes.virtual
+    counting = [
+        node
+        for node in inputs
+        if example(node).dim() > config.token_dim and facts.shape(node)[config.token_dim] == given
+    ]
+    by_name = {_torch.source_name(node): node for node in counting}
+    primary = next((by_name[name] for name in PRIMARY_INPUTS if name in by_name), counting[0])
+    mask = by_name.get("decoder_attention_mask", by_name.get("attention_mask"))
+    if mask is not None and (example(mask).dim() != 2 or example(mask).is_floating_point()):
+        mask = None
     return {
-        "ids": named.get("input_ids"),
+        "ids": named.get("input_ids"),  # of an encoder, where there are two
         "mask": mask,
         "primary": primary,
         "batch_dim": None if sizes.batch is None else 0,
@@ -119,10 +126,10 @@ def _gradient(
     The two meet at `cuts`: the block's exit, or, where attention is spelled out as matmul,
     softmax, matmul, its operands, so that the map of tokens × tokens is made in chunks too.
     """
-    start, loss = structure.block_input, structure.loss
+    start, loss = structure.block_input, structure.objective
     assert start is not None and loss is not None
     after = descendants([start])
-    head = _head(facts, structure, loss)
+    head = None if structure.loss is None else _head(facts, structure, loss)
     cuts: list[fx.Node] = []
     if head is not None:
         cuts = [
@@ -137,8 +144,6 @@ def _gradient(
     constants = _constants_before(made, start, after)
     block = extract(graph, made, given=[start, *constants], grad_modes=True)
     use_causal_flag(block, facts.sizes)
-    logits = Call(loss, facts).arg(0, "input")
-    classes = example(logits).shape[1 if example(logits).dim() > 1 else 0]
     last = structure.attentions[-1]
     spelled_out = operation(last) == "softmax"
     return {
@@ -146,9 +151,16 @@ def _gradient(
         "block": block,
         "head": head,
         "cuts": tuple(cuts),
-        "logit_bytes": _torch.size_hint(classes) * max(4, example(logits).element_size()),
+        "logit_bytes": 0 if head is None else _logit_bytes(Call(loss, facts).arg(0, "input")),
         "map_bytes": _map_bytes(last) if spelled_out else 0,
     }
+
+
+def _logit_bytes(logits: fx.Node) -> int:
+    """Bytes of one token's logits."""
+    value = example(logits)
+    classes = value.shape[1 if value.dim() > 1 else 0]
+    return _torch.size_hint(classes) * max(4, value.element_size())
 
 
 def _map_bytes(attention: fx.Node) -> int:
@@ -228,7 +240,7 @@ def _context_of_sdpa(facts: Facts, attention: fx.Node) -> tuple[Context, tuple[f
     def column_sums(values: dict[fx.Node, Any], valid: Tensor, chunk_bytes: int) -> Tensor:
         allowed = None if mask is None else values[mask]
         flagged = square and allowed is not None and is_causal_mask(allowed)
-        return scoring.attention_column_sums(
+        sums = scoring.attention_column_sums(
             values[query],
             values[key],
             mask=None if flagged else allowed,
@@ -237,6 +249,7 @@ def _context_of_sdpa(facts: Facts, attention: fx.Node) -> tuple[Context, tuple[f
             query_valid=valid,
             chunk_bytes=chunk_bytes,
         )
+        return sums[:, -valid.shape[1] :]  # keys of a prefix come first
 
     reads = (query, key, mask, scale)  # the scale is a node where Python floats are dynamic
     return column_sums, tuple(node for node in reads if isinstance(node, fx.Node))
@@ -277,7 +290,7 @@ def _context_of_softmax(
                 part = scoring.accumulate_columns(probabilities, valid.gather(1, kept))
                 total = part if total is None else total + part
         assert total is not None
-        return total
+        return total[:, -valid.shape[1] :]  # keys of a prefix come first
 
     reads = tuple(i.node for i in stage.inputs if i.node is not None)
     return column_sums, reads

@@ -173,7 +173,6 @@ class Score(nn.Module):
             )
         else:
             if kind in ("gradient", "tokenseek"):
-                assert supervised is not None
                 context, gradient, full_loss = self._by_gradient(read, valid, supervised)
             else:
                 reads = {node: read(node) for node in plan.context_reads}
@@ -201,7 +200,7 @@ class Score(nn.Module):
         )  # fmt: skip
 
     def _by_gradient(
-        self, read: Callable[[fx.Node], Any], valid: Tensor, supervised: Tensor
+        self, read: Callable[[fx.Node], Any], valid: Tensor, supervised: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Gradient of the full-token loss at the input of the last block, and its loss."""
         plan, config = self.plan, self.config
@@ -232,9 +231,11 @@ class Score(nn.Module):
             (slope,) = torch.autograd.grad(loss, hidden)
             full_loss = loss.detach()
             if plan.sums:
+                assert supervised is not None
                 full_loss = full_loss / supervised.sum().clamp(min=1)
         else:
             cuts = {node: hidden if node is plan.hidden else made[node] for node in plan.cuts}
+            assert supervised is not None
             slopes, full_loss = self._head_in_chunks(read, cuts, supervised)
             pairs = [
                 (y, dy) for y, dy in zip(cuts.values(), slopes, strict=True) if y.requires_grad

@@ -15,7 +15,7 @@ from fxseek import _torch
 from fxseek.backend import Recorder, StepReport, latest_recorder, make_backend
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, FxseekError, InputError
-from fxseek.passes.facts import PRIMARY_INPUTS
+from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS
 
 __all__ = ["SeekStep", "compile", "report", "step_of", "uncompile"]
 
@@ -109,7 +109,11 @@ class SeekStep:
         self.recorder = Recorder()
         self.signature = inspect.signature(model.forward)
         self._restore: list[Callable[[], None]] = []
-        self.use_backend(make_backend(config, self.recorder, full_outputs=False))
+        self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.token_inputs = DECODER_INPUTS if self.seq2seq else None
+        self.use_backend(
+            make_backend(config, self.recorder, full_outputs=False, token_inputs=self.token_inputs)
+        )
 
     def use_backend(self, backend: Callable[..., Any]) -> None:
         """Compile the model's call with this backend (nothing is captured before a call)."""
@@ -143,7 +147,7 @@ class SeekStep:
         if self._takes_use_cache(batch):
             batch["use_cache"] = False
         marked = self._marked(batch)
-        mask = batch.get("attention_mask")
+        mask = batch.get("decoder_attention_mask" if self.seq2seq else "attention_mask")
         plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
         self.recorder.padding_mask = mask if plain else None
         try:
@@ -205,6 +209,9 @@ class SeekStep:
             )
         rows, tokens = primary.shape[0], primary.shape[dim]
         self._check_lengths(batch, names[0], rows, tokens)
+        decoder = [batch.get(name) for name in self.token_inputs or ()]
+        lengths = {x.shape[dim] for x in decoder if isinstance(x, Tensor) and x.dim() > dim}
+        lengths = {tokens, *lengths} - {1}
         aliases: dict[int, Tensor] = {}
 
         def alias(value: Any) -> Any:
@@ -213,7 +220,7 @@ class SeekStep:
             if id(value) in aliases:
                 return aliases[id(value)]
             view = value.view_as(value)
-            if value.dim() > dim and value.shape[dim] == tokens and tokens > 1:
+            if value.dim() > dim and value.shape[dim] in lengths:
                 _torch.mark_dynamic(view, dim)
             if value.dim() == 4 and value.shape[2:] == (tokens, tokens) and tokens > 1:
                 _torch.mark_dynamic(view, 2)
@@ -227,8 +234,7 @@ class SeekStep:
 
     def _check_lengths(self, batch: dict[str, Any], primary: str, rows: int, tokens: int) -> None:
         """Integer [batch, tokens] arguments must be as long as the tokens are."""
-        config = getattr(self.model, "config", None)
-        if self.config.token_dim != 1 or getattr(config, "is_encoder_decoder", False):
+        if self.config.token_dim != 1 or self.seq2seq:
             return
         for name in ("labels", "attention_mask", "position_ids"):
             other = batch.get(name)

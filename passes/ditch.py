@@ -384,17 +384,24 @@ class _Ditch:
             kept = self._input(StageInput("kept"))
             return self.graph.call_method("size", (kept, 1))
         sizes = self.facts.sizes
+        if symbol == sizes.tokens and sizes.virtual:
+            given = self._length_of_input(symbol - sizes.virtual)
+            return self.graph.call_function(operator.add, (given, sizes.virtual))
+        return self._length_of_input(symbol)
+
+    def _length_of_input(self, length: sympy.Expr) -> fx.Node:
+        sizes = self.facts.sizes
         for node in self.source.nodes:
             if node.op != "placeholder":
                 continue
             value = example(node)
-            if isinstance(value, torch.SymInt) and sizes.expression(value) == symbol:
+            if isinstance(value, torch.SymInt) and sizes.expression(value) == length:
                 return self._full(node)
             if isinstance(value, torch.Tensor):
                 for dim, size in enumerate(sizes.shape(value)):
-                    if size == symbol:
+                    if size == length:
                         return self.graph.call_method("size", (self._full(node), dim))
-        raise GraphError(f"no input has the length {symbol}")
+        raise GraphError(f"no input has the length {length}")
 
 
 def _marker() -> None:

@@ -8,6 +8,7 @@ two token dimensions is the *row* (the token that a value belongs to) and which 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,13 +55,16 @@ RowsLike = Rows | tuple[Rows | None, ...] | None
 class Sizes:
     """Reads size expressions, with the symbols of all token inputs unified.
 
-    `tokens` and `batch` are sympy symbols; `batch` is None when the batch is 1.
+    `tokens` and `batch` are sympy symbols; `batch` is None when the batch is 1. `virtual` tokens
+    are put by the model in front of those that it is given (prompt tuning); they are among
+    `tokens`, so that the inputs are ``tokens - virtual`` long.
     """
 
     tokens: sympy.Symbol
     batch: sympy.Symbol | None
-    same: dict[sympy.Symbol, sympy.Symbol]
+    same: dict[sympy.Symbol, sympy.Expr]
     hints: dict[sympy.Symbol, int]
+    virtual: int = 0
 
     def expression(self, size: int | torch.SymInt) -> sympy.Expr:
         """One size, as an expression in the unified symbols."""
@@ -210,12 +214,15 @@ def module_path(node: fx.Node) -> str:
     return path.replace("L['self'].", "").replace("L['self']", "")
 
 
-def find_sizes(graph: fx.Graph, token_dim: int = 1) -> Sizes:
+def find_sizes(
+    graph: fx.Graph, token_dim: int = 1, token_inputs: Sequence[str] | None = None
+) -> Sizes:
     """Find the token and batch symbols among the inputs of a captured graph.
 
     The first user input of at least `token_dim` + 1 dimensions decides; other inputs whose
     token or batch dimension had the same length at capture are unified with it (the caller
-    guards that they stay equal).
+    guards that they stay equal). With `token_inputs` only inputs of these names count tokens: a
+    model with an encoder and a decoder has two lengths, which may be equal by chance.
 
     Raises:
         GraphError: there is no user tensor, its token dimension is a constant, or one symbol
@@ -234,18 +241,28 @@ def find_sizes(graph: fx.Graph, token_dim: int = 1) -> Sizes:
             "Pass token_dim= if tokens are elsewhere; a model without tokens has nothing to "
             "select."
         )
-    named = [node for node in candidates if _torch.source_name(node) in PRIMARY_INPUTS]
-    first = (named or candidates)[0]
+    counting = candidates
+    if token_inputs is not None:
+        counting = [node for node in candidates if _torch.source_name(node) in token_inputs]
+    named = [node for node in counting if _torch.source_name(node) in PRIMARY_INPUTS]
+    first = (named or counting or candidates)[0]
     shape = example(first).shape
     tokens = _torch.size_expression(shape[token_dim])
     name = _torch.source_name(first) or first.name
     if not isinstance(tokens, sympy.Symbol):
+        image = example(first).dim() >= 4 and example(first).is_floating_point()
         raise GraphError(
             f"no token dimension: dimension {token_dim} of {name!r} was captured as the "
-            f"constant {tokens}. Either the model's code fixes the length (a Python loop or a "
-            "comparison over it), or the input was not marked dynamic: with torch.compile pass "
-            "dynamic=True or call torch._dynamo.mark_dynamic(input, dim); fxseek.compile marks "
-            "it by itself."
+            f"constant {tokens}. "
+            + (
+                "The patches of an image are counted by the model's code, not by an input: their "
+                "number is a constant of the graph, and so are its tokens. fxseek needs a model "
+                "whose inputs count tokens."
+                if image
+                else "Either the model's code fixes the length (a Python loop or a comparison over "
+                "it), or the input was not marked dynamic: with torch.compile pass dynamic=True or "
+                "call torch._dynamo.mark_dynamic(input, dim); fxseek.compile marks it by itself."
+            )
         )
     hints: dict[sympy.Symbol, int] = {}
     for node in inputs:
@@ -269,22 +286,51 @@ def find_sizes(graph: fx.Graph, token_dim: int = 1) -> Sizes:
             "both had one length at capture (duck shaping). Capture with fxseek.compile, or "
             "with a batch size that differs from the sequence length."
         )
-    same: dict[sympy.Symbol, sympy.Symbol] = {}
+    same: dict[sympy.Symbol, sympy.Expr] = {}
     for node in inputs:
+        counts = node in counting or token_inputs is None
         sizes = [_torch.size_expression(size) for size in example(node).shape]
         for dim, size in enumerate(sizes):
             if not isinstance(size, sympy.Symbol) or size in (tokens, batch):
                 continue
             square = len(sizes) == 4 and dim >= 2  # a mask [batch, 1, tokens, tokens]
-            if (dim == token_dim or square) and hints.get(size) == hints.get(tokens):
+            longest = counts and (dim == token_dim or square)
+            if longest and hints.get(size) == hints.get(tokens):
                 same[size] = tokens
             elif dim == 0 and batch is not None and hints.get(size) == hints.get(batch):
                 same[size] = batch
-    return Sizes(tokens, batch, same, hints)
+    virtual = _virtual_tokens(graph, Sizes(tokens, batch, same, hints))
+    if virtual:
+        inside = sympy.Symbol(f"{tokens}_and_{virtual}", integer=True, positive=True)
+        same = {symbol: inside - virtual for symbol, to in same.items() if to == tokens} | {
+            symbol: to for symbol, to in same.items() if to != tokens
+        }
+        same[tokens] = inside - virtual
+        hints = hints | {inside: hints[tokens] + virtual}
+        tokens = inside
+    return Sizes(tokens, batch, same, hints, virtual)
 
 
-PRIMARY_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
+def _virtual_tokens(graph: fx.Graph, sizes: Sizes) -> int:
+    """How many tokens most values with gradient have beyond those of the input."""
+    counts: Counter[int] = Counter()
+    for node in graph.nodes:
+        if not (is_tensor(node) and needs_grad(node)):
+            continue
+        for size in sizes.shape(example(node)):
+            beyond = size - sizes.tokens
+            if beyond.is_Integer and beyond >= 0:
+                counts[int(beyond)] += 1
+    return counts.most_common(1)[0][0] if counts else 0
+
+
+PRIMARY_INPUTS = (
+    *("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values"),
+)
 """Arguments by which transformers' models take their tokens, in order of preference."""
+
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
+"""Those that count the tokens of the decoder, in a model that has an encoder too."""
 
 
 @dataclass

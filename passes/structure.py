@@ -8,12 +8,15 @@ model is per-token again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
 
-from fxseek.passes.facts import Facts, ancestors, example, is_tensor
+from fxseek.passes.facts import Facts, Rows, ancestors, example, is_tensor, needs_grad
 from fxseek.passes.rules import operation
 
 
@@ -21,13 +24,18 @@ from fxseek.passes.rules import operation
 class Structure:
     """Where a captured model can be cut.
 
-    `loss`: the token loss (a scalar cross-entropy), or None; `outputs`: what the graph
-    returns; `attentions`: attention nodes in order (SDPA calls, or the softmax of tokens ×
-    tokens); `block_input` and `block_exit`: the stream before and after the last attention.
+    `loss`: the token loss (a scalar cross-entropy over tokens), or None; `objective`: what is
+    minimised, the token loss or the only other scalar with gradient that the graph returns (the
+    loss of a classifier), or None; `pooled`: places in a row that the model reads one by one on
+    the way to an objective without token loss, as constants or as nodes that hold positions;
+    `outputs`: what the graph returns; `attentions`: attention nodes in order (SDPA calls, or the
+    softmax of tokens × tokens); `block_input` and `block_exit`: the stream before and after the last attention.
     """
 
     outputs: tuple[fx.Node, ...]
     loss: fx.Node | None
+    objective: fx.Node | None
+    pooled: tuple[int | fx.Node, ...]
     attentions: tuple[fx.Node, ...]
     block_input: fx.Node | None
     block_exit: fx.Node | None
@@ -45,7 +53,9 @@ def find_structure(graph: fx.Graph, facts: Facts) -> Structure:
     ]
     loss = losses[0] if losses else None
     results = [node for node in outputs if node in facts.stream and is_tensor(node)]
-    sinks = [loss] if loss is not None else results
+    scalars = [node for node in outputs if is_tensor(node) and _trained_scalar(node)]
+    objective = loss if loss is not None else scalars[0] if len(scalars) == 1 else None
+    sinks = results if objective is None else [objective]
     before = ancestors(sinks)
     attentions = tuple(
         node for node in graph.nodes if node in before and _is_attention(node, facts)
@@ -59,13 +69,60 @@ def find_structure(graph: fx.Graph, facts: Facts) -> Structure:
         entry = earlier[-1] if earlier else None
         down = [node for node in cuts if node is not last and last in ancestors([node])]
         leave = down[0] if down else None
-    return Structure(outputs, loss, attentions, entry, leave, tuple(cuts))
+    pooled = () if loss is not None else tuple(_pooled(graph, facts, before))
+    return Structure(outputs, loss, objective, pooled, attentions, entry, leave, tuple(cuts))
+
+
+def _trained_scalar(node: fx.Node) -> bool:
+    return example(node).dim() == 0 and needs_grad(node)
+
+
+def _pooled(graph: fx.Graph, facts: Facts, before: set[fx.Node]) -> Iterator[int | fx.Node]:
+    """Places that indexing picks out of the token row, such as ``hidden[:, 0]``.
+
+    A step that selects other tokens alone would have no gradient at all, or another one.
+    """
+    for node in graph.nodes:
+        if node not in before or not needs_grad(node) or operation(node) not in _PICKS:
+            continue
+        rows = facts.rows.get(node.args[0])
+        if not isinstance(rows, Rows):
+            continue
+        if operation(node) == "select":
+            if node.args[1] == rows.row and isinstance(node.args[2], int):
+                yield node.args[2]
+            continue
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        place = _index_of(index, rows.row, example(node.args[0]).dim())
+        if isinstance(place, int) and not isinstance(place, bool):
+            yield place
+        elif isinstance(place, fx.Node) and is_tensor(place) and not rows.packed:
+            value = example(place)
+            if not value.is_floating_point() and value.dtype != torch.bool and value.dim() <= 1:
+                yield place
+
+
+_PICKS = ("getitem", "select")
+
+
+def _index_of(index: tuple[Any, ...], dim: int, rank: int) -> Any:
+    """What a subscript holds for a dimension of the value."""
+    if None in index or any(isinstance(x, fx.Node) and example(x) is None for x in index):
+        return None
+    if ... in index:
+        at = index.index(...)
+        index = (*index[:at], *[slice(None)] * (rank - len(index) + 1), *index[at + 1 :])
+    return index[dim] if dim < len(index) else None
 
 
 def _is_attention(node: fx.Node, facts: Facts) -> bool:
     name = operation(node)
     if name == "scaled_dot_product_attention":
-        return node in facts.plans
+        key = node.args[1] if len(node.args) > 1 else node.kwargs.get("key")
+        assert isinstance(key, fx.Node)
+        # of the tokens themselves, perhaps behind a prefix, and not of an encoder's
+        beyond = facts.shape(key)[-2] - facts.sizes.tokens
+        return node in facts.plans and bool(beyond.is_Integer)
     if name != "softmax" or node not in facts.plans:
         return False
     return facts.square(node)

@@ -63,9 +63,14 @@ def _find_stream(graph: fx.Graph, facts: Facts) -> None:
         for node in graph.nodes
         if node.op == "placeholder" and is_tensor(node) and not _torch.is_module_state(node)
     ]
-    named = [node for node in inputs if _torch.source_name(node) in PRIMARY_INPUTS]
-    reached = descendants(named or inputs[:1])
     sizes = facts.sizes
+    counting = [
+        node
+        for node in inputs
+        if any(sizes.has_tokens(size) for size in sizes.shape(example(node)))
+    ]
+    named = [node for node in counting if _torch.source_name(node) in PRIMARY_INPUTS]
+    reached = descendants(named or counting[:1])
     for node in graph.nodes:
         if node.op == "placeholder" and not (node in reached or needs_grad(node)):
             continue

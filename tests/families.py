@@ -38,7 +38,11 @@ ENCODER: dict[str, Any] = {
     "attention_probs_dropout_prob": 0.0,
     "pad_token_id": 0,
 }
-EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+EXPERTS: dict[str, Any] = {
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.0,
+    "experts_implementation": "batched_mm",  # the default has no float64
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ FAMILIES: dict[str, Family] = {
         Family("gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", {**DENSE, **_GEMMA}),
         Family("phi3", "Phi3Config", "Phi3ForCausalLM", DENSE),
         Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", DENSE),
-        Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", {**DENSE, "no_rope_layers": [1, 0]}),
+        Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", 
+               {**DENSE, "no_rope_layers": [1, 0]}),
         Family("stablelm", "StableLmConfig", "StableLmForCausalLM", DENSE),
         Family("granite", "GraniteConfig", "GraniteForCausalLM",
                {**DENSE, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,

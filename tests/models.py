@@ -6,8 +6,10 @@ confused dimension cannot agree by luck.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
+
+from fxseek.passes import normalise
 
 IGNORED = -100
 
@@ -349,6 +353,25 @@ def without_casts(model: nn.Module) -> nn.Module:
 
     model.loss_function = loss  # type: ignore[assignment]
     return model.double()
+
+
+@contextlib.contextmanager
+def double_throughout() -> Iterator[None]:
+    """Inside, models that cast to float32 cast to float64: their errors are those of float64.
+
+    transformers writes these casts into norms, softmaxes, rotary tables and losses. `torch.float32`
+    and `Tensor.float` are read when the code runs, captured or not.
+    """
+    float32 = torch.float32
+    torch.float32 = torch.float64  # type: ignore[misc]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    normalise._DTYPES["float"] = torch.float64
+    try:
+        yield
+    finally:
+        torch.float32 = float32  # type: ignore[misc]
+        del torch.Tensor.float
+        normalise._DTYPES["float"] = float32
 
 
 def _spread(model: nn.Module) -> nn.Module:
