@@ -24,7 +24,7 @@ import copy
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,9 @@ from torch import Tensor, nn
 from .errors import InputError
 
 __all__ = ["Comparison", "Reference", "compare", "masked_backprop"]
+
+_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "decoder_attention_mask")
+"""Where an encoder has tokens of its own, those that are selected are the decoder's."""
 
 IGNORED = -100  # the label of a position that has none
 
@@ -90,11 +93,15 @@ def masked_backprop(
         InputError: Sizes that disagree, no labels, no logits, or a loss that is neither kind of
             token cross-entropy; the message says what to pass.
     """
-    sizes = _sizes(batch, kept)
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
+    seq2seq = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
+    counting = _DECODER if seq2seq else tuple(batch)
+    sizes = _sizes({name: batch[name] for name in counting if name in batch}, kept)
     selected = _selected(kept, sizes)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inner = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     own = ("labels", "num_items_in_batch") if loss is None else ()
+    if seq2seq and not any(name in batch for name in _DECODER[:2]):
+        own = ("num_items_in_batch",)  # the decoder's inputs are made from the labels
     inputs = {key: value for key, value in batch.items() if key not in own}
 
     def default_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -105,7 +112,7 @@ def masked_backprop(
     with _left_as_it_was(inner), torch.enable_grad():
         if loss is None and shift is None:
             shift = _finds_shift(inner, inputs, _labels(batch, sizes))
-        layout = _Layout(sizes, _run_recorded(inner, inputs, sizes))
+        layout = _Layout(sizes, _run_recorded(inner, inputs, sizes, counting))
         with _hooked(inner, lambda name, call, x: layout.mask(name, call, x, selected)):
             outputs = _run(inner, inputs)
             value = (loss or default_loss)(outputs, batch)
@@ -201,10 +208,10 @@ class _Layout:
             if kind is None:
                 return x
             size = [1] * x.ndim
-            if kind == "packed":
-                size[0] = selected.numel()
-            else:
+            if isinstance(kind, int):
                 size[0], size[kind] = selected.shape
+            else:
+                size[0] = selected.numel()
             return torch.where(selected.to(x.device).reshape(size), x, x.detach())
 
         return _map_tensors(masked, result)
@@ -215,14 +222,14 @@ class _Layout:
         # Position embeddings may have one row for the whole batch: no part of them is one row's
         # token, and what they are added to is masked after it.
         row = 1 if len(shape) >= 2 and shape[0] == batch and shape[1] == tokens else None
-        packed = len(shape) >= 2 and shape[0] == batch * tokens
+        packed = len(shape) >= 2 and shape[:1] == (batch * tokens,)
         if other is not None and self.probed is not None and 2 <= len(other) == len(shape):
             changed = [d for d, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
             row = changed[0] if len(changed) == 1 and changed != [0] else None
-            if row is not None and (
-                shape[0] != batch or shape[row] != tokens or other[row] != self.probed[0].tokens
-            ):
-                row = None  # heads before tokens are fine, anything else is not one token's
+            if row is not None:
+                ours = (batch, tokens, self.probed[0].tokens)
+                if (*shape[:1], shape[row], other[row]) != ours:
+                    row = None  # heads before tokens are fine, anything else is not one token's
             packed = packed and changed == [0] and other[0] == batch * self.probed[0].tokens
         elif row is not None and packed:
             packed = False
@@ -230,7 +237,7 @@ class _Layout:
 
 
 def _run_recorded(
-    model: nn.Module, inputs: Mapping[str, Any], sizes: _Sizes
+    model: nn.Module, inputs: Mapping[str, Any], sizes: _Sizes, counting: Sequence[str]
 ) -> tuple[_Sizes, Shapes] | None:
     """Shapes of every module's results on another number of tokens; None where that fails."""
     shapes: Shapes = defaultdict(list)
@@ -245,14 +252,15 @@ def _run_recorded(
     tokens = sizes.tokens - 1 if sizes.tokens > 1 else 2
     keep = torch.arange(tokens).clamp(max=sizes.tokens - 1)
 
-    def resized(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == sizes.tokens:
+    def resized(name: str, value: Any) -> Any:
+        counts = name in counting and isinstance(value, Tensor) and value.ndim >= 2
+        if counts and value.shape[1] == sizes.tokens:
             return value.index_select(1, keep.to(value.device))
         return value
 
     try:
         with torch.no_grad(), _hooked(model, record):
-            _run(model, {name: resized(value) for name, value in inputs.items()})
+            _run(model, {name: resized(name, value) for name, value in inputs.items()})
     except Exception:
         return None  # a length the model does not take: sizes must do
     return _Sizes(sizes.batch, tokens), dict(shapes)

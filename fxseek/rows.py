@@ -1,8 +1,8 @@
 """Gather and scatter of token rows: what the stages call at run time.
 
-Shapes: `kept` is LongTensor[batch, kept], ascending. `row` is the token dimension of a value,
-`batch` its batch dimension (None: the batch is 1); a `packed` value has batch × tokens in one
-dimension.
+Shapes: `kept` is LongTensor[batch, kept]. `row` is the token dimension of a value, `batch` its
+batch dimension (None: the batch is 1), which repeats each row of the batch `heads` times; a
+`packed` value has batch × tokens in one dimension.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ def _packed_index(kept: Tensor, length: int) -> Tensor:
 
 
 def gather_rows(
-    x: Tensor, kept: Tensor, row: int, batch: int | None = None, packed: bool = False
+    x: Tensor,
+    kept: Tensor,
+    row: int,
+    batch: int | None = None,
+    packed: bool = False,
+    heads: int = 1,
 ) -> Tensor:
     """The selected rows of a full value: [..., tokens, ...] → [..., kept, ...].
 
@@ -35,6 +40,7 @@ def gather_rows(
         return x.index_select(row, _packed_index(kept, x.shape[row]))
     if batch is None:
         return x.index_select(row, kept[0])
+    kept = _repeated(kept, heads)
     rows = kept.shape[0]
     if x.shape[batch] == 1 and rows > 1:
         x = x.expand(*(rows if i == batch else -1 for i in range(x.dim())))
@@ -50,6 +56,7 @@ def scatter_rows(
     row: int,
     batch: int | None = None,
     packed: bool = False,
+    heads: int = 1,
     filled: Tensor | None = None,
 ) -> Tensor:
     """A full value with its selected rows replaced; the others are constants from `base`.
@@ -59,7 +66,9 @@ def scatter_rows(
     Shapes: base [..., tokens, ...], rows [..., kept, ...], filled Bool [batch, kept] →
     [..., tokens, ...].
     """
+    kept = _repeated(kept, heads)
     if filled is not None:
+        filled = _repeated(filled, heads)
         rows = torch.where(_placed(filled, rows, row, batch, packed), rows.detach(), rows)
     if packed:
         return base.index_copy(row, _packed_index(kept, base.shape[row]), rows)
@@ -69,6 +78,10 @@ def scatter_rows(
     moved = base.movedim((batch, row), (0, 1))
     placed = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
     return placed.movedim((0, 1), (batch, row))
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    return x if heads == 1 else x.repeat_interleave(heads, 0)
 
 
 def _placed(filled: Tensor, rows: Tensor, row: int, batch: int | None, packed: bool) -> Tensor:

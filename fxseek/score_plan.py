@@ -262,7 +262,7 @@ def _context_of_softmax(
     shape = facts.shape(attention)
     rows = facts.rows[attention]
     if not isinstance(rows, Rows) or not (
-        len(shape) == 4 or (len(shape) == 3 and facts.sizes.batch is None)
+        len(shape) == 4 or (len(shape) == 3 and (facts.sizes.batch is None or rows.heads > 1))
     ):
         raise GraphError(
             f"the last attention map has the shape {tuple(map(str, shape))}; the context score "
@@ -286,7 +286,7 @@ def _context_of_softmax(
                 ]
                 (probabilities,) = run_boxed(module, arguments)
                 if probabilities.dim() == 3:
-                    probabilities = probabilities.unsqueeze(0)
+                    probabilities = probabilities.unflatten(0, (batch, -1))
                 part = scoring.accumulate_columns(probabilities, valid.gather(1, kept))
                 total = part if total is None else total + part
         assert total is not None

@@ -361,13 +361,13 @@ class Gather(nn.Module):
         """One gather per read."""
         rows: dict[StageInput, Tensor] = {}
         with torch.no_grad():
-            for key, (unsqueezed, row, batch, packed) in self.reads:
+            for key, (unsqueezed, *where) in self.reads:
                 node = key.node
                 assert node is not None
                 value = inputs[positions[node]] if node in positions else values[node]
                 for _ in range(unsqueezed):
                     value = value.unsqueeze(0)
-                rows[key] = gather_rows(value, kept, row, batch, packed)
+                rows[key] = gather_rows(value, kept, *where)
         return rows
 
 

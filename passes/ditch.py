@@ -329,7 +329,8 @@ class _Ditch:
         return made
 
     def _gather(self, origin: fx.Node, value: fx.Node, rows: Rows) -> fx.Node:
-        args = (value, self._input(StageInput("kept")), rows.row, rows.batch, rows.packed)
+        where = (rows.row, rows.batch, rows.packed, rows.heads)
+        args = (value, self._input(StageInput("kept")), *where)
         made = self.graph.create_node(
             "call_function", gather_rows, args, name=f"{origin.name}_rows"
         )
@@ -339,7 +340,8 @@ class _Ditch:
         base = self._input(StageInput("value", node))
         kept = self._input(StageInput("kept"))
         filled = self._input(StageInput("filled"))
-        args = (base, self.compact[node], kept, rows.row, rows.batch, rows.packed, filled)
+        where = (rows.row, rows.batch, rows.packed, rows.heads)
+        args = (base, self.compact[node], kept, *where, filled)
         made = self.graph.create_node("call_function", scatter_rows, args, name=f"{node.name}_all")
         return self._stamp(made, node)
 

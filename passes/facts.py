@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,22 @@ class Rows:
     `row`: the dimension whose index is the token that the value belongs to.
     `batch`: the dimension of the batch; None when the batch is 1 or merged into `row`.
     `packed`: `row` is batch × tokens, batch-major, as ``view(-1, width)`` makes it.
+    `heads`: how often `batch` repeats each row of the batch; above 1 where heads are merged into
+    it (batch-major), as ``view(batch * heads, tokens, width)`` does.
     """
 
     row: int
     batch: int | None = None
     packed: bool = False
+    heads: int = 1
 
     def shift(self, by: int) -> Rows:
         """The same dimensions when `by` leading ones are added (or, negative, removed)."""
-        return Rows(self.row + by, None if self.batch is None else self.batch + by, self.packed)
+        return self.at(self.row + by, None if self.batch is None else self.batch + by)
+
+    def at(self, row: int, batch: int | None) -> Rows:
+        """The same tokens in other dimensions."""
+        return replace(self, row=row, batch=batch)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -93,7 +100,7 @@ class Sizes:
             return False
         if self.batch is None:
             return rows.batch is None
-        return rows.batch is not None and shape[rows.batch] == self.batch
+        return rows.batch is not None and shape[rows.batch] == self.batch * rows.heads
 
     def rows(self, shape: Sequence[sympy.Expr]) -> Rows | None:
         """The only reading that the sizes allow, or None where there is none or several."""
@@ -150,11 +157,19 @@ def moved_rows(
     if i < len(old) or j < len(new):
         return None
     target: dict[int, int] = {}
+    heads = rows.heads
     for left, right in spans:
         if len(left) == 1 and len(right) == 1:
             target[left[0]] = right[0]
         elif not rows.packed and left == [rows.batch, rows.row] and len(right) == 1:
-            return Rows(right[0], packed=True)
+            return Rows(right[0], packed=True) if rows.heads == 1 else None
+        elif left[0] == rows.batch and rows.row not in left and len(right) == 1:
+            merged = sympy.cancel(after[right[0]] / sizes.batch)  # heads into the batch
+            if not merged.is_Integer or rows.heads != 1:
+                return None
+            target[left[0]], heads = right[0], int(merged)
+        elif left == [rows.batch] and rows.heads != 1 and after[right[0]] == sizes.batch:
+            target[left[0]], heads = right[0], 1  # and out of it again
         elif rows.packed and left == [rows.row] and len(right) == 2:
             if after[right[0]] == sizes.batch and after[right[1]] == sizes.tokens:
                 return Rows(right[1], right[0])
@@ -162,7 +177,7 @@ def moved_rows(
     if any(dim not in target for dim in rows.dims):
         return None
     batch = None if rows.batch is None else target[rows.batch]
-    return Rows(target[rows.row], batch, rows.packed)
+    return replace(rows, row=target[rows.row], batch=batch, heads=heads)
 
 
 def example(node: fx.Node) -> Any:

@@ -28,7 +28,7 @@ def hoist_gathers(
     """Split off the gathers whose operand is a stage input without gradient.
 
     Returns the stage that takes gathered rows, and the gathers: for each the new input and
-    (leading dimensions to add, row, batch, packed).
+    (leading dimensions to add, row, batch, packed, heads).
     """
     graph = stage.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -38,7 +38,7 @@ def hoist_gathers(
     for node in list(graph.nodes):
         if node.target is not gather_rows:
             continue
-        operand, _, row, batch, packed = node.args
+        operand, _, *where = node.args
         unsqueezed = 0
         while operand.op == "call_function" and operand.target is torch.unsqueeze:
             operand, unsqueezed = operand.args[0], unsqueezed + 1
@@ -48,12 +48,12 @@ def hoist_gathers(
         value = source.node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and value.requires_grad and source.kind == "input":
             continue
-        key = StageInput("gathered", source.node, f"{unsqueezed},{row},{batch},{packed}")
+        key = StageInput("gathered", source.node, f"{unsqueezed},{where}")
         if key not in made:
             with graph.inserting_before(placeholders[0]):
                 made[key] = graph.placeholder(node.name)
             made[key].meta = dict(node.meta)
-            gathers.append((key, (unsqueezed, row, batch, packed)))
+            gathers.append((key, (unsqueezed, *where)))
         node.replace_all_uses_with(made[key])
         graph.erase_node(node)
     for node in reversed(list(graph.nodes)):

@@ -16,7 +16,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxseek.passes.facts import Facts, Rows, ancestors, example, is_tensor, needs_grad
+from fxseek.passes.facts import Facts, Rows, ancestors, descendants, example, is_tensor, needs_grad
 from fxseek.passes.rules import operation
 
 
@@ -132,12 +132,13 @@ def _cuts(
     graph: fx.Graph, facts: Facts, before: set[fx.Node], sinks: list[fx.Node]
 ) -> list[fx.Node]:
     """Nodes that every path of the stream to the sinks goes through, in order."""
-    members = [
+    made = {
         node
-        for node in graph.nodes
-        if node in before and node in facts.stream and node.op != "placeholder"
-    ]
-    streamed = {node for node in members if _from_tokens(node, facts)}
+        for node in before
+        if node in facts.stream and node in facts.token_made and node.op != "placeholder"
+    }
+    # positions and counts that come from the stream (which expert a token goes to) are on its paths
+    streamed = made | (descendants(made) & before)
     flow: nx.DiGraph = nx.DiGraph()
     start, end = "start", "end"
     for node in streamed:
@@ -155,15 +156,11 @@ def _cuts(
     cuts: list[fx.Node] = []
     at = parents[end]
     while at != start:
-        if is_tensor(at) and facts.token_sized(at):
+        if at in made and is_tensor(at) and facts.token_sized(at):
             cuts.append(at)
         at = parents[at]
     cuts.reverse()
     return cuts
-
-
-def _from_tokens(node: fx.Node, facts: Facts) -> bool:
-    return node in facts.token_made
 
 
 __all__ = ["Structure", "example", "find_structure"]

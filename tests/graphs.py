@@ -118,6 +118,9 @@ def evaluate(
             values[node] = node.target(*args, **kwargs)
         elif node.op == "call_method":
             values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+        elif node.op == "get_attr":
+            assert graph.owning_module is not None
+            values[node] = graph.owning_module.get_submodule(str(node.target))
         else:
             assert node.op == "output", node.op
             values[node] = args[0]
@@ -140,7 +143,8 @@ def node_mask(
     two, is left alone: what reads it has one again.
     """
     batch = kept.shape[0]
-    marked = torch.zeros(batch, tokens).bool().scatter_(1, kept, True)
+    at = kept.where(kept >= 0, tokens)
+    marked = torch.zeros(batch, tokens + 1).bool().scatter_(1, at, True)[:, :tokens]
 
     def mask(value: Tensor) -> Tensor | None:
         shape = list(value.shape)

@@ -65,9 +65,10 @@ def masked_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the weighted mean over selected positions that have a label."""
     batch, tokens = targets.shape
-    weight = torch.zeros(batch, tokens, dtype=torch.float64)
-    weight.scatter_(1, kept, weights.to(torch.float64))
-    chosen = torch.zeros(batch, tokens).bool().scatter_(1, kept, True)
+    at = kept.where(kept >= 0, tokens)  # -1, a slot that is not used, has a place of its own
+    weight = torch.zeros(batch, tokens + 1, dtype=torch.float64)
+    weight = weight.scatter_(1, at, weights.to(torch.float64))[:, :tokens]
+    chosen = torch.zeros(batch, tokens + 1).bool().scatter_(1, at, True)[:, :tokens]
     with Marked(kept, tokens, packed=packed):
         logits = logits_of()
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * weight

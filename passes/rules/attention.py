@@ -40,8 +40,8 @@ def sdpa(call: Call) -> Plan | None:
     rank = len(call.shape(query))
     if rows is None or rows.row != rank - 2 or not call.sizes.valid(rows, call.out):
         return None
-    if rows.packed and call.arg(5, "is_causal", False):
-        return None  # positions in the packed dimension are not those of a row of the batch
+    if (rows.packed or rows.heads > 1) and call.arg(5, "is_causal", False):
+        return None  # the kept positions of a row of the batch are not where the flag needs them
     mask = call.arg(3, "attn_mask")
     options = {
         "dropout_p": call.arg(4, "dropout_p", 0.0),

@@ -103,7 +103,7 @@ def permute(call: Call) -> Plan | None:
     probe = torch.empty(tuple(range(1, rank + 1)), device="meta")  # sizes name dimensions
     order = [size - 1 for size in call.target(probe, *call.node.args[1:], **call.node.kwargs).shape]
     batch = None if rows.batch is None else order.index(rows.batch)
-    after = _checked(call, Rows(order.index(rows.row), batch, rows.packed))
+    after = _checked(call, rows.at(order.index(rows.row), batch))
     if after is None:
         return None
     return Plan(
@@ -207,7 +207,7 @@ def join(call: Call) -> Plan | None:
     if name == "stack":
         places = [i for i in range(rank) if i != dim]
         batch = None if rows.batch is None else places[rows.batch]
-        after = Rows(places[rows.row], batch, rows.packed)
+        after = rows.at(places[rows.row], batch)
     after = _checked(call, after)
     if after is None or dim in after.dims:
         return None
@@ -260,7 +260,7 @@ def cut(call: Call) -> Plan | None:
     if unbind:
         places = [i for i in range(rank) if i != dim]
         batch = None if rows.batch is None else places.index(rows.batch)
-        rows_after = Rows(places.index(rows.row), batch, rows.packed)
+        rows_after = rows.at(places.index(rows.row), batch)
     else:
         rows_after = rows
     pieces = list(tensors_of(call.node.meta["example_value"]))
@@ -292,6 +292,8 @@ def cut(call: Call) -> Plan | None:
         Sample(lambda x: x.narrow(-1, 1, 2)),
         Sample(lambda x: x.select(-1, 1)),
         Sample(lambda x: x.select(1, 0), ("b 3 t 5",)),
+        Sample(lambda x: x[:, :, [2, 0]]),
+        Sample(lambda x: x[..., [-2], :], ("b t 3 5",)),
     ),
 )
 def getitem(call: Call) -> Plan | None:
@@ -317,7 +319,7 @@ def getitem(call: Call) -> Plan | None:
         if name == "select":
             places = [i for i in range(rank) if i != dim]
             batch = None if rows.batch is None else places.index(rows.batch)
-            rows_after = _checked(call, Rows(places.index(rows.row), batch, rows.packed))
+            rows_after = _checked(call, rows.at(places.index(rows.row), batch))
         else:
             rows_after = _checked(call, rows)
         if rows_after is None:
@@ -349,6 +351,13 @@ def getitem(call: Call) -> Plan | None:
             emitted.append(item)
             old += 1
             continue
+        if _is_feature_list(item) and old not in rows.dims:
+            if any(isinstance(other, (list, int)) for other in index if other is not item):
+                return None  # several advanced indices are paired, and may move to the front
+            emitted.append(list(item))
+            places_after[old] = new
+            old, new = old + 1, new + 1
+            continue
         if not isinstance(item, slice):
             return None
         if old in rows.dims:
@@ -360,10 +369,14 @@ def getitem(call: Call) -> Plan | None:
         places_after[old] = new
         old, new = old + 1, new + 1
     batch = None if rows.batch is None else places_after[rows.batch]
-    after = _checked(call, Rows(places_after[rows.row], batch, rows.packed))
+    after = _checked(call, rows.at(places_after[rows.row], batch))
     if after is None:
         return None
     return Plan(after, call.target, (own(call, source, rows), tuple(emitted)))
+
+
+def _is_feature_list(item: Any) -> bool:
+    return isinstance(item, list) and bool(item) and all(type(x) is int for x in item)
 
 
 def _place(item: Any) -> Any:

@@ -33,7 +33,7 @@ def _without(rows: Rows, dims: tuple[int, ...], rank: int, keepdim: bool) -> Row
         return rows
     places = [i for i in range(rank) if i not in dims]
     batch = None if rows.batch is None else places.index(rows.batch)
-    return Rows(places.index(rows.row), batch, rows.packed)
+    return rows.at(places.index(rows.row), batch)
 
 
 def _over_features(call: Call, dims: tuple[int, ...] | None, keepdim: bool) -> Plan | None:

@@ -1,0 +1,114 @@
+"""Families of transformers, captured as they are: exact in float64, and what takes the general path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, Family
+from models import double_throughout
+from oracle import masked_gradients
+from torch import nn
+from torch.nn import functional as F
+
+import fxseek
+from fxseek.reference import compare
+from fxseek.step import step_of
+
+pytestmark = pytest.mark.filterwarnings(
+    # transformers' own, of what it does in a capture
+    "ignore:.*:UserWarning",
+    "ignore:.*:FutureWarning",
+    "ignore:.*should not be instantiated:DeprecationWarning",
+)
+CELLS = [
+    pytest.param(family, attention, id=f"{family.name}-{attention}")
+    for family in FAMILIES.values()
+    for attention in family.attentions
+    if family.name not in ("mamba2", "vit")
+]
+
+
+def general(model: nn.Module) -> list[str]:
+    step = step_of(model)
+    assert step is not None
+    learn = step.recorder.programs[0].learn
+    assert learn is not None
+    return [node.name for node in learn.general]
+
+
+@pytest.mark.parametrize(("family", "attention"), CELLS)
+def test_exact(family: Family, attention: str):
+    with double_throughout():
+        model = family.make(attention).double()
+        batch = family.batch()
+        fxseek.compile(model, 0.3)
+        fxseek.check_gradients(model, 1e-9, **batch)
+        longer = family.batch(batch=3, tokens=31, seed=1)
+        fxseek.check_gradients(model, 1e-9, **longer)
+    step = step_of(model)
+    assert step is not None
+    assert len(step.recorder.programs) <= 2  # at most one more for the other batch and length
+    if family.dense:
+        assert general(model) == []
+
+
+def test_mamba_2():
+    """No attention, and scans over tokens: every operation of the mixer is the general path's.
+
+    Its own parameters are added inside the mixer's forward, where module hooks cannot cut.
+    """
+    family = FAMILIES["mamba2"]
+    with double_throughout():
+        model = family.make("eager").double()
+        batch = family.batch(batch=5)
+        fxseek.compile(model, 0.3, score="random")
+        loss = model(**batch).loss
+        loss.backward()
+        report = fxseek.report(model)
+        assert "conv1d" in " ".join(general(model))
+        given = {name: x for name, x in batch.items() if name != "labels"}
+        wanted, gradients = masked_gradients(
+            model,
+            lambda: step_of(model).model._call_impl(**given).logits,  # type: ignore[union-attr]
+            F.pad(batch["labels"], (0, 1), value=-100)[:, 1:],
+            report.selected,
+            report.weights,
+        )
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-9, atol=1e-9)
+    found = compare({name: p.grad for name, p in model.named_parameters()}, gradients)
+    assert found.error <= 1e-9, found
+
+
+def test_images_have_no_token_dimension():
+    family = FAMILIES["vit"]
+    model = fxseek.compile(family.make(), 0.3, score="random")
+    with pytest.raises(fxseek.GraphError, match=r"patches of an image.*constant of the graph"):
+        model(**family.batch())
+
+
+@pytest.mark.parametrize("name", ["bert_classes", "roberta_classes", "llama_classes"])
+@pytest.mark.parametrize("score", ["random", "tokenseek"])
+def test_the_pooled_token_is_always_kept(name, score):
+    family = FAMILIES[name]
+    model = fxseek.compile(family.make().double(), 0.1, score=score)
+    batch = family.batch(batch=3)
+    lengths = batch["attention_mask"].sum(1)
+    pooled = lengths - 1 if name == "llama_classes" else torch.zeros_like(lengths)
+    for _ in range(4):
+        model(**batch).loss.backward()
+        selected = fxseek.report(model).selected
+        assert (selected == pooled[:, None]).any(1).all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_decoder_of_the_length_of_its_encoder():
+    """Equal lengths do not make one token dimension of two."""
+    family = FAMILIES["t5"]
+    with double_throughout():
+        model = family.make().double()
+        batch = family.batch(tokens=23)
+        batch["input_ids"] = batch["input_ids"][:, :23]
+        batch["attention_mask"] = batch["attention_mask"][:, :23]
+        fxseek.compile(model, 0.3)
+        fxseek.check_gradients(model, 1e-9, **batch)
+        fxseek.check_gradients(model, 1e-9, **family.batch(tokens=12))
