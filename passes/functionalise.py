@@ -192,6 +192,64 @@ def _method(
     return target, pure, node.args, dict(node.kwargs)
 
 
+def _leaves_as_it_is(node: fx.Node) -> bool:
+    """Whether a node is part of ``a.data = b`` where `b` is the memory of `a` already.
+
+    A layer may keep its weight under two names and say at each call that they are one (the 8-bit
+    layers of bitsandbytes do). Dynamo records ``Tensor.set_`` and one count of versions less.
+    """
+    if getattr(node.target, "__name__", "") == "_lower_version_count_by_1":
+        return isinstance(node.args[0], fx.Node) and _leaves_as_it_is(node.args[0])
+    if node.target is not torch.Tensor.set_ or len(node.args) != 2 or node.kwargs:
+        return False
+    written, source = (_given(arg) for arg in node.args)
+    return (
+        written is not None
+        and source is not None
+        and written.data_ptr() == source.data_ptr()
+        and written.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+        and (written.dtype, written.shape, written.stride())
+        == (source.dtype, source.shape, source.stride())
+    )
+
+
+def _given(node: Any) -> torch.Tensor | None:
+    """The tensor that a placeholder was captured with."""
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return None
+    value = getattr(node.meta.get("grapharg"), "example", None)
+    if not isinstance(value, torch.Tensor) or _torch.is_fake(value):
+        return None
+    return value
+
+
+def _check_function(node: fx.Node) -> None:
+    """Refuse an autograd function that writes to what it is given: its graph is run as it is."""
+    attribute = node.args[0]
+    assert isinstance(attribute, fx.Node) and attribute.graph.owning_module is not None
+    body = attribute.graph.owning_module.get_submodule(str(attribute.target))
+    assert isinstance(body, fx.GraphModule)
+    given = {
+        _torch.storage_key(example(inner))
+        for inner in body.graph.nodes
+        if inner.op == "placeholder" and is_tensor(inner)
+    }
+    for inner in body.graph.nodes:
+        if not inner.op.startswith("call_") or _leaves_as_it_is(inner):
+            continue
+        try:
+            write = _written(inner)
+            written = None if write is None else write[0]
+        except GraphError:  # a write that has no pure form; to a value of its own it may
+            written = inner.args[0] if inner.args else None
+        if is_tensor(written) and _torch.storage_key(example(written)) in given:  # type: ignore[arg-type]
+            raise _refuse(
+                node,
+                "an autograd function writes to one of its arguments",
+                "Write to a copy of it.",
+            )
+
+
 def functionalise(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` without writes.
 
@@ -215,6 +273,11 @@ def functionalise(graph: fx.Graph) -> fx.Graph:
         return current.get(node, new_of[node])
 
     for node in graph.nodes:
+        if _leaves_as_it_is(node):
+            new_of[node] = new_of[node.args[0]]  # type: ignore[index]
+            continue
+        if getattr(node.target, "__name__", "") == "autograd_function_apply":
+            _check_function(node)
         write = _written(node) if node.op.startswith("call_") else None
         if write is None:
             new_of[node] = copy.node_copy(node, latest)

@@ -1,6 +1,16 @@
 """Rules by family; importing this package fills the registry."""
 
-from fxseek.passes.rules import attention, indexing, layout, loss, pointwise, products, reductions
+from fxseek.passes.rules import (
+    attention,
+    functions,
+    indexing,
+    layout,
+    loss,
+    pointwise,
+    products,
+    quantised,
+    reductions,
+)
 from fxseek.passes.rules.registry import (
     RULES,
     Call,
@@ -28,12 +38,14 @@ __all__ = [
     "Stage",
     "attention",
     "find_rule",
+    "functions",
     "indexing",
     "layout",
     "loss",
     "operation",
     "pointwise",
     "products",
+    "quantised",
     "reductions",
     "rule",
 ]

@@ -207,11 +207,15 @@ class Rule:
     samples: tuple[Sample, ...]
     layout: bool = False
     """Only moves or copies elements, so a full value can be had from the operand's."""
+    needs: str = ""
+    """The module that defines the operation, empty for torch's own; the samples import it."""
 
 
 RULES: dict[str, Rule] = {}
 _NAMES: dict[Any, str] = {}
 _METHODS: dict[str, str] = {}
+_QUALIFIED: set[str] = set()
+"""``"namespace::name"``: operations that may be defined later, by a library that is imported."""
 
 ALIASES: dict[str, tuple[Any, ...]] = {
     "add": (operator.add, "__add__", "__radd__"),
@@ -249,6 +253,9 @@ _SPACES: tuple[Any, ...] = (F, torch, _NN, torch.special, torch.Tensor)
 
 
 def _register_names(name: str) -> None:
+    if "::" in name:
+        _QUALIFIED.add(name)
+        return
     spellings: list[Any] = list(ALIASES.get(name, ()))
     spellings += [getattr(space, name) for space in _SPACES if hasattr(space, name)]
     methods = [spelling for spelling in spellings if isinstance(spelling, str)]
@@ -270,8 +277,12 @@ def rule(
     reason: str,
     samples: Sequence[Sample],
     layout: bool = False,
+    needs: str = "",
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for the operations of these names (every spelling of each).
+
+    A name like ``"namespace::name"`` is that of an operation in `torch.ops`. It need not exist
+    yet; `needs` names the module that defines it.
 
     Raises:
         ValueError: a name is taken, unknown to torch, or there are no samples.
@@ -284,7 +295,7 @@ def rule(
             if name in RULES:
                 raise ValueError(f"a rule for {name!r} is registered already")
             _register_names(name)
-            RULES[name] = Rule(name, family, function, reason, tuple(samples), layout)
+            RULES[name] = Rule(name, family, function, reason, tuple(samples), layout, needs)
         return function
 
     return register
@@ -296,10 +307,23 @@ def operation(node: fx.Node) -> str | None:
         return _METHODS.get(str(node.target))
     if node.op == "call_function":
         try:
-            return _NAMES.get(node.target)
+            return _NAMES.get(node.target) or _qualified(node.target)
         except TypeError:  # an unhashable callable is no operation of torch
             return None
     return None
+
+
+def _qualified(target: Any) -> str | None:
+    """The registered name of an operation in `torch.ops`, overloaded or of higher order."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        name = target._qualified_op_name
+    elif isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name
+    elif isinstance(target, torch._ops.HigherOrderOperator):
+        name = f"{target.namespace}::{target.name()}"
+    else:
+        return None
+    return name if name in _QUALIFIED else None
 
 
 def find_rule(node: fx.Node) -> Rule | None:
