@@ -265,7 +265,7 @@ def find_sizes(
     tokens = _torch.size_expression(shape[token_dim])
     name = _torch.source_name(first) or first.name
     if not isinstance(tokens, sympy.Symbol):
-        image = example(first).dim() >= 4 and example(first).is_floating_point()
+        image = name == "pixel_values"
         raise GraphError(
             f"no token dimension: dimension {token_dim} of {name!r} was captured as the "
             f"constant {tokens}. "

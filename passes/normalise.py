@@ -199,16 +199,19 @@ def _before_repeat(node: Any) -> fx.Node | None:
         return None
     if not _same_sizes(tuple(example(node).shape), merged):
         return None
-    if kind == "getitem" and _index(inserted) != _WHOLE:
+    if kind == "getitem" and not _inserts_third(inserted.args[1]):
         return None
     return source
 
 
-_WHOLE = (slice(None), slice(None), None, slice(None), slice(None))
-
-
-def _index(node: fx.Node) -> Any:
-    return node.args[1]
+def _inserts_third(index: Any) -> bool:
+    """Whether a subscript is ``[:, :, None]``, however many whole dimensions follow."""
+    whole = slice(None)
+    return (
+        isinstance(index, tuple)
+        and index[:3] == (whole, whole, None)
+        and all(item is ... or item == whole for item in index[3:])
+    )
 
 
 def _same_sizes(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
