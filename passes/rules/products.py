@@ -7,6 +7,7 @@ keys and values enter attention. A contraction over the token row is never per-t
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import torch
@@ -157,20 +158,23 @@ def _row_of_left(call: Call, left: fx.Node) -> Rows | None:
         Sample(lambda x, w: torch.einsum("btc,cd->btd", x, w), ("b t 5", "5 3")),
         Sample(lambda x, w: torch.einsum("bthc,hcd->bhtd", x, w), ("b t 2 5", "2 5 3")),
         Sample(lambda x, y: torch.einsum("btc,btc->bt", x, y), ("b t 5", "b t 5")),
+        Sample(lambda x, w: torch.einsum("...rk,rkc->...rc", x, w), ("b t 2 5", "2 5 3")),
+        Sample(lambda x, y: torch.einsum("...c,...c->...", x, y), ("b 2 t 5", "b 1 t 5")),
+        Sample(lambda x, y: torch.einsum("...c, bc -> ...", x, y), ("b t 5", "3 5")),
     ),
 )
 def einsum(call: Call) -> Plan | None:
-    """Explicit einsum formulas without ellipsis."""
+    """Formulas with an explicit result; an ellipsis stands for as many letters as are missing."""
     formula, *operands = call.node.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    if not isinstance(formula, str) or "->" not in formula or "." in formula:
-        return None
-    inputs, output = formula.replace(" ", "").split("->")
-    terms = inputs.split(",")
     nodes: list[Any] = [node for node in operands if is_tensor(node)]
-    if len(terms) != len(operands) or len(nodes) != len(operands):
+    if not isinstance(formula, str) or len(nodes) != len(operands):
         return None
+    letters = _letters(formula, [len(call.shape(node)) for node in nodes])
+    if letters is None:
+        return None
+    terms, output = letters
     readings: set[tuple[str, str | None]] = set()
     for term, node in zip(terms, nodes, strict=True):
         rows = call.rows(node) if node in call.facts.stream else None
@@ -201,3 +205,26 @@ def einsum(call: Call) -> Plan | None:
                 return None
             wants.append(RowsOf(node, place, len(term)))
     return Plan(after, torch.einsum, (formula, *wants))
+
+
+def _letters(formula: str, ranks: list[int]) -> tuple[list[str], str] | None:
+    """The operands' and the result's dimensions by letter, an ellipsis written out."""
+    inputs, arrow, output = formula.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != len(ranks):
+        return None
+    free = [letter for letter in string.ascii_letters if letter not in formula]
+    hidden = [
+        rank - len(term) + 3 if "..." in term else 0
+        for term, rank in zip(terms, ranks, strict=True)
+    ]
+    most = max(hidden)  # broadcasting lines up the last of them
+    if min(hidden) < 0 or most > len(free) or (most and "..." not in output):
+        return None
+    spelled = [
+        term.replace("...", "".join(free[most - count : most]))
+        for term, count in zip(terms, hidden, strict=True)
+    ]
+    if any(len(term) != rank for term, rank in zip(spelled, ranks, strict=True)):
+        return None
+    return spelled, output.replace("...", "".join(free[:most]))
