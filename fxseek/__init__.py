@@ -4,6 +4,8 @@ model = fxseek.compile(model, ratio=0.1)
 model(input_ids=..., attention_mask=..., labels=...).loss.backward()
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fxseek.backend import StepReport
 from fxseek.check import GradientCheck, check_gradients
 from fxseek.config import SeekConfig
@@ -18,7 +20,10 @@ from fxseek.errors import (
 )
 from fxseek.explain import Explanation, Fallback, explain
 from fxseek.scoring import ScoreInputs
-from fxseek.step import compile, report, uncompile
+from fxseek.step import compile, report, resume, uncompile
+
+if TYPE_CHECKING:
+    from fxseek.callback import SeekCallback
 
 __version__ = "0.1.0"
 
@@ -34,11 +39,22 @@ __all__ = [
     "InputError",
     "ScoreError",
     "ScoreInputs",
+    "SeekCallback",
     "SeekConfig",
     "StepReport",
     "check_gradients",
     "compile",
     "explain",
     "report",
+    "resume",
     "uncompile",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`SeekCallback` on first use: it needs transformers, and nothing else here does."""
+    if name == "SeekCallback":
+        from fxseek.callback import SeekCallback
+
+        return SeekCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,10 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +33,11 @@ class StepReport:
     and one that is shorter than the longest ends in -1. `weights`: FloatTensor[batch, kept], the
     loss weight of each (0 where there is none). `scores`, `context`, `gradient`:
     FloatTensor[batch, tokens]; the latter two are None where the score does not use them.
-    `full_loss`: the loss over all labelled tokens in nats, None where scoring did not compute it. `saved_bytes`: bytes that
-    autograd keeps for backward, parameters and buffers excluded, shared memory counted once.
-    `tokens`: tokens of a row. `step`: how many steps were run before.
+    `full_loss`: the loss over all labelled tokens in nats, None where scoring did not compute it.
+    `saved_bytes`: bytes that autograd keeps for backward, parameters and buffers excluded, shared
+    memory counted once. `tokens`: tokens of a row. `step`: how many steps were run before.
+    `timings`: seconds of each stage (prefill, score, select, gather, learn; the backward is none),
+    where `Recorder.timed` asks for them.
     """
 
     selected: Tensor
@@ -45,13 +49,18 @@ class StepReport:
     saved_bytes: int
     tokens: int
     step: int
+    timings: dict[str, float] | None = None
 
 
 @dataclass
 class Recorder:
-    """What the compiled steps of one model share: the step counter and the last report."""
+    """What the compiled steps of one model share: the step counter and the last report.
+
+    `timed`: measure the stages. A device is waited for at the end of each, so steps get slower.
+    """
 
     step: int = 0
+    timed: bool = False
     last: StepReport | None = None
     padding_mask: Tensor | None = None
     programs: list[Program] = field(default_factory=list)
@@ -113,15 +122,50 @@ def _step(program: Program, recorder: Recorder) -> Callable[..., Any]:
     def step(*inputs: Any) -> Any:
         index = recorder.step
         recorder.step += 1
-        outputs, selection, scores = module(inputs, positions, index, recorder.padding_mask)
-        recorder.last = _report(selection, scores, learn.saved_bytes, index)
+        timings: dict[str, float] | None = {} if recorder.timed else None
+        with nullcontext() if timings is None else _timing(module, timings):
+            outputs, selection, scores = module(inputs, positions, index, recorder.padding_mask)
+        recorder.last = _report(selection, scores, learn.saved_bytes, index, timings)
         _LATEST.recorder = weakref.ref(recorder)
         return outputs
 
     return step
 
 
-def _report(selection: Selection, scores: Scores, saved_bytes: int, step: int) -> StepReport:
+@contextmanager
+def _timing(module: fx.GraphModule, timings: dict[str, float]) -> Iterator[None]:
+    """Seconds of each stage of a step, by hooks on the stages' modules."""
+    accelerator = torch.accelerator.is_available()
+
+    def now() -> float:
+        if accelerator:
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def begin(name: str, *_: Any) -> None:
+        timings[name] = -now()
+
+    def end(name: str, *_: Any) -> None:
+        timings[name] += now()
+
+    hooks = []
+    for name, stage in module.named_children():
+        hooks.append(stage.register_forward_pre_hook(partial(begin, name)))
+        hooks.append(stage.register_forward_hook(partial(end, name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _report(
+    selection: Selection,
+    scores: Scores,
+    saved_bytes: int,
+    step: int,
+    timings: dict[str, float] | None,
+) -> StepReport:
     return StepReport(
         selected=selection.selected,
         weights=selection.weights,
@@ -132,6 +176,7 @@ def _report(selection: Selection, scores: Scores, saved_bytes: int, step: int) -
         saved_bytes=saved_bytes,
         tokens=scores.valid.shape[1],
         step=step,
+        timings=timings,
     )
 
 

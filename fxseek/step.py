@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from fxseek import _torch
 from fxseek.backend import Recorder, StepReport, latest_recorder, make_backend
 from fxseek.config import SeekConfig
-from fxseek.errors import ConfigError, FxseekError, InputError
+from fxseek.errors import CaptureError, ConfigError, FxseekError, InputError
+from fxseek.limits import refuse_attention, refuse_wrapper
 from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS
 
-__all__ = ["SeekStep", "compile", "report", "step_of", "uncompile"]
+__all__ = ["SeekStep", "compile", "report", "resume", "step_of", "uncompile"]
 
 log = logging.getLogger("fxseek")
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# What a step of one model may be captured for: dtypes, adapters, one row or many, ...
+_CAPTURES = 64
 
 
 def compile(model: Model, ratio: float | SeekConfig = 0.1, **options: Any) -> Model:
@@ -37,17 +44,21 @@ def compile(model: Model, ratio: float | SeekConfig = 0.1, **options: Any) -> Mo
         options: fields of `SeekConfig`: score, select, alpha, beta, backend, ...
 
     Raises:
-        ConfigError: an argument is out of range, or the model is compiled already.
+        ConfigError: an argument is out of range, the model is compiled already or wrapped for
+            parallel training, or its attention cannot be compiled.
 
     Source: TokenSeek, arXiv 2601.19739. Gradients equal masked full backprop (docs).
     """
     config = SeekConfig.make(ratio, **options)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if step_of(model) is not None:
+    refuse_wrapper(model, ConfigError)
+    compiled = [name for name, module in model.named_modules() if step_of(module) is not None]
+    if compiled:
+        part = f"{compiled[0]!r} in the model" if compiled[0] else "the model"
         raise ConfigError(
-            "the model is compiled by fxseek already; call fxseek.uncompile(model) first to "
-            "change the configuration"
+            f"{part} is compiled by fxseek already; call fxseek.uncompile on it first"
+            + ("" if compiled[0] else " to change the configuration")
         )
     if _torch.compiled_call(model) is not None or isinstance(
         model, torch._dynamo.eval_frame.OptimizedModule
@@ -56,6 +67,7 @@ def compile(model: Model, ratio: float | SeekConfig = 0.1, **options: Any) -> Mo
             "the model is compiled by torch.compile already. Give fxseek the plain model, and "
             'choose how its stages are lowered by backend="inductor".'
         )
+    refuse_attention(model, ConfigError)
     step = SeekStep(model, config)
     step.switch_off_checkpointing()
     _torch.set_compiled_call(model, step)
@@ -100,8 +112,31 @@ def report(model: nn.Module | None = None) -> StepReport:
     return recorder.last
 
 
+def resume(model: nn.Module, step: int) -> None:
+    """Let the next training step of a compiled model be number `step`.
+
+    Random scores and samples are drawn from the seed and the number of the step, counted per
+    forward. After a restart, a loop that has run `step` of them goes on where it was:
+    ``fxseek.report(model).step + 1`` at the time of saving. `SeekCallback` does it in a Trainer.
+
+    Raises:
+        InputError: the model is not compiled by fxseek, or `step` is not a number of steps.
+    """
+    compiled = step_of(model)
+    if compiled is None:
+        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise InputError(f"step={step!r} is not a number of steps: pass an integer of at least 0")
+    compiled.recorder.step = step
+
+
 class SeekStep:
-    """What `nn.Module.__call__` runs instead of the module's own call."""
+    """What `nn.Module.__call__` runs instead of the module's own call.
+
+    `shapes_only`: the call is captured and not run (`fxseek.explain`), so that any device will do.
+    """
+
+    shapes_only = False
 
     def __init__(self, model: nn.Module, config: SeekConfig) -> None:
         self.model = model
@@ -119,24 +154,40 @@ class SeekStep:
         """Compile the model's call with this backend (nothing is captured before a call)."""
         model, loss = self.model, self.config.loss
         call = _torch.eager_call(model)
+        options: dict[str, Any] = {"backend": backend, "fullgraph": True}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
+            options["isolate_recompiles"] = True  # models share code: each counts its own captures
         if loss is None:
-            self._compiled = torch.compile(call, backend=backend, fullgraph=True)
+            self._compiled = torch.compile(call, **options)
             return
 
         def with_loss(*args: Any, **kwargs: Any) -> Any:
             outputs = call(*args, **kwargs)
             return loss(outputs, kwargs), outputs
 
-        self._compiled = torch.compile(with_loss, backend=backend, fullgraph=True)
+        self._compiled = torch.compile(with_loss, **options)
 
     # ---- the call ------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The training step where there is something to train on, else the original call."""
         model = self.model
-        if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not (model.training and torch.is_grad_enabled()):
             return _torch.eager_call(model)(*args, **kwargs)
+        return self._train(args, kwargs)
+
+    @torch._dynamo.disable(reason="fxseek compiles the training step by itself")
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The compiled step; a `torch.compile` around the model leaves it alone."""
+        refuse_wrapper(self.model, InputError)
+        refuse_attention(self.model, InputError)
         batch = self._bind(args, kwargs)
+        if batch.get("fused_lm_head"):
+            raise InputError(
+                "fused_lm_head=True: TRL's SFTTrainer computes its loss outside the model, by a "
+                "kernel that cannot be captured. Let it use the model's own loss: override its "
+                "compute_loss as docs/quickstart.md shows."
+            )
         if self.config.loss is None and not self._has_labels(batch):
             raise InputError(
                 "no labels: in training mode fxseek selects tokens for the loss, so the model "
@@ -208,6 +259,7 @@ class SeekStep:
                 "count tokens"
             )
         rows, tokens = primary.shape[0], primary.shape[dim]
+        self._check_extent(primary, names[0])
         self._check_lengths(batch, names[0], rows, tokens)
         decoder = [batch.get(name) for name in self.token_inputs or ()]
         lengths = {x.shape[dim] for x in decoder if isinstance(x, Tensor) and x.dim() > dim}
@@ -232,6 +284,24 @@ class SeekStep:
 
         return {name: alias(value) for name, value in batch.items()}
 
+    def _check_extent(self, primary: Tensor, name: str) -> None:
+        """There must be rows, values, and tokens to choose from."""
+        if primary.is_meta and not self.shapes_only:
+            raise InputError(
+                f"{name} is on the meta device, which has no values: load the model's weights and "
+                "move both to a real device"
+            )
+        if primary.numel() == 0:
+            raise InputError(
+                f"{name} has the shape {list(primary.shape)}: the batch is empty. Skip it."
+            )
+        if primary.shape[self.config.token_dim] == 1:
+            raise InputError(
+                f"{name} has the shape {list(primary.shape)}: with one token in a row there is "
+                "nothing to select. Skip the batch, pad it to two tokens (attention_mask 0), or "
+                "train without fxseek.compile."
+            )
+
     def _check_lengths(self, batch: dict[str, Any], primary: str, rows: int, tokens: int) -> None:
         """Integer [batch, tokens] arguments must be as long as the tokens are."""
         if self.config.token_dim != 1 or self.seq2seq:
@@ -248,10 +318,21 @@ class SeekStep:
 
     def _run(self, batch: dict[str, Any]) -> Any:
         try:
-            with _torch.capture_settings(first=not self.recorder.programs):
+            # optimize_ddp would split the graph at the buckets of a DistributedDataParallel around
+            with (
+                _torch.capture_settings(first=not self.recorder.programs),
+                torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=_CAPTURES),
+                _quiet(batch),
+            ):
                 result = self._compiled(**batch)
         except FxseekError:
             raise
+        except FailOnRecompileLimitHit as error:
+            raise CaptureError(
+                f"{type(self.model).__name__} was captured {_CAPTURES} times: something other than "
+                "the length and the batch size changes from step to step. TORCH_LOGS=recompiles "
+                "shows what; keep it constant, or call torch._dynamo.reset()."
+            ) from error
         except Exception as error:
             raise _torch.translated(error, type(self.model).__name__) from error
         if self.config.loss is None:
@@ -289,6 +370,17 @@ class SeekStep:
         """Undo `switch_off_checkpointing`."""
         while self._restore:
             self._restore.pop()()
+
+
+@contextlib.contextmanager
+def _quiet(batch: dict[str, Any]) -> Iterator[None]:
+    """Dynamo looks at an input's .grad; torch warns about that of an alias of a trained input."""
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in batch.values()):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 def _input_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int]]:

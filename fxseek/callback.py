@@ -1,0 +1,146 @@
+"""`SeekCallback`: what fxseek did in each step, in the logs of a transformers Trainer.
+
+Imported on first use, for transformers takes seconds and a loop of one's own needs none of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from fxseek.backend import StepReport
+from fxseek.errors import InputError
+from fxseek.step import SeekStep, resume, step_of
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+__all__ = ["SeekCallback"]
+
+
+class SeekCallback(TrainerCallback, ExportableState):
+    """Logs what fxseek selects and saves, beside a Trainer's own numbers.
+
+    Keys, each a mean over the forwards since the last log: ``fxseek/selected`` (share of the
+    tokens, padding aside), ``fxseek/full_loss`` (nats per labelled token, where scoring computes
+    it), ``fxseek/saved_mib`` (kept by autograd for the backward) and ``fxseek/seconds/<stage>``
+    (with `timings`); and ``fxseek/peak_mib``, the largest memory so far, of the accelerator where
+    there is one, else of the process.
+
+    The number of forwards is part of a checkpoint, so that random scores and samples of a resumed
+    run are those of an uninterrupted one.
+
+    ``Trainer(callbacks=[SeekCallback()])`` reaches the progress bar, the printed log and
+    `state.log_history`. Reporters such as TensorBoard are called before a caller's callbacks:
+    ``SeekCallback().attach(trainer)`` puts this one first, so that they receive its keys as well.
+
+    Args:
+        timings: measure the stages; a device is waited for at the end of each.
+    """
+
+    def __init__(self, timings: bool = True) -> None:
+        self.timings = timings
+        self._steps = 0
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+        self._last: StepReport | None = None
+
+    def attach(self, trainer: Any) -> SeekCallback:
+        """Add this callback to a Trainer, before its reporters; returns it."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"args": {"timings": self.timings}, "attributes": {"_steps": self._steps}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start at the forward that a checkpoint ended with; ask for timings."""
+        step = _step(kwargs["model"])
+        if step is None:
+            raise InputError(
+                "SeekCallback: the Trainer's model is not compiled by fxseek, so every token would "
+                "be trained on. Call fxseek.compile(trainer.model) before trainer.train(): a "
+                "Trainer that is given peft_config wraps the model that it is given, and the "
+                "wrapper is what has to be compiled."
+            )
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step and isinstance(saved, dict):
+            resume(step.model, saved["attributes"]["_steps"])
+        step.recorder.timed = self.timings
+        self._steps, self._last = step.recorder.step, step.recorder.last
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for no more timings."""
+        step = _step(kwargs["model"])
+        if step is not None:
+            step.recorder.timed = False
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take in one micro-batch of an accumulated step."""
+        self._collect(kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take in the last micro-batch of a step."""
+        self._collect(kwargs["model"])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the means to a log of training."""
+        if logs is None or "loss" not in logs or not self._counts:
+            return
+        means = {
+            f"fxseek/{key}": round(float(total) / self._counts[key], 6)
+            for key, total in self._sums.items()
+        }
+        if (peak := _peak_bytes()) is not None:
+            means["fxseek/peak_mib"] = round(peak / 2**20, 3)
+        self._sums, self._counts = {}, {}
+        logs.update(means)
+        if state.log_history:
+            state.log_history[-1].update(means)
+
+    def _collect(self, model: Any) -> None:
+        step = _step(model)
+        report = None if step is None else step.recorder.last
+        if step is None or report is None or report is self._last:
+            return
+        self._steps, self._last = step.recorder.step, report
+        self._add("selected", (report.selected >= 0).sum() / _tokens(report))
+        if report.full_loss is not None:
+            self._add("full_loss", report.full_loss)
+        self._add("saved_mib", report.saved_bytes / 2**20)
+        for stage, seconds in (report.timings or {}).items():
+            self._add(f"seconds/{stage}", seconds)
+
+    def _add(self, key: str, value: Any) -> None:
+        self._sums[key] = self._sums.get(key, 0.0) + value
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+
+def _step(model: Any) -> SeekStep | None:
+    """The compiled step of a model that may have been wrapped since."""
+    while (step := step_of(model)) is None:
+        model = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(model, torch.nn.Module):
+            return None
+    return step
+
+
+def _peak_bytes() -> int | None:
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _tokens(report: StepReport) -> torch.Tensor:
+    """Tokens of the batch; padding has the score -inf."""
+    return (report.scores > float("-inf")).sum()

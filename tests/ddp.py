@@ -1,0 +1,72 @@
+"""What each of two processes does in `test_loops.test_ddp_on_two_processes`.
+
+A module of its own, for a spawned process imports the module of its function.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import batch, tiny_llama
+from torch.nn.parallel import DistributedDataParallel
+
+import fxseek
+
+OPTIONS: dict[str, Any] = {"ratio": 0.3, "supervised_only": True}
+
+
+def rows(first: int, last: int) -> dict[str, Any]:
+    """Rows of the batch that the processes share."""
+    return {name: x[first:last] for name, x in batch(37, 4, 13).items()}
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    """Two rows by DDP of accelerate, and what is refused; results go into a file."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    # Many buckets, as large models have: Dynamo splits graphs at them unless told not to.
+    setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 500)  # noqa: B010 - not exported
+    buckets = DistributedDataParallelKwargs(bucket_cap_mb=0.001)  # type: ignore[arg-type]
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[buckets])
+    found: dict[str, Any] = {}
+
+    model = fxseek.compile(tiny_llama(), **OPTIONS)
+    wrapped = accelerator.prepare(model)
+    assert isinstance(wrapped, DistributedDataParallel)
+    accelerator.backward(wrapped(**rows(2 * rank, 2 * rank + 2)).loss)
+    found["gradients"] = {name: p.grad for name, p in model.named_parameters()}
+    found["compile_ddp"] = refusal(lambda: fxseek.compile(wrapped))
+
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    device = torch.device("cpu")
+    one = FullyShardedDataParallel(tiny_llama(), device_id=device)
+    found["compile_fsdp"] = refusal(lambda: fxseek.compile(one))
+    two: Any = tiny_llama()
+    fully_shard(two)
+    found["compile_fsdp2"] = refusal(lambda: fxseek.compile(two))
+    later = fxseek.compile(tiny_llama(), **OPTIONS)
+    outer = FullyShardedDataParallel(later, device_id=device)
+    found["fsdp_after"] = refusal(lambda: outer(**rows(0, 2)))
+    later = fxseek.compile(tiny_llama(), **OPTIONS)
+    fully_shard(later)
+    found["fsdp2_after"] = refusal(lambda: later(**rows(0, 2)))
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    accelerator.end_training()
+
+
+def refusal(call: Any) -> str:
+    """The message of fxseek's error, or what happened instead of one."""
+    try:
+        result = call()
+    except (fxseek.ConfigError, fxseek.InputError) as error:
+        return str(error)
+    except Exception as error:
+        return f"not refused: {type(error).__name__}: {error}"
+    return f"not refused: {type(result).__name__}"

@@ -1,0 +1,500 @@
+"""Training loops that people use: transformers' Trainer, TRL, accelerate with DDP, one's own."""
+
+from __future__ import annotations
+
+import copy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ddp
+import pytest
+import torch
+from models import batch, tiny_llama, tiny_lora
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+
+import fxseek
+from fxseek.reference import compare, masked_backprop
+
+VOCABULARY = 37
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Rows of one padded batch, with a column that no model takes."""
+
+    def __init__(self, rows: int, tokens: int = 11, **options: Any) -> None:
+        self.batch = batch(VOCABULARY, rows, tokens, padding="right", labels="some", **options)
+
+    def __len__(self) -> int:
+        return len(self.batch["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: value[index] for name, value in self.batch.items()} | {"title": "a row"}
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(str(folder), **(settings | options))
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def compiled(model: nn.Module, ratio: float = 0.3, **options: Any) -> Any:
+    return fxseek.compile(model, ratio, **options)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Watch(TrainerCallback):
+    """Notes each step's gradients and what was selected in each forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.gradients: list[dict[str, Tensor]] = []
+        self.reports: list[fxseek.StepReport] = []
+        self.batches: list[dict[str, Any]] = []
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.gradients.append(gradients(self.model))
+
+
+class Watched(Trainer):
+    """A Trainer that notes each forward's arguments and report in its `Watch`."""
+
+    watch: Watch
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.model is not None and self.model.training:
+            self.watch.batches.append(dict(inputs))
+            self.watch.reports.append(fxseek.report(self.watch.model))
+        return result
+
+
+def watched(model: nn.Module, args: TrainingArguments, **options: Any) -> tuple[Watched, Watch]:
+    watch = Watch(model)
+    callbacks = [watch, *options.pop("callbacks", [])]
+    trainer = Watched(model, args, callbacks=callbacks, **options)  # type: ignore[arg-type]
+    trainer.watch = watch
+    return trainer, watch
+
+
+# ---- transformers' Trainer -----------------------------------------------------------------------
+
+
+def accumulated(model: nn.Module, watch: Watch, batches: slice) -> dict[str, Tensor]:
+    """Masked full backprop of several micro-batches, normalised as Trainer does: by all labels."""
+    pairs = list(zip(watch.batches[batches], watch.reports[batches], strict=True))
+    total = sum(int((given["labels"][:, 1:] != -100).sum()) for given, _ in pairs)
+    result: dict[str, Tensor] = {}
+    for given, report in pairs:
+        own = int((given["labels"][:, 1:] != -100).sum())
+        found = masked_backprop(model, given, report.selected, weights=report.weights).gradients
+        for name, gradient in found.items():
+            result[name] = result.get(name, 0) + gradient * (own / total)
+    return result
+
+
+@pytest.mark.parametrize("score", ["tokenseek", "random"])
+def test_accumulated_gradients_are_those_of_masked_backprop(score, tmp_path):
+    model = compiled(tiny_llama(), score=score)
+    start = copy.deepcopy(model)
+    args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2, max_grad_norm=0)
+    trainer, watch = watched(model, args, train_dataset=Rows(8))
+    trainer.train()
+    assert len(watch.reports) == 2
+    assert [report.step for report in watch.reports] == [0, 1]
+    wanted = accumulated(start, watch, slice(0, 2))
+    assert compare(watch.gradients[0], wanted).error <= 1e-5
+
+
+def test_autocast_trains_all_parameters(tmp_path):
+    model = compiled(tiny_llama())
+    start = copy.deepcopy(model)
+    args = arguments(tmp_path, bf16=True, max_steps=1, max_grad_norm=0)
+    trainer, watch = watched(model, args, train_dataset=Rows(8))
+    trainer.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = accumulated(start, watch, slice(0, 1))
+    assert set(watch.gradients[0]) == {name for name, _ in model.named_parameters()}
+    assert compare(watch.gradients[0], wanted).error <= 0.05
+
+
+def test_evaluation_uses_the_original_forward(tmp_path):
+    model, rows = compiled(tiny_llama()), Rows(4)
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+    trainer = Trainer(model, args, train_dataset=Rows(8), eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert fxseek.report(model).step == 1
+    trained = trainer.evaluate()["eval_loss"]
+    evaluated = [x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x]
+    assert evaluated[-1] == pytest.approx(trained)
+    assert trained != before
+    fxseek.uncompile(model).eval()
+    with torch.no_grad():
+        assert model(**rows.batch).loss.item() == pytest.approx(trained, rel=1e-5)
+
+
+def test_unused_columns_are_removed(tmp_path):
+    trainer, watch = watched(compiled(tiny_llama()), arguments(tmp_path), train_dataset=Rows(8))
+    trainer.train()
+    assert set(watch.batches[0]) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_torch_compile_around_the_model_leaves_the_step_alone(tmp_path):
+    plain = Trainer(compiled(tiny_llama()), arguments(tmp_path), train_dataset=Rows(8))
+    plain.train()
+    model = compiled(tiny_llama())
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    trainer = Trainer(model, args, train_dataset=Rows(8))
+    trainer.train()
+    assert fxseek.report(model).step == 1
+    assert losses(trainer) == pytest.approx(losses(plain))
+
+
+# ---- save and resume -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"score": "random"}, {"select": "sample"}], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one(options, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+
+    def trainer() -> tuple[Watched, Watch]:
+        args = arguments(tmp_path, max_steps=4, **saving)
+        model = compiled(tiny_llama(), **options)
+        callbacks = [fxseek.SeekCallback()]
+        return watched(model, args, train_dataset=Rows(20), callbacks=callbacks)
+
+    whole, watched_whole = trainer()
+    whole.train()
+    resumed, watched_resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [report.step for report in watched_resumed.reports] == [4, 5, 6, 7]
+    for a, b in zip(watched_whole.reports[4:], watched_resumed.reports, strict=True):
+        assert torch.equal(a.selected, b.selected)
+    assert losses(resumed) == losses(whole)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):  # type: ignore[union-attr]
+        assert torch.equal(a, b)
+
+
+def test_resuming_from_a_checkpoint_without_the_callback(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    Trainer(compiled(tiny_llama()), args, train_dataset=Rows(8)).train()
+    args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    model = compiled(tiny_llama())
+    trainer = Trainer(model, args, train_dataset=Rows(8), callbacks=[fxseek.SeekCallback()])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert fxseek.report(model).step == 0
+
+
+def test_resume_in_a_loop_of_ones_own():
+    given = batch(VOCABULARY, 2, 17)
+    model = compiled(tiny_llama(), score="random")
+    selected = []
+    for _ in range(3):
+        model(**given)
+        selected.append(fxseek.report(model).selected)
+    again = compiled(tiny_llama(), score="random")
+    fxseek.resume(again, 2)
+    again(**given)
+    assert torch.equal(fxseek.report(again).selected, selected[2])
+    assert not torch.equal(selected[0], selected[2])
+    with pytest.raises(fxseek.InputError, match="integer of at least 0"):
+        fxseek.resume(again, -1)
+    with pytest.raises(fxseek.InputError, match="not compiled"):
+        fxseek.resume(tiny_llama(), 1)
+
+
+# ---- the callback --------------------------------------------------------------------------------
+
+
+class Reporter(TrainerCallback):
+    """What TensorBoard and others see: `logs` as they are when it is their turn."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_the_callback_logs_through_reporters(tmp_path):
+    model, reporter = compiled(tiny_llama()), Reporter()
+    args = arguments(tmp_path, gradient_accumulation_steps=2, logging_steps=2)
+    trainer, watch = watched(model, args, train_dataset=Rows(8), callbacks=[reporter])
+    assert fxseek.SeekCallback().attach(trainer).timings
+    trainer.train()
+    seen = reporter.logs[0]
+    valid = [int(given["attention_mask"].sum()) for given in watch.batches]
+    shares = [int((r.selected >= 0).sum()) / n for r, n in zip(watch.reports, valid, strict=True)]
+    assert len(shares) == 4
+    assert seen["fxseek/selected"] == pytest.approx(sum(shares) / 4, abs=1e-6)
+    full = [float(r.full_loss) for r in watch.reports if r.full_loss is not None]
+    assert seen["fxseek/full_loss"] == pytest.approx(sum(full) / 4, abs=1e-5)
+    saved = sum(r.saved_bytes for r in watch.reports) / 4
+    assert seen["fxseek/saved_mib"] == pytest.approx(saved / 2**20, abs=1e-5)
+    stages = {key.rsplit("/")[-1] for key in seen if key.startswith("fxseek/seconds/")}
+    assert stages == {"prefill", "score", "select", "gather", "learn"}
+    assert all(seen[f"fxseek/seconds/{stage}"] > 0 for stage in stages)
+    assert seen["fxseek/peak_mib"] > 1
+    history = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert history["fxseek/selected"] == seen["fxseek/selected"]
+    assert not any("fxseek" in key for key in reporter.logs[-1])  # the summary of the run
+    model(**batch(VOCABULARY))
+    assert fxseek.report(model).timings is None
+
+
+def test_the_callback_as_trainer_takes_callbacks(tmp_path):
+    model = compiled(tiny_llama(), score="random")
+    callback = fxseek.SeekCallback(timings=False)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=Rows(8), callbacks=[callback])
+    trainer.train()
+    keys = {key for entry in trainer.state.log_history for key in entry if "fxseek" in key}
+    assert keys == {"fxseek/selected", "fxseek/saved_mib", "fxseek/peak_mib"}
+
+
+def test_the_callback_tells_that_the_model_is_not_compiled(tmp_path):
+    trainer = Trainer(
+        tiny_llama(),  # type: ignore[arg-type]
+        arguments(tmp_path),
+        train_dataset=Rows(8),
+        callbacks=[fxseek.SeekCallback()],
+    )
+    with pytest.raises(fxseek.InputError, match=r"not compiled.*fxseek\.compile\(trainer\.model\)"):
+        trainer.train()
+
+
+def test_fxseek_does_not_import_transformers():
+    code = "import sys, fxseek; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        fxseek.no_such_name  # type: ignore[attr-defined]  # noqa: B018
+
+
+# ---- a plain loop --------------------------------------------------------------------------------
+
+
+def test_a_plain_loop_learns_a_batch():
+    model = compiled(tiny_llama(), 0.5, supervised_only=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first = last = None
+    for step in range(30):
+        given = batch(VOCABULARY, 2, 11 + step % 2)
+        optimizer.zero_grad()
+        model(**given).loss.backward()
+        optimizer.step()
+        last = fxseek.report(model).full_loss
+        first = last if first is None else first
+    assert first is not None
+    assert last is not None
+    assert last < 0.6 * first
+
+
+# ---- after training ------------------------------------------------------------------------------
+
+
+def train(model: Any, steps: int = 3) -> Any:
+    """A few steps of ordinary gradient descent."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**batch(VOCABULARY, 2, 11, seed=step)).loss.backward()
+        optimizer.step()
+    return model
+
+
+def generate(model: Any) -> Tensor:
+    ids = torch.arange(3, 10)[None]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        return model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+
+
+def test_saving_reloading_and_generating_after_training(tmp_path):
+    model = train(compiled(tiny_llama()))
+    model.eval()
+    written = generate(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    fxseek.uncompile(model)
+    assert torch.equal(generate(model), written)
+    assert torch.equal(generate(loaded), written)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_generating_in_training_mode():
+    model = train(compiled(tiny_llama()))
+    written = generate(model)
+    assert torch.equal(generate(fxseek.uncompile(model)), written)
+
+
+def test_an_adapter_is_saved_reloaded_and_merged(tmp_path):
+    from peft import PeftModel
+
+    base = tiny_llama()
+    model = train(compiled(tiny_lora(copy.deepcopy(base))))
+    model.save_pretrained(tmp_path)
+    given: Any = batch(VOCABULARY)
+    plain: Any = fxseek.uncompile(copy.deepcopy(model)).eval()
+    loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        wanted = plain(**given).logits
+        assert torch.equal(model.eval()(**given).logits, wanted)
+        assert torch.equal(loaded(**given).logits, wanted)
+    merged = model.merge_and_unload()
+    wanted = plain.merge_and_unload()
+    assert torch.equal(generate(merged), generate(wanted))
+    for a, b in zip(merged.parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(a, b)
+    merged.train().requires_grad_(True)  # a model of its own again, which may be compiled
+    assert fxseek.check_gradients(compiled(merged), **given).error <= 1e-4
+
+
+# ---- TRL -----------------------------------------------------------------------------------------
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, VOCABULARY))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def questions(rows: int = 8) -> Any:
+    datasets = pytest.importorskip("datasets")
+
+    def text(first: int, words: int) -> str:
+        return " ".join(f"w{3 + (first * 7 + i * 5) % 34}" for i in range(words))
+
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": text(row, 5 + row % 3) + " ", "completion": text(row + 9, 4 + row % 5)}
+            for row in range(rows)
+        ]
+    )
+
+
+def sft(model: nn.Module, folder: Path, **options: Any) -> tuple[Any, Watch]:
+    """The trainer of the quickstart, watched."""
+    trl = pytest.importorskip("trl")
+
+    class Seeking(trl.SFTTrainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        ) -> Any:
+            if not model.training:
+                return super().compute_loss(model, inputs, return_outputs, **kwargs)
+            result = Trainer.compute_loss(self, model, inputs, return_outputs, **kwargs)
+            watch.batches.append({name: x for name, x in inputs.items() if torch.is_tensor(x)})
+            watch.reports.append(fxseek.report(watch.model))
+            return result
+
+    settings: dict[str, Any] = {"bf16": False, "max_grad_norm": 0, "dataset_num_proc": None}
+    extras = {name: options.pop(name) for name in ("peft_config", "callbacks") if name in options}
+    kind = options.pop("trainer", None) or Seeking
+    base = arguments(folder)
+    names = ("per_device_train_batch_size", "max_steps", "logging_steps", "use_cpu", "report_to",
+             "save_strategy", "disable_tqdm", "dataloader_pin_memory", "learning_rate")  # fmt: skip
+    settings |= {name: getattr(base, name) for name in names}
+    args = trl.SFTConfig(str(folder), **(settings | options))
+    trainer = kind(
+        model, args, train_dataset=questions(), eval_dataset=questions(2),
+        processing_class=tokenizer(), **extras,
+    )  # fmt: skip
+    watch = Watch(trainer.model)
+    trainer.add_callback(watch)
+    return trainer, watch
+
+
+QUIET = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning",  # TRL sets it by default
+    "ignore:.*:DeprecationWarning:(trl|datasets|multiprocess|dill|pyarrow|pandas)",
+)
+
+
+@QUIET
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"packing": True, "max_length": 24},
+        {"packing": True, "max_length": 12, "packing_strategy": "wrapped"},
+        {"gradient_accumulation_steps": 2, "peft_config": True},
+    ],
+    ids=["completion_only", "packed", "packed_wrapped", "lora"],
+)
+def test_sft(options, tmp_path):
+    from peft import LoraConfig
+
+    if options.get("peft_config"):
+        config = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+        options = options | {"peft_config": config}
+    trainer, watch = sft(tiny_llama(), tmp_path, max_steps=1, **options)
+    compiled(trainer.model)
+    start = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert len(watch.reports) == options.get("gradient_accumulation_steps", 1)
+    labelled = [given["labels"] != -100 for given in watch.batches]
+    assert all(bool(x.any()) and not bool(x.all()) for x in labelled)
+    trainer.model.load_state_dict(start)  # no copy: TRL's forward would call into the original
+    trainer.model.zero_grad()
+    wanted = accumulated(trainer.model, watch, slice(None))
+    assert compare(watch.gradients[0], wanted).error <= 1e-5
+    assert "eval_loss" in trainer.evaluate()
+
+
+@QUIET
+def test_sft_with_its_own_loss_kernel_is_told_what_to_do(tmp_path):
+    trl = pytest.importorskip("trl")
+    trainer, _ = sft(tiny_llama(), tmp_path, trainer=trl.SFTTrainer)
+    compiled(trainer.model)
+    with pytest.raises(fxseek.InputError, match=r"fused_lm_head.*compute_loss"):
+        trainer.train()
+
+
+# ---- accelerate and DDP --------------------------------------------------------------------------
+
+
+def test_ddp_on_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(ddp.worker, (port, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
+    single = fxseek.compile(tiny_llama(), **ddp.OPTIONS)
+    single(**ddp.rows(0, 4)).loss.backward()
+    wanted = gradients(single)
+    for found in (torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")):
+        assert compare(found["gradients"], wanted).error <= 1e-5
+        assert "compile the inner module before wrapping" in found["compile_ddp"]
+        for way in ("compile_fsdp", "compile_fsdp2", "fsdp_after", "fsdp2_after"):
+            assert "sharded by FSDP" in found[way], (way, found[way])
+            assert "DistributedDataParallel" in found[way]
