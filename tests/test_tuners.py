@@ -6,6 +6,7 @@ float64. Its step has padding, a batch of two and scores from the last attention
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -304,15 +305,20 @@ def test_a_tensor_may_be_told_again_that_it_takes_no_gradient():
 # ---- a pretrained model ------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def pretrained(smollm2_folder: Any) -> nn.Module:
+    from common import find_model, load_model
+
+    model = load_model(find_model(str(smollm2_folder)), torch.float32)
+    model.config.use_cache = False
+    return model
+
+
 @pytest.mark.sweep
 @pytest.mark.model
 @pytest.mark.parametrize("name", [n for n, t in TUNERS.items() if not t.unfinished])
-def test_one_step_of_a_pretrained_model(name: str, smollm2_folder: Any):
-    from common import find_model, load_model
-
-    base = load_model(find_model(str(smollm2_folder)), torch.float32)
-    base.config.use_cache = False
-    model = TUNERS[name].tune(base).train()
+def test_one_step_of_a_pretrained_model(name: str, pretrained: nn.Module):
+    model = TUNERS[name].tune(copy.deepcopy(pretrained)).train()
     inputs = inputs_for(1000, 64)
     fxseek.compile(model, 0.1, score="tokenseek")
     loss = model(**inputs).loss
