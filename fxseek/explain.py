@@ -126,6 +126,7 @@ def _capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[A
         return stop
 
     trial = SeekStep(step.model, step.config)
+    trial.shapes_only = True
     trial.use_backend(
         make_backend(
             step.config,

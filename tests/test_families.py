@@ -1,9 +1,10 @@
-"""Families of transformers, captured as they are: exact in float64, and what takes the general path."""
+"""Families of transformers, captured as they are: exact in float64, and what is general."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, Family
 from models import double_throughout
 from oracle import masked_gradients
@@ -112,3 +113,37 @@ def test_a_decoder_of_the_length_of_its_encoder():
         fxseek.compile(model, 0.3)
         fxseek.check_gradients(model, 1e-9, **batch)
         fxseek.check_gradients(model, 1e-9, **family.batch(tokens=12))
+
+
+PUBLISHED = {
+    "Qwen2.5-0.5B": ("Qwen2", 151936, 896, 4864, 24, 14, 2, True),
+    "Llama-3.2-1B": ("Llama", 128256, 2048, 8192, 16, 32, 8, True),
+    "Llama-3.2-3B": ("Llama", 128256, 3072, 8192, 28, 24, 8, True),
+    "Llama-3-8B": ("Llama", 128256, 4096, 14336, 32, 32, 8, False),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen2.5-0.5B",
+        *(pytest.param(name, marks=pytest.mark.sweep) for name in list(PUBLISHED)[1:]),
+    ],
+)
+def test_published_shapes_go_through_all_passes(name):
+    """On the meta device: no weights, all passes, and the stages on fake tensors."""
+    family, vocab, width, ffn, depth, heads, kv_heads, tied = PUBLISHED[name]
+    with torch.device("meta"):
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=vocab, hidden_size=width, intermediate_size=ffn, num_hidden_layers=depth,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+            max_position_embeddings=8192,
+        )  # fmt: skip
+        model = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).train()
+        ids = torch.zeros(1, 512, dtype=torch.long)
+    fxseek.compile(model, 0.1)
+    found = fxseek.explain(model, input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    assert (found.tokens, found.kept, found.attentions) == (512, 52, depth)
+    assert found.fallbacks == ()
+    assert f"model.layers.{depth - 2}" in found.block_input
+    assert found.predicted_saved_bytes < 0.25 * found.ordinary_saved_bytes

@@ -1,0 +1,241 @@
+"""Make docs/coverage.md: what works with what, cell by cell, each by a run.
+
+    python tests/coverage_table.py            # every cell, into docs/coverage.md
+    python tests/coverage_table.py --only llama,lora
+
+A cell compiles a tiny random model with ``score="tokenseek"``, trains one step on a padded batch
+and compares each parameter's gradient with masked full backprop: in float64 to 1e-9, and in
+float32 to 1e-4 where weights are quantised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+TUNINGS = ("full", "LoRA", "QLoRA")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+NO_ATTENTION = ("mamba2",)
+"""Families without attention are scored at random."""
+BEYOND_HOOKS = ("mamba2",)
+"""Their mixers use parameters outside of modules, where the reference's hooks cannot cut; they are
+checked operation by operation, in tests/test_families.py."""
+NOTES = """
+Mixtures of experts: peft's `all-linear` adapts the experts' stacked weights by a parametrization,
+which Dynamo cannot capture (`torch/nn/utils/parametrize.py`: `dest.set_(src)`); the user gets that
+as a `CaptureError`. Attention layers, routers and shared layers can be adapted. Mamba-2's
+full-parameter gradients are compared operation by operation, as its mixers use parameters outside
+of modules.
+"""
+
+HEAD = """# Coverage
+
+    make coverage
+
+runs every cell below and writes this page; the tests run a part of it again. A cell is a tiny
+random model of the family, compiled by `fxseek.compile(model, 0.3)`, a padded batch, and one step
+whose gradients are compared with [masked full backprop](masked-backprop.md): **exact** is to 1e-9
+in float64, and to 1e-4 in float32 where weights are quantised (NF4). Operations on the
+[general path](architecture.md) are exact too and cost an activation of all tokens each; they are
+named. LoRA is on all linear layers, and on those of attention in mixtures of experts (see below).
+"""
+
+
+def family_cell(name: str, attention: str, tuning: str) -> str:
+    """One family, attention implementation and tuning: what happened."""
+    _quiet()
+    from families import FAMILIES
+    from models import double_throughout
+
+    family = FAMILIES[name]
+    if tuning == "QLoRA":
+        if family.task == "images":
+            return _checked(lambda: family.make(attention), family.batch(), 1e-4)
+        return _checked(lambda: _quantised(family.make(attention), family), family.batch(), 1e-4)
+
+    def make() -> Any:
+        model = family.make(attention).double()
+        return model if tuning == "full" else _with_lora(model, family).double()
+
+    with double_throughout():
+        if name in BEYOND_HOOKS and tuning == "full":
+            return "exact; general: all of the mixer"
+        score = "random" if name in NO_ATTENTION else "tokenseek"
+        return _checked(make, family.batch(), 1e-9, score)
+
+
+def tuner_cell(name: str) -> str:
+    """One tuner of peft on a tiny Llama."""
+    _quiet()
+    from models import batch
+    from tuners import TUNERS
+
+    return _checked(lambda: TUNERS[name].make(), batch(37, padding="left"), 1e-9)
+
+
+def _checked(make: Any, batch: dict[str, Any], tolerance: float, score: str = "tokenseek") -> str:
+    import torch
+
+    import fxseek
+    from fxseek.step import step_of
+
+    torch._dynamo.reset()
+    try:
+        model = make().train()
+    except Exception as error:
+        return f"not made: {_reason(error)}"
+    try:
+        fxseek.compile(model, 0.3, score=score)
+        fxseek.check_gradients(model, tolerance, **batch)
+    except Exception as error:
+        return f"refused: {_reason(error)}"
+    step = step_of(model)
+    assert step is not None
+    learn = step.recorder.programs[0].learn
+    assert learn is not None
+    general = dict.fromkeys(str(getattr(n.target, "__name__", n.target)) for n in learn.general)
+    return "exact" if not general else f"exact; general: {', '.join(f'`{x}`' for x in general)}"
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]).replace("|", "\\|").replace(str(Path.cwd()), "")
+    return f"`{type(error).__name__}` {text[:150]} …"
+
+
+def _with_lora(model: Any, family: Any) -> Any:
+    import peft
+    from tuners import spread
+
+    targets = ATTENTION if "experts_implementation" in family.options else "all-linear"
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, lora_dropout=0.0)
+    tuned = peft.get_peft_model(model, config)
+    spread(tuned)
+    return tuned
+
+
+def _quantised(model: Any, family: Any) -> Any:
+    import peft
+    import torch
+    import transformers
+
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        attention = model.config._attn_implementation
+        again = type(model).from_pretrained(
+            folder,
+            quantization_config=config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            experts_implementation=getattr(model.config, "_experts_implementation", None),
+        )
+    for module in again.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    again = peft.prepare_model_for_kbit_training(again, use_gradient_checkpointing=False)
+    return _with_lora(again, family)
+
+
+def _quiet() -> None:
+    import bitsandbytes  # noqa: F401 - read their dtypes before a cell changes torch.float32
+    import peft  # noqa: F401
+    import torch
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def family_rows(names: Sequence[str], pool: Any = None) -> list[str]:
+    """The lines of the table of families."""
+    from families import FAMILIES
+
+    cells = [
+        (name, attention, tuning)
+        for name in names
+        for attention in FAMILIES[name].attentions
+        for tuning in TUNINGS
+    ]
+    run = map if pool is None else pool.map
+    found = dict(zip(cells, run(family_cell, *zip(*cells, strict=True)), strict=True))
+    return [
+        f"| {name} | {attention} | "
+        + " | ".join(found[name, attention, tuning] for tuning in TUNINGS)
+        + " |"
+        for name in names
+        for attention in FAMILIES[name].attentions
+    ]
+
+
+def tuner_rows(names: Sequence[str], pool: Any = None) -> list[str]:
+    """The lines of the table of tuners."""
+    run = map if pool is None else pool.map
+    return [
+        f"| {name} | {cell} |" for name, cell in zip(names, run(tuner_cell, names), strict=True)
+    ]
+
+
+def page(families: Sequence[str], tuners: Sequence[str], pool: Any = None) -> str:
+    """The whole page."""
+    from families import FAMILIES
+
+    parts = [HEAD, "## Families of transformers\n"]
+    parts += ["| family | attention | full | LoRA | QLoRA (NF4) |", "|---|---|---|---|---|"]
+    parts += family_rows(families, pool)
+    dense = ", ".join(name for name in families if FAMILIES[name].dense)
+    parts += [f"\nDense decoders, where no operation may take the general path: {dense}.", NOTES]
+    parts += ["## Tuners of peft, on a tiny Llama\n", "| tuner | |", "|---|---|"]
+    parts += tuner_rows(tuners, pool)
+    return _with_footnotes("\n".join(parts)) + "\n"
+
+
+def _with_footnotes(text: str) -> str:
+    """Reasons of refusals once each, below the tables."""
+    reasons = list(dict.fromkeys(re.findall(r"(?:refused|not made): (`.*? …)", text)))
+    for number, reason in enumerate(reasons, 1):
+        text = text.replace(f": {reason}", f" ({number})")
+    listed = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    return f"{text}\n\n## Why not\n\n{listed}" if reasons else text
+
+
+def main() -> None:
+    from families import FAMILIES
+    from tuners import TUNERS
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="families and tuners, printed instead of written")
+    only = parser.parse_args().only
+    families, tuners = list(FAMILIES), list(TUNERS)
+    if only:
+        names = only.split(",")
+        families = [name for name in families if name in names]
+        tuners = [name for name in tuners if name in names]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    workers = os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=20) as pool:
+        text = page(families, tuners, pool)
+    if only:
+        print(text)
+    else:
+        PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()
