@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test sweep lint format docs wheel clean
+.PHONY: help venv demo bench test sweep coverage lint format docs wheel clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -38,6 +38,9 @@ test: $(STAMP) ## Run the tests
 
 sweep: $(STAMP) ## Run the long grids too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "sweep or not sweep" $(ARGS)
+
+coverage: $(STAMP) ## Run what works with what; write docs/coverage.md
+	$(BIN)/python tests/coverage_table.py $(ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -29,7 +29,8 @@ class Structure:
     loss of a classifier), or None; `pooled`: places in a row that the model reads one by one on
     the way to an objective without token loss, as constants or as nodes that hold positions;
     `outputs`: what the graph returns; `attentions`: attention nodes in order (SDPA calls, or the
-    softmax of tokens × tokens); `block_input` and `block_exit`: the stream before and after the last attention.
+    softmax of tokens × tokens); `block_input` and `block_exit`: the stream before and after the
+    last attention.
     """
 
     outputs: tuple[fx.Node, ...]

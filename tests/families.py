@@ -137,7 +137,7 @@ FAMILIES: dict[str, Family] = {
         Family("gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", {**DENSE, **_GEMMA}),
         Family("phi3", "Phi3Config", "Phi3ForCausalLM", DENSE),
         Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", DENSE),
-        Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", 
+        Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM",
                {**DENSE, "no_rope_layers": [1, 0]}),
         Family("stablelm", "StableLmConfig", "StableLmForCausalLM", DENSE),
         Family("granite", "GraniteConfig", "GraniteForCausalLM",

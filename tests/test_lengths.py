@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_short_rows_end_in_padding(lengths, percent, left, select, seed):
     scores = torch.rand(len(lengths), tokens, generator=draw)
     supervised = torch.rand(scores.shape, generator=draw) < 0.5
     k, counts = count_kept(percent / 100, tokens), count_kept_of_rows(percent / 100, valid)
-    common = {"valid": valid, "supervised": supervised, "counts": counts}
+    common: dict[str, Any] = {"valid": valid, "supervised": supervised, "counts": counts}
     if select == "sample":
         found = select_sample(scores, k, generator=draw, **common)
     else:
@@ -98,8 +99,7 @@ def test_filled_rows_pass_no_gradient(shape, where):
     kept = torch.tensor([[0, 3], [1, 4]])
     rows = gather_rows(base, kept, *where).clone().requires_grad_()
     filled = torch.tensor([[False, True], [False, False]])
-    full = (*where, *[None, False, 1][len(where) - 1 :])
-    placed = scatter_rows(base, rows, kept, *full, filled)
+    placed = scatter_rows(base, rows, kept, *where, filled=filled)
     torch.testing.assert_close(placed, base)  # their values stay
     slopes = torch.rand(placed.shape, dtype=torch.float64)
     (found,) = torch.autograd.grad(placed, rows, slopes)
