@@ -43,7 +43,9 @@ def shared() -> Any:
 # ---- models --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize(
+    "name", ["flash_attention_2", pytest.param("flex_attention", marks=pytest.mark.sweep)]
+)
 def test_attention_kernels_that_take_whole_sequences(name):
     model: Any = tiny_llama()
     model.config._attn_implementation = name
@@ -102,7 +104,7 @@ def test_a_model_that_torch_compile_wraps_afterwards():
 )
 def test_many_models_in_one_process(monkeypatch):
     monkeypatch.setattr("fxseek.step._CAPTURES", 2)
-    for _ in range(4):
+    for _ in range(3):
         model: Any = fxseek.compile(tiny_llama(num_hidden_layers=1), 0.3, score="random")
         model(**given()).loss.backward()
 
