@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fxseek.backend import StepReport
 from fxseek.errors import GradientMismatch, InputError
 from fxseek.passes.facts import example, tensors_of
-from fxseek.reference import compare, masked_backprop
+from fxseek.reference import Reference, compare, masked_backprop
 from fxseek.step import SeekStep, step_of
 
 __all__ = ["GradientCheck", "check_gradients"]
@@ -83,9 +83,7 @@ def check_gradients(
         assert last is not None
         for parameter in model.parameters():
             parameter.grad = None
-        reference = masked_backprop(
-            model, batch, last.selected, weights=last.weights, loss=_reference_loss(step)
-        )
+        reference = _reference(model, step, last, batch)
     allowed = _tolerance(step) if tolerance is None else tolerance
     worst = compare(found, reference.gradients)
     if not worst.error <= allowed:
@@ -96,6 +94,25 @@ def check_gradients(
             "fxseek: please report it with fxseek.explain(model, **batch)."
         )
     return GradientCheck(worst.error, worst.name, allowed)
+
+
+def _reference(
+    model: nn.Module, step: SeekStep, last: StepReport, batch: dict[str, Any]
+) -> Reference:
+    """Masked full backprop of what the step selected."""
+    sizes = [program.sizes for program in step.recorder.programs]
+    virtual = sizes[-1].virtual if sizes and sizes[-1] is not None else 0
+    loss = _reference_loss(step)
+    try:
+        return masked_backprop(
+            model, batch, last.selected, weights=last.weights, loss=loss, virtual=virtual
+        )
+    except InputError:
+        if loss is not None:
+            raise
+    # Something is added to the token loss (a regulariser, say): take the model's own sum.
+    with _SelectedCrossEntropy(last):
+        return masked_backprop(model, batch, last.selected, loss=_own_loss, virtual=virtual)
 
 
 def _reference_loss(step: SeekStep) -> Callable[[Any, Mapping[str, Any]], Tensor] | None:

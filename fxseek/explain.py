@@ -266,7 +266,8 @@ def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, int, int, in
 def _predict_ordinary(program: Program, inputs: Sequence[Any]) -> int:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = _faked(inputs, mode)
-    module = fx.GraphModule(nn.Module(), program.graph)
+    owner = program.graph.owning_module or nn.Module()  # holds bodies of autograd functions
+    module = fx.GraphModule(owner, program.graph)
     with mode, torch.enable_grad(), SavedBytes(exclude=fakes) as saved:
         outputs = fx.Interpreter(module).run(*fakes)
         total = saved.total

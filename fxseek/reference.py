@@ -69,6 +69,7 @@ def masked_backprop(
     weights: Tensor | None = None,
     shift: bool | None = None,
     loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
+    virtual: int = 0,
 ) -> Reference:
     """Loss and gradients of masked full backprop for the selection ``kept``.
 
@@ -88,6 +89,8 @@ def masked_backprop(
             Default: found out by comparing the model's own loss with both.
         loss: ``loss(outputs, batch)``, the whole loss of a model that is given no labels. It is
             back-propagated as it is, so ``weights``, ``shift`` and labels are not used.
+        virtual: How many tokens the model puts in front of those it is given; ``kept`` counts
+            them.
 
     Raises:
         InputError: Sizes that disagree, no labels, no logits, or a loss that is neither kind of
@@ -97,6 +100,7 @@ def masked_backprop(
     seq2seq = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
     counting = _DECODER if seq2seq else tuple(batch)
     sizes = _sizes({name: batch[name] for name in counting if name in batch}, kept)
+    sizes = _Sizes(sizes.batch, sizes.tokens + virtual)
     selected = _selected(kept, sizes)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     own = ("labels", "num_items_in_batch") if loss is None else ()
@@ -105,14 +109,14 @@ def masked_backprop(
     inputs = {key: value for key, value in batch.items() if key not in own}
 
     def default_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
-        targets = _targets(_labels(batch, sizes), bool(shift))
+        targets = _targets(_labels(batch, sizes, virtual), bool(shift))
         items = batch.get("num_items_in_batch")
         return _selected_loss(_logits(outputs, sizes), targets, kept, weights, items)
 
     with _left_as_it_was(inner), torch.enable_grad():
         if loss is None and shift is None:
-            shift = _finds_shift(inner, inputs, _labels(batch, sizes))
-        layout = _Layout(sizes, _run_recorded(inner, inputs, sizes, counting))
+            shift = _finds_shift(inner, inputs, _labels(batch, sizes), virtual)
+        layout = _Layout(sizes, _run_recorded(inner, inputs, sizes, counting, virtual))
         with _hooked(inner, lambda name, call, x: layout.mask(name, call, x, selected)):
             outputs = _run(inner, inputs)
             value = (loss or default_loss)(outputs, batch)
@@ -237,7 +241,11 @@ class _Layout:
 
 
 def _run_recorded(
-    model: nn.Module, inputs: Mapping[str, Any], sizes: _Sizes, counting: Sequence[str]
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sizes: _Sizes,
+    counting: Sequence[str],
+    virtual: int,
 ) -> tuple[_Sizes, Shapes] | None:
     """Shapes of every module's results on another number of tokens; None where that fails."""
     shapes: Shapes = defaultdict(list)
@@ -249,12 +257,13 @@ def _run_recorded(
         return result
 
     # One token fewer: more might exceed a position table.
-    tokens = sizes.tokens - 1 if sizes.tokens > 1 else 2
-    keep = torch.arange(tokens).clamp(max=sizes.tokens - 1)
+    given = sizes.tokens - virtual
+    tokens = given - 1 if given > 1 else 2
+    keep = torch.arange(tokens).clamp(max=given - 1)
 
     def resized(name: str, value: Any) -> Any:
         counts = name in counting and isinstance(value, Tensor) and value.ndim >= 2
-        if counts and value.shape[1] == sizes.tokens:
+        if counts and value.shape[1] == given:
             return value.index_select(1, keep.to(value.device))
         return value
 
@@ -263,7 +272,7 @@ def _run_recorded(
             _run(model, {name: resized(name, value) for name, value in inputs.items()})
     except Exception:
         return None  # a length the model does not take: sizes must do
-    return _Sizes(sizes.batch, tokens), dict(shapes)
+    return _Sizes(sizes.batch, tokens + virtual), dict(shapes)
 
 
 @contextlib.contextmanager
@@ -359,10 +368,10 @@ def _selected_loss(
     return value
 
 
-def _finds_shift(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> bool:
+def _finds_shift(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, virtual: int) -> bool:
     """Whether the model's own loss is that of the next token (True) or of the same one (False)."""
     with torch.no_grad():
-        outputs = _run(model, {**inputs, "labels": labels})
+        outputs = _run(model, {**inputs, "labels": labels[:, virtual:]})
     logits, own = _field(outputs, "logits"), _field(outputs, "loss")
     if logits is None or own is None:
         raise InputError(
@@ -483,15 +492,16 @@ def _selected(kept: Tensor, sizes: _Sizes) -> Tensor:
     return selected.bool()
 
 
-def _labels(batch: Mapping[str, Any], sizes: _Sizes) -> Tensor:
+def _labels(batch: Mapping[str, Any], sizes: _Sizes, virtual: int = 0) -> Tensor:
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or tuple(labels.shape) != tuple(sizes):
+    wanted = (sizes.batch, sizes.tokens - virtual)
+    if not isinstance(labels, Tensor) or tuple(labels.shape) != wanted:
         shown = tuple(labels.shape) if isinstance(labels, Tensor) else labels
         raise InputError(
             f"labels={shown!r}, but masked full backprop needs one label for each token, "
-            f"{tuple(sizes)} of them; pass labels, or loss=loss(outputs, batch)"
+            f"{wanted} of them; pass labels, or loss=loss(outputs, batch)"
         )
-    return labels
+    return nn.functional.pad(labels, (virtual, 0), value=IGNORED)
 
 
 def _logits(outputs: Any, sizes: _Sizes) -> Tensor:

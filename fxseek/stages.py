@@ -37,7 +37,10 @@ class Scores:
     padded: bool = False
     """`valid` came from a padding mask, so that rows may have different lengths."""
     required: Tensor | None = None
-    """Positions that the model reads by place, such as a pooled token: [batch, any]."""
+    """Positions that are always kept: [batch, any]. Those that the model reads by their place,
+    such as a pooled token, and the virtual ones."""
+    virtual: int = 0
+    """Tokens that the model put in front (prompt tuning): parameters, kept beside the ratio."""
 
 
 def run_boxed(module: fx.GraphModule, values: list[Any]) -> Any:
@@ -192,11 +195,11 @@ class Score(nn.Module):
         )
         required = [
             _position(place if isinstance(place, int) else read(place), batch, tokens, device)
-            for place in plan.required
+            for place in (*range(plan.virtual), *plan.required)
         ]
         return Scores(
             valid, supervised, scores, mass, context, gradient, full_loss, padded,
-            torch.cat(required, dim=1) if required else None,
+            torch.cat(required, dim=1) if required else None, plan.virtual,
         )  # fmt: skip
 
     def _by_gradient(
@@ -326,12 +329,15 @@ class Select(nn.Module):
 
     def forward(self, scores: Scores, step: int) -> selecting.Selection:
         """``ceil(ratio · tokens)`` positions of every row, of its own tokens where it is padded."""
-        config, valid = self.config, scores.valid
-        k = selecting.count_kept(config.ratio, valid.shape[1])
+        config, valid, virtual = self.config, scores.valid, scores.virtual
+        k = selecting.count_kept(config.ratio, valid.shape[1] - virtual) + virtual
+        counts = None
+        if scores.padded:
+            counts = selecting.count_kept_of_rows(config.ratio, valid[:, virtual:]) + virtual
         common = {
             "valid": valid,
             "supervised": scores.supervised,
-            "counts": selecting.count_kept_of_rows(config.ratio, valid) if scores.padded else None,
+            "counts": counts,
             "required": scores.required,
         }
         if config.select == "sample":

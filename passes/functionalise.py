@@ -97,7 +97,7 @@ def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
         if node.target is operator.setitem and is_tensor(args[0]):
             return args[0], set_item, args, kwargs  # type: ignore[return-value]
         name = getattr(node.target, "__name__", "")
-        if kwargs.get("out") is not None:
+        if kwargs.get("out") is not None and not _into_unread(node):
             raise _refuse(node, "an operation writes to out=", "Use its result instead.")
         flagged = _without_flag(node)
         if flagged is not None:
@@ -138,6 +138,24 @@ def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
         if name == "__setitem__":
             return args[0], set_item, args, kwargs  # type: ignore[return-value]
     return None
+
+
+def _into_unread(node: fx.Node) -> bool:
+    """Whether ``out=`` is memory made for this factory call alone: only its result is read.
+
+    ``torch.eye(3, out=torch.empty_like(x))``: then it says no more than dtype and device.
+    """
+    made = node.kwargs["out"]
+    return (
+        isinstance(made, fx.Node)
+        and is_tensor(made)
+        and getattr(made.target, "__name__", made.target) in _MAKERS
+        and list(made.users) == [node]
+        and [operand for operand in node.all_input_nodes if is_tensor(operand)] == [made]
+    )
+
+
+_MAKERS = ("empty", "empty_like", "new_empty")
 
 
 def _without_flag(

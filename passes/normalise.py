@@ -101,6 +101,9 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
     name = registry.operation(node)
     if name is None:
         return None
+    if name == "to" and len(args) > 1 and is_tensor(args[1]):
+        # of the other tensor only dtype and device are read, not its tokens
+        return torch.Tensor.to, (source, value.device, value.dtype, *args[2:]), kwargs
     if name in _ARITHMETIC and len(args) == 2 and not kwargs and isinstance(value, torch.Tensor):
         return _ARITHMETIC[name], args, {}
     if name in ("softmax", "log_softmax"):
