@@ -385,7 +385,6 @@ KINDS = ("nf4", "nf4+", "fp4", "fp4+", "int8")
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    pytest.importorskip("bitsandbytes")
     with warnings.catch_warnings():
         # transformers asks for a name of its own that it deprecated
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
