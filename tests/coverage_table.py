@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 TUNINGS = ("full", "LoRA", "QLoRA")
@@ -172,7 +174,11 @@ def family_rows(names: Sequence[str], pool: Any = None) -> list[str]:
         for tuning in TUNINGS
     ]
     run = map if pool is None else pool.map
-    found = dict(zip(cells, run(family_cell, *zip(*cells, strict=True)), strict=True))
+    found: dict[tuple[str, str, str], str] = {}
+    for cell, result in zip(cells, run(family_cell, *zip(*cells, strict=True)), strict=True):
+        found[cell] = result
+        if pool is not None:
+            print(*cell, result, file=sys.stderr, flush=True)
     return [
         f"| {name} | {attention} | "
         + " | ".join(found[name, attention, tuning] for tuning in TUNINGS)
@@ -190,7 +196,53 @@ def tuner_rows(names: Sequence[str], pool: Any = None) -> list[str]:
     ]
 
 
-def page(families: Sequence[str], tuners: Sequence[str], pool: Any = None) -> str:
+LOOPS = (
+    ("HF Trainer, gradient accumulation with `num_items_in_batch`",
+     "test_accumulated_gradients_are_those_of_masked_backprop", "exact (float32)"),
+    ("HF Trainer, bf16 autocast", "test_autocast_trains_all_parameters", "works"),
+    ("HF Trainer, evaluation", "test_evaluation_uses_the_original_forward",
+     "the original forward"),
+    ("HF Trainer, `remove_unused_columns`", "test_unused_columns_are_removed", "works"),
+    ("HF Trainer, `torch_compile=True`",
+     "test_torch_compile_around_the_model_leaves_the_step_alone", "the fxseek step, as without"),
+    ("HF Trainer, save and resume", "test_a_resumed_run_is_the_uninterrupted_one",
+     "the uninterrupted run, bit for bit, with `SeekCallback`"),
+    ("`SeekCallback`", "test_the_callback_logs_through_reporters", "logs by every reporter"),
+    ("TRL SFTTrainer: completion-only, packing, LoRA", "test_sft",
+     "exact (float32), with the model's own loss (quickstart)"),
+    ("TRL SFTTrainer's chunked loss", "test_sft_with_its_own_loss_kernel_is_told_what_to_do",
+     "refused: Dynamo cannot capture its autograd function (`mm(out=` of a strided tensor)"),
+    ("accelerate, DDP on two processes (gloo)", "test_ddp_on_two_processes",
+     "the gradients of one process (float32)"),
+    ("a plain loop", "test_a_plain_loop_learns_a_batch", "works"),
+    ("saving, reloading, generating", "test_saving_reloading_and_generating_after_training",
+     "as without fxseek"),
+    ("saving, reloading, merging an adapter", "test_an_adapter_is_saved_reloaded_and_merged",
+     "as without fxseek"),
+)  # fmt: skip
+"""Loops, the test that runs each, and what it shows."""
+
+
+def loop_rows() -> list[str]:
+    """The lines of the table of training loops, by a run of their tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.xml"
+        tests = Path(__file__).parent / "test_loops.py"
+        command = [sys.executable, "-m", "pytest", "-q", str(tests), "-m", "sweep or not sweep"]
+        subprocess.run([*command, f"--junitxml={found}"], stdout=sys.stderr, check=False)
+        cases = list(ElementTree.parse(found).iter("testcase"))
+    rows = []
+    for loop, test, shown in LOOPS:
+        mine = [case for case in cases if (case.get("name") or "").split("[")[0] == test]
+        passed = mine and all(case.find("failure") is None for case in mine)
+        skipped = any(case.find("skipped") is not None for case in mine)
+        rows.append(f"| {loop} | {shown if passed and not skipped else 'not shown'} |")
+    return rows
+
+
+def page(
+    families: Sequence[str], tuners: Sequence[str], pool: Any = None, *, loops: bool = False
+) -> str:
     """The whole page."""
     from families import FAMILIES
 
@@ -201,6 +253,8 @@ def page(families: Sequence[str], tuners: Sequence[str], pool: Any = None) -> st
     parts += [f"\nDense decoders, where no operation may take the general path: {dense}.", NOTES]
     parts += ["## Tuners of peft, on a tiny Llama\n", "| tuner | |", "|---|---|"]
     parts += tuner_rows(tuners, pool)
+    if loops:
+        parts += ["\n## Training loops\n", "| loop | |", "|---|---|", *loop_rows()]
     return _with_footnotes("\n".join(parts)) + "\n"
 
 
@@ -228,8 +282,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     workers = os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=20) as pool:
-        text = page(families, tuners, pool)
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        text = page(families, tuners, pool, loops=not only)
     if only:
         print(text)
     else:
