@@ -18,12 +18,13 @@ __all__ = ["SavedBytes"]
 class _Held:
     """What autograd keeps in the place of a tensor; it dies when autograd lets go of it."""
 
-    __slots__ = ("__weakref__", "nbytes", "packed", "storage")
+    __slots__ = ("__weakref__", "nbytes", "packed", "storage", "version")
 
     def __init__(self, storage: int, nbytes: int, packed: Any) -> None:
         self.storage = storage
         self.nbytes = nbytes
         self.packed = packed
+        self.version = 0
 
 
 class SavedBytes:
@@ -57,10 +58,22 @@ class SavedBytes:
     def _pack(self, tensor: Tensor) -> _Held:
         # Detached: an operation that saves its own output would keep itself alive otherwise.
         packed = tensor.detach() if self._outer is None else self._outer[0](tensor)
-        return self.count(tensor, packed)
+        held = self.count(tensor, packed)
+        held.version = tensor._version  # a detached tensor shares the counter
+        return held
 
     def _unpack(self, held: _Held) -> Tensor:
-        return held.packed if self._outer is None else self._outer[1](held.packed)
+        if self._outer is not None:
+            return self._outer[1](held.packed)
+        # autograd leaves this check, which is its own, to the hooks
+        if held.packed._version != held.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a tensor of shape {list(held.packed.shape)} that the fxseek "
+                "step saved for backward. Call backward before the optimiser's step, or before "
+                "whatever else writes to it."
+            )
+        return held.packed
 
     def __enter__(self) -> SavedBytes:
         self._outer = _torch.outer_saved_tensor_hooks()

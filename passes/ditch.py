@@ -268,13 +268,18 @@ class _Ditch:
         return self._input(StageInput("value", node))
 
     def _recomputable(self, node: fx.Node) -> bool:
-        """Constants without tokens (casts and transposes of weights) are made anew."""
+        """Constants without tokens (casts and transposes of frozen weights) are made anew.
+
+        Not those of trained weights (made without grad, they would get one), nor, where there are
+        autocast regions, an operation that a region would run in another precision.
+        """
         if node.op == "placeholder":
-            return True
+            return not needs_grad(node)
         found = find_rule(node)
         return (
             found is not None
             and found.family != "random"
+            and (not self.regions or found.layout or found.name == "to")
             and not needs_grad(node)
             and node not in self.regions
             and not self.facts.token_sized(node)

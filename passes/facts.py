@@ -235,8 +235,8 @@ def find_sizes(
     """Find the token and batch symbols among the inputs of a captured graph.
 
     The first user input of at least `token_dim` + 1 dimensions decides; other inputs whose
-    token or batch dimension had the same length at capture are unified with it (the caller
-    guards that they stay equal). With `token_inputs` only inputs of these names count tokens: a
+    token or batch dimension had the same length at capture are unified with it, and guarded to
+    stay equal. With `token_inputs` only inputs of these names count tokens: a
     model with an encoder and a decoder has two lengths, which may be equal by chance.
 
     Raises:
@@ -312,8 +312,21 @@ def find_sizes(
             longest = counts and (dim == token_dim or square)
             if longest and hints.get(size) == hints.get(tokens):
                 same[size] = tokens
+                like = shape[token_dim]
             elif dim == 0 and batch is not None and hints.get(size) == hints.get(batch):
                 same[size] = batch
+                like = shape[0]
+            else:
+                continue
+            # Asking makes it a guard of the graph: lengths that are equal by chance may differ in
+            # the next batch, which then has a graph of its own. Either symbol may go on for both.
+            assert bool(example(node).shape[dim] == like)
+    now = {tokens: _torch.size_expression(shape[token_dim])}
+    if batch is not None:
+        now[batch] = _torch.size_expression(shape[0])
+        batch = now[batch]
+    tokens = now[tokens]
+    same = {old: now[to] for old, to in same.items() if old not in (tokens, batch)}  # type: ignore[index]
     virtual = _virtual_tokens(graph, Sizes(tokens, batch, same, hints))
     if virtual:
         inside = sympy.Symbol(f"{tokens}_and_{virtual}", integer=True, positive=True)

@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.errors import GraphError
-from fxseek.passes.facts import example, is_tensor, tensors_of, where
+from fxseek.passes.facts import example, is_tensor, needs_grad, tensors_of, where
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -290,7 +290,19 @@ def functionalise(graph: fx.Graph) -> fx.Graph:
     def latest(node: fx.Node) -> fx.Node:
         return current.get(node, new_of[node])
 
+    # Dynamo's example values show the requires_grad of the end; writes are judged at their place.
+    tracks = True
+    carrying: set[fx.Node] = set()
+
+    def note(made: fx.Node) -> fx.Node:
+        leaf = made.op == "placeholder" and is_tensor(made) and example(made).requires_grad
+        if leaf or (tracks and any(operand in carrying for operand in made.all_input_nodes)):
+            carrying.add(made)
+        return made
+
     for node in graph.nodes:
+        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
+            tracks = bool(node.args[0])
         if _leaves_as_it_is(node):
             new_of[node] = new_of[node.args[0]]  # type: ignore[index]
             continue
@@ -299,11 +311,19 @@ def functionalise(graph: fx.Graph) -> fx.Graph:
         write = _written(node) if node.op.startswith("call_") else None
         if write is None:
             new_of[node] = copy.node_copy(node, latest)
+            if needs_grad(node):
+                note(new_of[node])
             continue
         written, target, args, kwargs = write
         for alias in views[_torch.storage_key(example(written))]:
             if alias.op == "placeholder":
                 raise _refuse_input(node, alias)
+        if not tracks and latest(written) in carrying:
+            raise _refuse(
+                node,
+                "a write under torch.no_grad() to a tensor that carries gradient",
+                "Write to a detached copy, or outside of no_grad.",
+            )
         stale = _stale_alias(node, written, views, order)
         if stale is not None:
             raise _refuse(
@@ -318,11 +338,11 @@ def functionalise(graph: fx.Graph) -> fx.Graph:
             map_arg(args, latest),
             map_arg(kwargs, latest),
         )
-        fresh.meta = {**node.meta, "example_value": example(written)}
+        note(fresh).meta = {**node.meta, "example_value": example(written)}
         before, operands = example(written), [t for a in args[1:] for t in _tensors(a)]
         other = any(t.dtype != before.dtype for t in operands) and target is not set_item
         if other or getattr(target, "__name__", "") in _BOOLEAN:
-            fresh = copy.call_function(torch.Tensor.to, (fresh, before.dtype))
+            fresh = note(copy.call_function(torch.Tensor.to, (fresh, before.dtype)))
             fresh.meta = {**node.meta, "example_value": before}
         if any(t.requires_grad for t in operands) and not before.requires_grad:
             value = example(node)

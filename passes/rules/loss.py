@@ -42,7 +42,7 @@ def cross_entropy(call: Call) -> Plan | None:
     rank = len(call.shape(logits))
     places = [i for i in range(rank) if i != class_dim]
     batch = None if rows.batch is None else places.index(rows.batch)
-    target_rows = type(rows)(places.index(rows.row), batch, rows.packed)
+    target_rows = rows.at(places.index(rows.row), batch)
     if target_rows.batch not in (None, 0) or not call.sizes.valid(target_rows, call.shape(target)):
         return None
     reduction = call.arg(6, "reduction", "mean")
@@ -53,10 +53,8 @@ def cross_entropy(call: Call) -> Plan | None:
     operands = (RowsOf(logits, rows, rank), RowsOf(target, target_rows, rank - 1))
     if reduction == "none":
         return Plan(target_rows, F.cross_entropy, operands, {**options, "reduction": "none"})
-    if any(
-        size != call.sizes.tokens and size != call.sizes.packed and size != call.sizes.batch
-        for size in call.shape(target)
-    ):
+    sizes = (call.sizes.tokens, call.sizes.packed, call.sizes.batch or 1)
+    if any(size not in sizes for size in call.shape(target)):
         return None  # several terms per token: the weights would not line up
     return Plan(
         None,
