@@ -64,6 +64,8 @@ class Recorder:
     last: StepReport | None = None
     padding_mask: Tensor | None = None
     programs: list[Program] = field(default_factory=list)
+    program: Program | None = None
+    """The one that ran last."""
     compile_seconds: float = 0.0
 
 
@@ -121,10 +123,11 @@ def _step(program: Program, recorder: Recorder) -> Callable[..., Any]:
 
     def step(*inputs: Any) -> Any:
         index = recorder.step
-        recorder.step += 1
         timings: dict[str, float] | None = {} if recorder.timed else None
         with nullcontext() if timings is None else _timing(module, timings):
             outputs, selection, scores = module(inputs, positions, index, recorder.padding_mask)
+        recorder.step += 1
+        recorder.program = program
         recorder.last = _report(selection, scores, learn.saved_bytes, index, timings)
         _LATEST.recorder = weakref.ref(recorder)
         return outputs

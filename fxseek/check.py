@@ -76,7 +76,7 @@ def check_gradients(
         )
     with _put_back(model, step):
         output = model(**batch)
-        loss = output[0] if isinstance(output, tuple) else output["loss"]
+        loss = _own_loss(output, batch)
         loss.backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         last = step.recorder.last
@@ -100,8 +100,8 @@ def _reference(
     model: nn.Module, step: SeekStep, last: StepReport, batch: dict[str, Any]
 ) -> Reference:
     """Masked full backprop of what the step selected."""
-    sizes = [program.sizes for program in step.recorder.programs]
-    virtual = sizes[-1].virtual if sizes and sizes[-1] is not None else 0
+    program = step.recorder.program
+    virtual = 0 if program is None or program.sizes is None else program.sizes.virtual
     loss = _reference_loss(step)
     try:
         return masked_backprop(
@@ -121,10 +121,9 @@ def _reference_loss(step: SeekStep) -> Callable[[Any, Mapping[str, Any]], Tensor
     A model whose own loss is none over tokens (a classifier's) is held to that loss as it is.
     """
     loss, last = step.config.loss, step.recorder.last
-    if loss is None and all(
-        program.structure is not None and program.structure.loss is None
-        for program in step.recorder.programs
-    ):
+    program = step.recorder.program
+    structure = None if program is None else program.structure
+    if loss is None and structure is not None and structure.loss is None:
         return _own_loss
     if loss is None or last is None:
         return None
@@ -138,6 +137,8 @@ def _reference_loss(step: SeekStep) -> Callable[[Any, Mapping[str, Any]], Tensor
 
 
 def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
     return outputs[0] if isinstance(outputs, tuple) else outputs["loss"]
 
 
@@ -175,8 +176,7 @@ def _tolerance(step: SeekStep) -> float:
     """By the lowest precision among the values that carry gradient."""
     dtypes = {
         tensor.dtype
-        for program in step.recorder.programs
-        for node in program.graph.nodes
+        for node in ([] if step.recorder.program is None else step.recorder.program.graph.nodes)
         for tensor in tensors_of(example(node))
         if tensor.requires_grad and tensor.dtype in _TOLERANCES
     }

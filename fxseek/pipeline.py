@@ -13,11 +13,10 @@ captured graph
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
@@ -28,10 +27,8 @@ from fxseek.passes.causal import use_causal_flag
 from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
-    PRIMARY_INPUTS,
     Facts,
     Sizes,
-    example,
     find_sizes,
     is_tensor,
     needs_grad,
@@ -195,7 +192,8 @@ def _prefill(program: Program) -> None:
         if item.kind in ("value", "gathered") and item.node is not None
     }
     made = set() if score.block is None else set(score.block.outputs)
-    positions = [place for place in score.required if isinstance(place, fx.Node)]
+    places = [place.position for place in score.required]
+    positions = [place for place in places if isinstance(place, fx.Node)]
     for node in (score.target, score.mask, score.ids, score.primary, score.hidden, *positions):
         if node is not None:
             reads[node] = None
@@ -250,4 +248,4 @@ def positions_of(graph: fx.Graph) -> dict[fx.Node, int]:
     return {node: index for index, node in enumerate(placeholders)}
 
 
-__all__ = ["PRIMARY_INPUTS", "Callable", "Program", "build", "example", "positions_of", "torch"]
+__all__ = ["Program", "build", "positions_of", "trains"]

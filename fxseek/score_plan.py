@@ -46,6 +46,7 @@ def plan_scores(
         **inputs,
         **_target(facts, structure),
         "required": structure.pooled,
+        "hidden_rows": _rows_of(facts, structure.block_input),
         "virtual": facts.sizes.virtual,
     }
     kind = config.score
@@ -78,6 +79,11 @@ def plan_scores(
         )
     plan.update(_gradient(graph, facts, structure, plan.get("context_reads", ())))
     return ScorePlan(**plan)
+
+
+def _rows_of(facts: Facts, node: fx.Node | None) -> Rows | None:
+    rows = None if node is None else facts.rows.get(node)
+    return rows if isinstance(rows, Rows) else None
 
 
 def _inputs(graph: fx.Graph, facts: Facts, config: SeekConfig) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from fxseek import scoring, selecting
 from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
 from fxseek.passes.ditch import StageGraph, StageInput
+from fxseek.passes.facts import Rows
+from fxseek.passes.structure import Place
 from fxseek.rows import gather_rows
 
 Values = dict[fx.Node, Tensor]
@@ -91,6 +93,8 @@ class ScorePlan:
     sums: bool = False
     """The captured loss is a sum over tokens (the caller divides it), not their mean."""
     hidden: fx.Node | None = None
+    hidden_rows: Rows | None = None
+    """Where the tokens of `hidden` are."""
     block: StageGraph | None = None
     """block input → the cuts (or the loss), and values that the context part reads."""
     head: StageGraph | None = None
@@ -103,8 +107,8 @@ class ScorePlan:
     """Bytes of one entry of a spelled-out attention map over its heads; 0 for fused attention."""
     context: Callable[[dict[fx.Node, Any], Tensor, int], Tensor] | None = None
     context_reads: tuple[fx.Node, ...] = ()
-    required: tuple[int | fx.Node, ...] = ()
-    """Places in a row that the model reads one by one, as constants or values."""
+    required: tuple[Place, ...] = ()
+    """Places in a row that the model reads one by one."""
     virtual: int = 0
     """Tokens that the model puts in front of those it is given (prompt tuning)."""
 
@@ -163,7 +167,9 @@ class Score(nn.Module):
                 valid=valid,
                 supervised=supervised,
                 targets=targets,
-                hidden=None if plan.hidden is None else read(plan.hidden),
+                hidden=None
+                if plan.hidden is None
+                else _batch_major(read(plan.hidden), plan.hidden_rows, valid),
                 step=step,
                 generator=generator,
             )
@@ -194,8 +200,8 @@ class Score(nn.Module):
             else scores
         )
         required = [
-            _position(place if isinstance(place, int) else read(place), batch, tokens, device)
-            for place in (*range(plan.virtual), *plan.required)
+            _position(place, read, batch, tokens, device)
+            for place in (*map(Place, range(plan.virtual)), *plan.required)
         ]
         return Scores(
             valid, supervised, scores, mass, context, gradient, full_loss, padded,
@@ -244,8 +250,7 @@ class Score(nn.Module):
                 (y, dy) for y, dy in zip(cuts.values(), slopes, strict=True) if y.requires_grad
             ]
             (slope,) = torch.autograd.grad([y for y, _ in pairs], hidden, [dy for _, dy in pairs])
-        if slope.dim() == 2:
-            slope = slope.unflatten(0, valid.shape)
+        slope = _batch_major(slope, plan.hidden_rows, valid)
         return context, scoring.gradient_magnitude(slope, config.gradient_norm), full_loss
 
     def _head_in_chunks(
@@ -298,12 +303,27 @@ def _extent(primary: Tensor, batch_dim: int | None, token_dim: int) -> tuple[int
     return batch, primary.shape[token_dim]
 
 
-def _position(place: int | Tensor, batch: int, tokens: int, device: torch.device) -> Tensor:
+def _batch_major(x: Tensor, rows: Rows | None, valid: Tensor) -> Tensor:
+    """A value of the stream as [batch, tokens, ...]."""
+    if rows is None or (rows.packed and x.dim() == 2):
+        return x.unflatten(0, valid.shape) if x.dim() == 2 else x
+    if rows.batch is None:
+        return x.movedim(rows.row, 0).reshape(*valid.shape, -1)
+    return x.movedim((rows.batch, rows.row), (0, 1))
+
+
+def _position(
+    place: Place,
+    read: Callable[[fx.Node], Any],
+    batch: int,
+    tokens: int,
+    device: torch.device,
+) -> Tensor:
     """A place in the rows as [batch, any]; negative ones count from the end."""
-    if isinstance(place, int):
-        place = torch.tensor(place, device=device)
-    place = place.reshape(batch, -1) if place.dim() else place.expand(batch, 1)
-    return torch.where(place < 0, place + tokens, place)
+    at = place.position
+    found = torch.tensor([at], device=device) if isinstance(at, int) else read(at)
+    found = found.reshape(batch, 1) if place.each else found.reshape(1, -1).expand(batch, -1)
+    return torch.where(found < 0, found + tokens, found)
 
 
 def _not_finite(bad: Tensor, context: Tensor | None, gradient: Tensor | None, valid: Tensor) -> str:
@@ -334,6 +354,11 @@ class Select(nn.Module):
         counts = None
         if scores.padded:
             counts = selecting.count_kept_of_rows(config.ratio, valid[:, virtual:]) + virtual
+        if scores.required is not None:
+            least = min(scores.required.shape[1], valid.shape[1])
+            k = max(k, least)
+            if counts is not None:
+                counts = torch.minimum(counts.clamp_min(least), valid.sum(-1))
         common = {
             "valid": valid,
             "supervised": scores.supervised,

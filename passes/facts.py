@@ -321,12 +321,13 @@ def find_sizes(
             # Asking makes it a guard of the graph: lengths that are equal by chance may differ in
             # the next batch, which then has a graph of its own. Either symbol may go on for both.
             assert bool(example(node).shape[dim] == like)
-    now = {tokens: _torch.size_expression(shape[token_dim])}
+    before = (tokens, batch)
+    tokens = _symbol(shape[token_dim])
+    batch = None if batch is None else _symbol(shape[0])
+    now: dict[sympy.Expr | None, sympy.Symbol] = {before[0]: tokens}
     if batch is not None:
-        now[batch] = _torch.size_expression(shape[0])
-        batch = now[batch]
-    tokens = now[tokens]
-    same = {old: now[to] for old, to in same.items() if old not in (tokens, batch)}  # type: ignore[index]
+        now[before[1]] = batch
+    same = {old: now[to] for old, to in same.items() if old not in (tokens, batch)}
     virtual = _virtual_tokens(graph, Sizes(tokens, batch, same, hints))
     if virtual:
         inside = sympy.Symbol(f"{tokens}_and_{virtual}", integer=True, positive=True)
@@ -337,6 +338,12 @@ def find_sizes(
         hints = hints | {inside: hints[tokens] + virtual}
         tokens = inside
     return Sizes(tokens, batch, same, hints, virtual)
+
+
+def _symbol(size: int | torch.SymInt) -> sympy.Symbol:
+    found = _torch.size_expression(size)
+    assert isinstance(found, sympy.Symbol), found
+    return found
 
 
 def _virtual_tokens(graph: fx.Graph, sizes: Sizes) -> int:

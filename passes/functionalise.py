@@ -203,7 +203,7 @@ def _method(
     if name == "zero_":
         return target, torch.zeros_like, (target,), {}
     if name == "fill_":
-        return target, filled, node.args, {}
+        return target, filled, node.args, dict(node.kwargs)
     pure = getattr(torch.Tensor, name[:-1], pure)
     if pure is None or name in _OF_SHAPE:
         raise _refuse(node, f"Tensor.{name} changes a tensor in place", "Use a pure operation.")

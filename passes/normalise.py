@@ -162,6 +162,9 @@ def _undo_repeat(node: fx.Node) -> None:
         return
     if example(before_key).shape[1] != example(before_value).shape[1]:
         return
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    if not _same_sizes(tuple(example(query).shape[-3:-2]), tuple(example(key).shape[-3:-2])):
+        return  # queries of one head that are broadcast
     node.args = (query, before_key, before_value, *node.args[3:])
     node.kwargs = {**node.kwargs, "enable_gqa": True}
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxseek.passes.facts import Facts, Rows, ancestors, descendants, example, is_tensor, needs_grad
-from fxseek.passes.rules import operation
+from fxseek.passes.rules import Call, operation
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Structure:
     outputs: tuple[fx.Node, ...]
     loss: fx.Node | None
     objective: fx.Node | None
-    pooled: tuple[int | fx.Node, ...]
+    pooled: tuple[Place, ...]
     attentions: tuple[fx.Node, ...]
     block_input: fx.Node | None
     block_exit: fx.Node | None
@@ -78,32 +78,67 @@ def _trained_scalar(node: fx.Node) -> bool:
     return example(node).dim() == 0 and needs_grad(node)
 
 
-def _pooled(graph: fx.Graph, facts: Facts, before: set[fx.Node]) -> Iterator[int | fx.Node]:
+@dataclass(frozen=True)
+class Place:
+    """A place in the rows: a constant (negative from the end) or a node that holds positions.
+
+    `each`: the node holds one position for each row of the batch, and not some for all of them.
+    """
+
+    position: int | fx.Node
+    each: bool = False
+
+
+def _pooled(graph: fx.Graph, facts: Facts, before: set[fx.Node]) -> Iterator[Place]:
     """Places that indexing picks out of the token row, such as ``hidden[:, 0]``.
 
     A step that selects other tokens alone would have no gradient at all, or another one.
     """
     for node in graph.nodes:
-        if node not in before or not needs_grad(node) or operation(node) not in _PICKS:
+        name = operation(node)
+        if node not in before or not needs_grad(node) or name not in _PICKS:
             continue
-        rows = facts.rows.get(node.args[0])
-        if not isinstance(rows, Rows):
+        call = Call(node, facts)
+        source = call.arg(0, "input")
+        rows = facts.rows.get(source)
+        if not isinstance(rows, Rows) or rows.packed:
             continue
-        if operation(node) == "select":
-            if node.args[1] == rows.row and isinstance(node.args[2], int):
-                yield node.args[2]
+        rank = example(source).dim()
+        if name == "getitem":
+            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            item = _index_of(index, rows.row, rank)
+            rest = None if rows.batch is None else _index_of(index, rows.batch, rank)
+            yield from _places(item, each=isinstance(rest, fx.Node))
             continue
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        place = _index_of(index, rows.row, example(node.args[0]).dim())
-        if isinstance(place, int) and not isinstance(place, bool):
-            yield place
-        elif isinstance(place, fx.Node) and is_tensor(place) and not rows.packed:
-            value = example(place)
-            if not value.is_floating_point() and value.dtype != torch.bool and value.dim() <= 1:
-                yield place
+        dim, start = call.arg(1, "dim"), call.arg(2, "index", call.arg(2, "start"))
+        if not isinstance(dim, int) or dim % rank != rows.row or not isinstance(start, int):
+            continue
+        length = call.arg(3, "length") if name == "narrow" else 1
+        if isinstance(length, int):
+            yield from (Place(start + i) for i in range(length))
 
 
-_PICKS = ("getitem", "select")
+_PICKS = ("getitem", "select", "narrow")
+
+
+def _places(item: Any, *, each: bool) -> Iterator[Place]:
+    """The places that one entry of a subscript picks; none of those that grow with the row."""
+    if isinstance(item, bool):
+        return
+    if isinstance(item, int):
+        yield Place(item)
+    elif isinstance(item, slice):
+        start, stop = item.start or 0, item.stop
+        if not all(isinstance(x, int | None) for x in (item.start, item.stop, item.step)):
+            return
+        if stop is None and start < 0:
+            stop = 0
+        if stop is not None and (start >= 0) == (stop > 0):  # both from one end
+            yield from (Place(i) for i in range(start, stop, item.step or 1))
+    elif isinstance(item, fx.Node) and is_tensor(item):
+        value = example(item)
+        if not value.is_floating_point() and value.dtype != torch.bool and value.dim() <= 1:
+            yield Place(item, each)
 
 
 def _index_of(index: tuple[Any, ...], dim: int, rank: int) -> Any:
@@ -164,4 +199,4 @@ def _cuts(
     return cuts
 
 
-__all__ = ["Structure", "example", "find_structure"]
+__all__ = ["Place", "Structure", "find_structure"]
