@@ -64,6 +64,8 @@ def check_gradients(
     step = step_of(model)
     if step is None:
         raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    if not model.training:
+        raise InputError("check_gradients needs training mode: call model.train() first")
     noisy = [
         name
         for name, module in model.named_modules()
@@ -72,7 +74,7 @@ def check_gradients(
     if noisy:
         raise InputError(
             f"dropout is on in {noisy[0]!r} (and {len(noisy) - 1} more): gradients are exact with "
-            "dropout off. Set its p to 0 for the check."
+            "dropout off. Set its p to 0 for the check (and leave the model in training mode)."
         )
     with _put_back(model, step):
         output = model(**batch)

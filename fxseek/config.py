@@ -47,7 +47,8 @@ class SeekConfig:
             ratio of alpha to beta changes the ranking.
         gradient_norm: How a token's gradient vector becomes one number: ``"l1"``, ``"l2"`` or
             ``"sum"`` (signed). Default ``"l1"``.
-        supervised_only: Select only positions that have a label. Default False.
+        supervised_only: Labelled positions first; others only fill a row that has too few.
+            Default False.
         uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
             in (0, 1]. Default 0.5.
         seed: Seed of random scores and of sampling, a non-negative integer. Default 0.
