@@ -12,6 +12,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sympy
@@ -289,6 +290,16 @@ def set_compiled_call(model: torch.nn.Module, call: Callable[..., Any] | None) -
 def eager_call(model: torch.nn.Module) -> Callable[..., Any]:
     """The module's ordinary call: forward with its hooks."""
     return model._call_impl
+
+
+def saving_inputs_only() -> AbstractContextManager[Any]:
+    """AOTAutograd's partitioner saves a graph's inputs alone while this context compiles it.
+
+    The memory budget is a documented setting of torch.compile that lives in a private module.
+    """
+    from torch._functorch import config
+
+    return config.patch(activation_memory_budget=0.0)
 
 
 def translated(error: Exception, model: str) -> Exception:

@@ -13,12 +13,13 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["BACKENDS", "GRADIENT_NORMS", "OUTPUTS", "SCORES", "SELECTS", "SeekConfig"]
+__all__ = ["BACKENDS", "GRADIENT_NORMS", "OUTPUTS", "RECOMPUTES", "SCORES", "SELECTS", "SeekConfig"]
 
 SCORES = ("tokenseek", "context", "gradient", "random")
 SELECTS = ("topk", "sample")
 GRADIENT_NORMS = ("l1", "l2", "sum")
 BACKENDS = ("eager", "aot_eager", "inductor")
+RECOMPUTES = ("none", "block")
 OUTPUTS = ("loss", "selected", "full")
 
 _CALLABLES = ("score", "loss")
@@ -54,6 +55,8 @@ class SeekConfig:
         seed: Seed of random scores and of sampling, a non-negative integer. Default 0.
         backend: What runs the three stages: ``"eager"``, ``"aot_eager"`` or ``"inductor"``.
             Default ``"eager"``.
+        recompute: What backward makes again instead of keeping it: ``"none"``, or ``"block"``,
+            where only keys, values and the inputs of each block are kept. Default ``"none"``.
         outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None),
             ``"selected"`` (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at
             the selected ones). Default ``"loss"``.
@@ -78,6 +81,7 @@ class SeekConfig:
     uniform: float = 0.5
     seed: int = 0
     backend: str = "eager"
+    recompute: str = "none"
     outputs: str = "loss"
     chunk_bytes: int = 64 * 1024 * 1024
     loss: Callable[..., Any] | None = None
@@ -212,6 +216,7 @@ def _problems(config: SeekConfig) -> list[str]:
         *_choice("select", config.select, SELECTS),
         *_choice("gradient_norm", config.gradient_norm, GRADIENT_NORMS),
         *_choice("backend", config.backend, BACKENDS),
+        *_choice("recompute", config.recompute, RECOMPUTES),
         *_choice("outputs", config.outputs, OUTPUTS),
         *_share("ratio", config.ratio, "0.1 trains on a tenth of the tokens, 1.0 on all of them"),
         *_share("uniform", config.uniform, "0.5 is half uniform, 1.0 ignores the scores"),

@@ -5,7 +5,53 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["selected_cross_entropy"]
+__all__ = ["cross_entropy_parts", "mean_of_parts", "selected_cross_entropy"]
+
+
+def cross_entropy_parts(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the cross-entropy over kept positions that have a label, and their number.
+
+    Shapes: logits and target of the kept positions, as `F.cross_entropy` takes them; weights
+    [batch, kept], 0 where padding fills a row up (its label does not count) → two scalars. Sums
+    of several chunks of positions add up.
+    """
+    target = target.masked_fill(weights.reshape(target.shape) == 0, ignore_index)
+    losses = F.cross_entropy(
+        logits,
+        target,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    weighted = losses * weights.reshape(losses.shape).to(losses.dtype)
+    return weighted.sum(), (target != ignore_index).sum()
+
+
+def mean_of_parts(
+    total: Tensor,
+    labelled: Tensor,
+    full_target: Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """The loss of a selection from what `cross_entropy_parts` gives, in nats.
+
+    With ``reduction="sum"`` the mean is multiplied by the number of labels in `full_target`,
+    so that a caller who divides by a count of labels over several batches gets the gradient
+    of the selected mean. No labelled position gives 0 with gradients of 0, never NaN.
+    """
+    mean = total / labelled.clamp(min=1)
+    if reduction == "sum":
+        return mean * (full_target != ignore_index).sum()
+    return mean
 
 
 def selected_cross_entropy(
@@ -20,25 +66,12 @@ def selected_cross_entropy(
 ) -> Tensor:
     """Weighted mean of the cross-entropy over kept positions that have a label, in nats.
 
-    Shapes: logits and target of the kept positions, as `F.cross_entropy` takes them; weights
-    [batch, kept], 0 where padding fills a row up (its label does not count); full_target the
-    targets of all positions → scalar.
-
-    With ``reduction="sum"`` the mean is multiplied by the number of labels in `full_target`,
-    so that a caller who divides by a count of labels over several batches gets the gradient
-    of the selected mean. No labelled position gives 0 with gradients of 0, never NaN.
+    Shapes: as `cross_entropy_parts` has them; full_target the targets of all positions → scalar.
+    `reduction`: see `mean_of_parts`.
     """
-    target = target.masked_fill(weights.reshape(target.shape) == 0, ignore_index)
-    losses = F.cross_entropy(
-        logits,
-        target,
-        ignore_index=ignore_index,
-        reduction="none",
-        label_smoothing=label_smoothing,
+    total, labelled = cross_entropy_parts(
+        logits, target, weights, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
-    labelled = target != ignore_index
-    weighted = losses * weights.reshape(losses.shape).to(losses.dtype)
-    mean = weighted.sum() / labelled.sum().clamp(min=1)
-    if reduction == "sum":
-        return mean * (full_target != ignore_index).sum()
-    return mean
+    return mean_of_parts(
+        total, labelled, full_target, reduction=reduction, ignore_index=ignore_index
+    )

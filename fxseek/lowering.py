@@ -1,58 +1,152 @@
-"""How the learn stage is run: interpreted eagerly, or compiled."""
+"""How the learn stage is run: interpreted eagerly or compiled, kept or recomputed by block."""
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils.checkpoint import checkpoint
 
+from fxseek import _torch
 from fxseek.errors import GraphError
+from fxseek.passes.ditch import StageGraph
+from fxseek.passes.segments import segment
 from fxseek.saved import SavedBytes
-from fxseek.stages import run_boxed
 
 BACKENDS = {"aot_eager": "aot_eager_decomp_partition", "inductor": "inductor"}
 """torch.compile's names; the plain ``aot_eager`` would not partition by min-cut."""
 
+Run = Callable[[list[Any], tuple[Any, ...]], tuple[Any, int]]
+"""Of a boxed list of arguments (which it empties) and of what is not counted: the outputs, and the
+bytes saved for backward."""
+
+
+def run_boxed(module: fx.GraphModule, values: list[Any]) -> Any:
+    """Run a stage, letting go of each value after its last use (the list is emptied)."""
+    return fx.Interpreter(module, garbage_collect_values=True).boxed_run(values)
+
+
+def piece(module: fx.GraphModule, backend: str, recompute: str) -> Callable[..., Any]:
+    """How a part of the learn stage is run.
+
+    With ``recompute="block"`` only its inputs are kept for backward, which runs it again.
+    """
+    if backend != "eager":
+        return _compiled(module, backend, recompute)
+    return module if recompute == "none" else partial(checkpoint, module, use_reentrant=False)
+
 
 def lower(
-    module: fx.GraphModule, backend: str
-) -> Callable[[list[Any], tuple[Any, ...]], tuple[Any, int]]:
-    """A function of a boxed list of arguments (which it empties) and of what is not counted.
+    module: fx.GraphModule,
+    stage: StageGraph,
+    backend: str,
+    recompute: str,
+    cuts: Sequence[fx.Node],
+) -> Run:
+    """How the learn stage is run: `module` is that of `stage`.
 
-    It returns the outputs and the bytes saved for backward. ``"eager"`` interprets the graph
-    and lets go of each value after its last use; ``"aot_eager"`` runs AOTAutograd with the
-    min-cut partitioner, ``"inductor"`` compiles; both with dynamic shapes.
+    ``backend="eager"`` interprets the graph and lets go of each value after its last use;
+    ``"aot_eager"`` runs AOTAutograd with the min-cut partitioner, ``"inductor"`` compiles; both
+    with dynamic shapes, block by block, so that blocks that look alike are compiled once.
+    ``recompute="block"`` keeps the inputs of each block (cut after `cuts`) and runs it again in
+    backward.
     """
-    if backend == "eager":
+    if backend == "eager" and recompute == "none":
+        return _interpreted(module)
+    module = segment(module, stage, cuts)
+    alike: dict[Any, Callable[..., Any]] = {}
+    for name, part in list(module.named_children()):
+        assert isinstance(part, fx.GraphModule)
+        part = fx.GraphModule(part, part.graph)  # Dynamo reads no lazy one, as split_module makes
+        if part.graph.find_nodes(op="call_module", target="head"):
+            continue  # it sees to itself
+        key = name if backend == "eager" else _likeness(part)
+        setattr(module, name, _Called(alike.setdefault(key, piece(part, backend, recompute))))
+    return _interpreted(module) if backend == "eager" else _counted(module)
 
-        def interpret(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
-            with SavedBytes(exclude) as saved:
-                outputs = run_boxed(module, arguments)
-            return outputs, saved.total
 
-        return interpret
-    compiled = torch.compile(module, backend=BACKENDS[backend], dynamic=True, fullgraph=True)
+class _Called(nn.Module):
+    """A function in the place of a submodule."""
 
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: Any) -> Any:
+        """Call it."""
+        return self.function(*arguments)
+
+
+def _interpreted(module: fx.GraphModule) -> Run:
     def run(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
-        taken = tuple(arguments)
-        arguments.clear()
-        with warnings.catch_warnings():
+        with SavedBytes(exclude) as saved:
+            outputs = run_boxed(module, arguments)
+        return outputs, saved.total
+
+    return run
+
+
+def _counted(module: fx.GraphModule) -> Run:
+    def run(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
+        outputs = run_boxed(module, arguments)
+        return outputs, _saved_by_functions(outputs, exclude)
+
+    return run
+
+
+def _likeness(module: fx.GraphModule) -> tuple[Any, ...]:
+    """Equal for segments that do the same to their inputs."""
+    number: dict[fx.Node, int] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return ("node", number[value])
+        if isinstance(value, (list, tuple)):
+            return (type(value).__name__, *(plain(item) for item in value))
+        if isinstance(value, dict):
+            return ("dict", *((key, plain(item)) for key, item in value.items()))
+        if isinstance(value, slice):
+            return ("slice", plain(value.start), plain(value.stop), plain(value.step))
+        return (type(value).__name__, repr(value))
+
+    found: list[Any] = []
+    for index, node in enumerate(module.graph.nodes):
+        number[node] = index
+        target = node.target if node.op in ("call_function", "call_method") else None
+        if node.op == "get_attr":
+            target = id(operator.attrgetter(str(node.target))(module))
+        found.append((node.op, target, plain(node.args), plain(node.kwargs)))
+    return tuple(found)
+
+
+def _compiled(module: fx.GraphModule, backend: str, recompute: str) -> Callable[..., Any]:
+    """A function of the segment's inputs, compiled when it is first called."""
+    compiled = torch.compile(module, backend=BACKENDS[backend], dynamic=True, fullgraph=True)
+    keep_inputs = recompute == "block"
+
+    def call(*arguments: Any) -> Any:
+        budget: AbstractContextManager[Any] = (
+            _torch.saving_inputs_only() if keep_inputs else nullcontext()
+        )
+        with warnings.catch_warnings(), budget:
             # Dynamo reads .grad of every tensor it wraps, non-leaves too, when it captures
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
             try:
-                outputs = compiled(*taken)
+                return compiled(*arguments)
             except TorchDynamoException as error:
                 raise GraphError(
                     f"backend={backend!r} could not compile the learn stage: {error}\n"
                     'Use backend="eager", which runs the same graph without compiling it.'
                 ) from error
-        return outputs, _saved_by_functions(outputs, exclude)
 
-    return run
+    return call
 
 
 def _saved_by_functions(outputs: Any, exclude: tuple[Any, ...]) -> int:

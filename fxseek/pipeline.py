@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -22,21 +23,25 @@ from torch.fx.node import map_arg
 
 from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
-from fxseek.lowering import lower
+from fxseek.head import ChunkedHead
+from fxseek.lowering import Run, lower
 from fxseek.passes.causal import use_causal_flag
 from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
     Facts,
     Sizes,
+    descendants,
     find_sizes,
     is_tensor,
     needs_grad,
 )
 from fxseek.passes.functionalise import functionalise
+from fxseek.passes.head import Head, attach_head, find_head
 from fxseek.passes.hoist import hoist_gathers
 from fxseek.passes.inline import inline
 from fxseek.passes.normalise import normalise
+from fxseek.passes.segments import block_inputs
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens
 from fxseek.passes.unshift import unshift
@@ -54,6 +59,8 @@ class Program:
     sizes: Sizes | None = None
     facts: Facts | None = None
     structure: Structure | None = None
+    head: Head | None = None
+    chunked: ChunkedHead | None = None
     learn: StageGraph | None = None
     gathers: list[tuple[StageInput, tuple[Any, ...]]] = field(default_factory=list)
     score: ScorePlan | None = None
@@ -159,11 +166,36 @@ def _ditch(program: Program, full_outputs: bool) -> None:
 
     program_outputs.append(map_arg(output.args[0], want))
     carrying = {node for node in program.graph.nodes if needs_grad(node)}
-    stage = ditch(program.graph, facts, carrying=carrying, outputs=wanted)
-    program.learn, program.gathers = hoist_gathers(stage)
+    program.head = head = find_head(facts, structure)
+    if head is not None:
+        program.chunked = ChunkedHead(head, program.config)
+    if head is not None and program.chunked is not None and _ends(head, wanted):
+        entry = [("rows", head.entry)]
+        stage = ditch(
+            program.graph, facts, carrying=carrying, outputs=entry + wanted, given=[head.loss]
+        )
+        program.learn, program.gathers = hoist_gathers(stage)
+        attach_head(program.learn, head, program.chunked)
+    else:
+        stage = ditch(program.graph, facts, carrying=carrying, outputs=wanted)
+        program.learn, program.gathers = hoist_gathers(stage)
     results = list(program.learn.graph.output_node().args[0])  # type: ignore[arg-type]
     program.learn.graph.output_node().args = (_fill(program_outputs[0], results),)
-    program.learn.graph.lint()
+
+
+def _ends(head: Head, wanted: list[tuple[str, fx.Node]]) -> bool:
+    """Whether the loss is all that is wanted of what the head makes."""
+    inside = descendants([head.entry]) - descendants([head.loss]) - {head.entry}
+    queue = [node for _, node in wanted]
+    seen = {head.loss}
+    while queue:
+        node = queue.pop()
+        if node in inside:
+            return False
+        if node not in seen:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return True
 
 
 class _Slot(int):
@@ -180,7 +212,9 @@ def _fill(value: Any, results: list[Any]) -> Any:
 
 def _plan_scores(program: Program) -> None:
     assert program.facts is not None and program.structure is not None
-    program.score = plan_scores(program.graph, program.facts, program.structure, program.config)
+    program.score = plan_scores(
+        program.graph, program.facts, program.structure, program.config, program.head
+    )
 
 
 def _prefill(program: Program) -> None:
@@ -198,7 +232,8 @@ def _prefill(program: Program) -> None:
         if node is not None:
             reads[node] = None
     scored = [*score.context_reads]
-    for stage in (score.block, score.head):
+    ending = None if score.exit is None or program.head is None else program.head.stage
+    for stage in (score.block, score.head, ending):
         scored += [
             item.node
             for item in (() if stage is None else stage.inputs)
@@ -216,10 +251,10 @@ def _assemble(program: Program) -> None:
     bases = {item.node for item in learn.inputs if item.kind == "value" and item.node is not None}
     root = nn.Module()
     root.add_module("prefill", Prefill(prefill, bases))
-    root.add_module("score", Score(score, program.config))
+    root.add_module("score", Score(score, program.config, program.chunked))
     root.add_module("select", Select(program.config))
     root.add_module("gather", Gather(program.gathers))
-    root.add_module("learn", Learn(learn, lambda module: lower(module, program.config.backend)))
+    root.add_module("learn", Learn(learn, partial(_lower, program)))
     graph = fx.Graph()
     inputs = graph.placeholder("inputs")
     positions = graph.placeholder("positions")
@@ -240,6 +275,13 @@ def _assemble(program: Program) -> None:
     graph.output((outputs, selection, scores))
     graph.lint()
     program.module = fx.GraphModule(root, graph, class_name="SelectiveStep")
+
+
+def _lower(program: Program, module: fx.GraphModule) -> Run:
+    config, learn, structure = program.config, program.learn, program.structure
+    assert learn is not None and structure is not None
+    cuts = block_inputs(structure)
+    return lower(module, learn, config.backend, config.recompute, cuts)
 
 
 def positions_of(graph: fx.Graph) -> dict[fx.Node, int]:

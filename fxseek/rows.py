@@ -15,7 +15,14 @@ from torch import Tensor
 
 from fxseek import _torch
 
-__all__ = ["attend_all", "attend_rows", "gather_rows", "is_causal_mask", "scatter_rows"]
+__all__ = [
+    "attend_all",
+    "attend_rows",
+    "gather_rows",
+    "is_causal_mask",
+    "put_rows_",
+    "scatter_rows",
+]
 
 
 def _packed_index(kept: Tensor, length: int) -> Tensor:
@@ -78,6 +85,26 @@ def scatter_rows(
     moved = base.movedim((batch, row), (0, 1))
     placed = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
     return placed.movedim((0, 1), (batch, row))
+
+
+def put_rows_(
+    base: Tensor,
+    rows: Tensor,
+    kept: Tensor,
+    row: int,
+    batch: int | None = None,
+    packed: bool = False,
+    heads: int = 1,
+) -> None:
+    """Write rows into a full value in place; shapes as `scatter_rows` has them. No gradient."""
+    kept = _repeated(kept, heads)
+    if packed:
+        base.index_copy_(row, _packed_index(kept, base.shape[row]), rows)
+    elif batch is None:
+        base.index_copy_(row, kept[0], rows)
+    else:
+        which = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
+        base.movedim((batch, row), (0, 1))[which, kept] = rows.movedim((batch, row), (0, 1))
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ from fxseek import _torch, scoring
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
 from fxseek.loss import selected_cross_entropy
+from fxseek.lowering import run_boxed
 from fxseek.passes.causal import use_causal_flag
 from fxseek.passes.ditch import StageGraph, ditch
 from fxseek.passes.extract import extract
@@ -25,16 +26,17 @@ from fxseek.passes.facts import (
     is_tensor,
     tensors_of,
 )
+from fxseek.passes.head import Head, logit_bytes
 from fxseek.passes.rules import Call, operation
 from fxseek.passes.structure import Structure
 from fxseek.rows import is_causal_mask
-from fxseek.stages import ScorePlan, run_boxed
+from fxseek.stages import ScorePlan
 
 Context = Callable[[dict[fx.Node, Any], Tensor, int], Tensor]
 
 
 def plan_scores(
-    graph: fx.Graph, facts: Facts, structure: Structure, config: SeekConfig
+    graph: fx.Graph, facts: Facts, structure: Structure, config: SeekConfig, head: Head | None
 ) -> ScorePlan:
     """Decide what the score stage reads and runs.
 
@@ -77,7 +79,7 @@ def plan_scores(
             "from the tokens to the last attention (the model is no residual stream). Use "
             'score="context", "random" or a callable.'
         )
-    plan.update(_gradient(graph, facts, structure, plan.get("context_reads", ())))
+    plan.update(_gradient(graph, facts, structure, plan.get("context_reads", ()), head))
     return ScorePlan(**plan)
 
 
@@ -125,7 +127,11 @@ def _target(facts: Facts, structure: Structure) -> dict[str, Any]:
 
 
 def _gradient(
-    graph: fx.Graph, facts: Facts, structure: Structure, reads: tuple[fx.Node, ...]
+    graph: fx.Graph,
+    facts: Facts,
+    structure: Structure,
+    reads: tuple[fx.Node, ...],
+    ending: Head | None,
 ) -> dict[str, Any]:
     """The last block on all tokens, and the rest of the model on chunks of them.
 
@@ -135,8 +141,14 @@ def _gradient(
     start, loss = structure.block_input, structure.objective
     assert start is not None and loss is not None
     after = descendants([start])
-    head = None if structure.loss is None else _head(facts, structure, loss)
+    spelled_out = operation(structure.attentions[-1]) == "softmax"
+    head = exit = None
     cuts: list[fx.Node] = []
+    if structure.loss is not None and spelled_out:
+        head = _head(facts, structure, loss)
+    elif ending is not None:
+        exit = ending.entry
+        cuts = [exit]
     if head is not None:
         cuts = [
             item.node
@@ -145,28 +157,21 @@ def _gradient(
             and item.node in after
             and example(item.node).is_floating_point()
         ]
-    made = [loss] if head is None else [node for node in cuts if node is not start]
+    made = [node for node in cuts if node is not start] if cuts else [loss]
     made += [node for node in reads if node in after and node not in made and node is not start]
     constants = _constants_before(made, start, after)
     block = extract(graph, made, given=[start, *constants], grad_modes=True)
     use_causal_flag(block, facts.sizes)
     last = structure.attentions[-1]
-    spelled_out = operation(last) == "softmax"
     return {
         "hidden": start,
         "block": block,
+        "exit": exit,
         "head": head,
         "cuts": tuple(cuts),
-        "logit_bytes": 0 if head is None else _logit_bytes(Call(loss, facts).arg(0, "input")),
+        "logit_bytes": 0 if head is None else logit_bytes(Call(loss, facts).arg(0, "input")),
         "map_bytes": _map_bytes(last) if spelled_out else 0,
     }
-
-
-def _logit_bytes(logits: fx.Node) -> int:
-    """Bytes of one token's logits."""
-    value = example(logits)
-    classes = value.shape[1 if value.dim() > 1 else 0]
-    return _torch.size_hint(classes) * max(4, value.element_size())
 
 
 def _map_bytes(attention: fx.Node) -> int:
@@ -190,14 +195,8 @@ def _constants_before(outputs: list[fx.Node], start: fx.Node, after: set[fx.Node
 
 
 def _head(facts: Facts, structure: Structure, loss: fx.Node) -> StageGraph | None:
-    """From the last attention to the loss on given rows; None if that is not per-token."""
-    last, end = structure.attentions[-1], structure.block_exit
-    if operation(last) == "softmax":
-        between = descendants(_square(facts, last)) & ancestors([loss])
-    elif end is not None:
-        between = (descendants([end]) & ancestors([loss])) - {end}
-    else:
-        return None
+    """From a spelled-out attention to the loss on given rows; None if that is not per-token."""
+    between = descendants(_square(facts, structure.attentions[-1])) & ancestors([loss])
     carrying = {node for node in between if node in facts.stream}
     if any(node not in facts.plans for node in carrying):
         return None

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxseek import scoring, selecting
+from fxseek import _torch, scoring, selecting
 from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
+from fxseek.head import ChunkedHead
+from fxseek.lowering import Run, run_boxed
 from fxseek.passes.ditch import StageGraph, StageInput
 from fxseek.passes.facts import Rows
 from fxseek.passes.structure import Place
-from fxseek.rows import gather_rows
+from fxseek.rows import gather_rows, put_rows_
 
 Values = dict[fx.Node, Tensor]
 
@@ -43,11 +45,6 @@ class Scores:
     such as a pooled token, and the virtual ones."""
     virtual: int = 0
     """Tokens that the model put in front (prompt tuning): parameters, kept beside the ratio."""
-
-
-def run_boxed(module: fx.GraphModule, values: list[Any]) -> Any:
-    """Run a stage, letting go of each value after its last use (the list is emptied)."""
-    return fx.Interpreter(module, garbage_collect_values=True).boxed_run(values)
 
 
 def owned(value: Any) -> Any:
@@ -97,10 +94,12 @@ class ScorePlan:
     """Where the tokens of `hidden` are."""
     block: StageGraph | None = None
     """block input → the cuts (or the loss), and values that the context part reads."""
+    exit: fx.Node | None = None
+    """The value that the model's head starts from, where there is one; see `passes.head`."""
     head: StageGraph | None = None
-    """cuts → loss, on chunks of tokens; None: the block graph ends in the loss."""
+    """cuts → loss, on chunks of tokens, where attention is spelled out and `exit` is not."""
     cuts: tuple[fx.Node, ...] = ()
-    """Values that the head takes over from the block."""
+    """Values that `head` takes over from the block. Without either the block ends in the loss."""
     logit_bytes: int = 0
     """Bytes of one token's logits in one row of the batch."""
     map_bytes: int = 0
@@ -116,10 +115,11 @@ class ScorePlan:
 class Score(nn.Module):
     """Scores of all tokens: context, gradient, random, or the caller's own."""
 
-    def __init__(self, plan: ScorePlan, config: SeekConfig) -> None:
+    def __init__(self, plan: ScorePlan, config: SeekConfig, chunked: ChunkedHead | None) -> None:
         super().__init__()
         self.plan = plan
         self.config = config
+        self.chunked = chunked
         self.block = None if plan.block is None else plan.block.module("Block")
         self.head = None if plan.head is None else plan.head.module("Head")
 
@@ -235,7 +235,13 @@ class Score(nn.Module):
             }
             context = plan.context(reads, valid, config.chunk_bytes)
             del reads
-        if self.head is None:
+        if plan.exit is not None:
+            assert supervised is not None
+            end = hidden if plan.exit is plan.hidden else made[plan.exit]
+            slope, full_loss = self._slope_of_rows(read, end.detach(), supervised)
+            if end is not hidden:
+                (slope,) = torch.autograd.grad(end, hidden, slope)
+        elif self.head is None:
             (loss,) = (value for node, value in made.items() if node not in plan.context_reads)
             (slope,) = torch.autograd.grad(loss, hidden)
             full_loss = loss.detach()
@@ -252,6 +258,38 @@ class Score(nn.Module):
             (slope,) = torch.autograd.grad([y for y, _ in pairs], hidden, [dy for _, dy in pairs])
         slope = _batch_major(slope, plan.hidden_rows, valid)
         return context, scoring.gradient_magnitude(slope, config.gradient_norm), full_loss
+
+    def _slope_of_rows(
+        self, read: Callable[[fx.Node], Any], end: Tensor, supervised: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """∂ loss / ∂ end, and the loss, with the model's head on chunks of labelled tokens."""
+        assert self.chunked is not None
+        head = self.chunked.head
+        where = (head.rows.row, head.rows.batch, head.rows.packed, head.rows.heads)
+        kept = _labelled_first(supervised)
+        weights = supervised.gather(1, kept).to(torch.float32)
+        total = supervised.sum().clamp(min=1)
+        slope = torch.zeros_like(end)
+        loss = torch.zeros((), dtype=torch.float64, device=end.device)
+        for chunk in self.chunked.chunks(*kept.shape) if kept.numel() else ():
+            stage = selecting.Selection(kept[:, chunk], weights[:, chunk])
+            rows = gather_rows(end, stage.kept, *where).requires_grad_()
+            values = []
+            for item in head.stage.inputs:
+                if item.kind == "rows":
+                    values.append(rows)
+                elif item.node is None:
+                    values.append(getattr(stage, item.kind))
+                else:
+                    value = read(item.node)
+                    values.append(value.detach() if isinstance(value, Tensor) else value)
+            with torch.enable_grad():
+                part, _ = self.chunked.run(*values)
+                part = part / total
+            (found,) = torch.autograd.grad(part, rows)
+            put_rows_(slope, found, stage.kept, *where)
+            loss += part.detach()
+        return slope, loss.to(torch.promote_types(end.dtype, torch.float32))
 
     def _head_in_chunks(
         self,
@@ -296,6 +334,15 @@ class Score(nn.Module):
                     slope += found
             loss += part.detach()
         return slopes, loss.to(torch.promote_types(slopes[0].dtype, torch.float32))
+
+
+def _labelled_first(supervised: Tensor) -> Tensor:
+    """Labelled positions of each row, ascending, filled up to the longest with others.
+
+    Shapes: Bool [batch, tokens] → LongTensor [batch, any]. Waits for the device.
+    """
+    order = supervised.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return order if _torch.is_fake(order) else order[:, : int(supervised.sum(1).max())]
 
 
 def _extent(primary: Tensor, batch_dim: int | None, token_dim: int) -> tuple[int, int]:
@@ -405,11 +452,7 @@ class Gather(nn.Module):
 class Learn(nn.Module):
     """The selected tokens once, with grad; keys and values of the others come from the prefill."""
 
-    def __init__(
-        self,
-        stage: StageGraph,
-        lower: Callable[[fx.GraphModule], Callable[[list[Any], tuple[Any, ...]], Any]],
-    ) -> None:
+    def __init__(self, stage: StageGraph, lower: Callable[[fx.GraphModule], Run]) -> None:
         super().__init__()
         self.graph_module = stage.module("Learn")
         self.inputs = stage.inputs

@@ -69,6 +69,10 @@ class StageGraph:
     inputs: list[StageInput]
     outputs: list[fx.Node]
     general: list[fx.Node] = field(default_factory=list)
+    compact: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Where the selected rows of captured values are in the graph."""
+    modules: dict[str, torch.nn.Module] = field(default_factory=dict)
+    """Modules that the graph calls by name."""
 
     def module(self, name: str) -> fx.GraphModule:
         """The stage as a module; it owns no parameters, all values are inputs.
@@ -76,7 +80,16 @@ class StageGraph:
         Bodies of autograd functions are taken along from the captured module.
         """
         owner = self.graph.owning_module or torch.nn.Module()
-        return fx.GraphModule(owner, self.graph, class_name=name)
+        if not self.modules:
+            return fx.GraphModule(owner, self.graph, class_name=name)
+        constants = {
+            str(node.target): operator.attrgetter(str(node.target))(owner)
+            for node in self.graph.nodes
+            if node.op == "get_attr"
+        }
+        made = fx.GraphModule({**constants, **self.modules}, self.graph, class_name=name)
+        made.graph.lint()
+        return made
 
 
 def enters_autocast(node: fx.Node) -> bool:
@@ -164,7 +177,11 @@ class _Ditch:
         order = {node: index for index, node in enumerate(self.graph.nodes)}
         inputs.sort(key=lambda item: order[item[1]])
         return StageGraph(
-            self.graph, [key for key, _ in inputs], [node for _, node in outputs], self.general
+            self.graph,
+            [key for key, _ in inputs],
+            [node for _, node in outputs],
+            self.general,
+            {node: made for node, made in self.compact.items() if made in alive},
         )
 
     def _output(self, kind: str, node: fx.Node) -> fx.Node:
@@ -250,6 +267,8 @@ class _Ditch:
     def _make_full(self, node: fx.Node) -> fx.Node:
         if node in self.given:
             rows = self.facts.rows[node]
+            if rows is None:
+                return self._input(StageInput("rows", node))
             assert isinstance(rows, Rows)
             self._rows_of(node, rows, example(node).dim())
             return self._scatter(node, rows)

@@ -68,4 +68,6 @@ def hoist_gathers(
             graph.erase_node(node)
         else:
             inputs.append(by_placeholder.get(node) or kind_of[node])
-    return StageGraph(graph, inputs, stage.outputs, stage.general), gathers
+    alive = set(graph.nodes)
+    compact = {node: made for node, made in stage.compact.items() if made in alive}
+    return StageGraph(graph, inputs, stage.outputs, stage.general, compact), gathers

@@ -1,0 +1,94 @@
+"""The end of a model on chunks of tokens: its last layers, the vocabulary, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxseek.config import SeekConfig
+from fxseek.loss import mean_of_parts
+from fxseek.lowering import piece
+from fxseek.passes.facts import Rows
+from fxseek.passes.head import Head
+
+__all__ = ["ChunkedHead", "chunks_of", "rows_of_chunk"]
+
+
+def chunks_of(total: int, most: int) -> list[slice]:
+    """`total` positions in as few slices as possible of at most `most`, of about one length."""
+    count = -(-total // max(1, most))
+    size = -(-total // max(1, count))
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+class ChunkedHead(nn.Module):
+    """From rows after the last attention to the loss, a chunk of them at a time.
+
+    Chunks hold at most ``chunk_bytes`` of logits. Where there are several, or with
+    ``recompute="block"``, backward makes the logits again instead of keeping them.
+    """
+
+    def __init__(self, head: Head, config: SeekConfig) -> None:
+        super().__init__()
+        self.head = head
+        self.chunk_bytes = config.chunk_bytes
+        self.recompute = config.recompute != "none"
+        module = head.stage.module("Head")
+        self.run: Callable[..., tuple[Tensor, Tensor]] = piece(module, config.backend, "none")
+        self.run_again: Callable[..., tuple[Tensor, Tensor]] = piece(
+            module, config.backend, "block"
+        )
+        kinds = [item.kind for item in head.stage.inputs]
+        self.rows_at = kinds.index("rows")
+        self.positions_at = [i for i, k in enumerate(kinds) if k in ("kept", "weights", "filled")]
+        self.weights_at = kinds.index("weights")
+
+    def forward(self, *arguments: Any) -> Tensor:
+        """The loss: a scalar. The arguments are the head's inputs, and the targets last."""
+        *given, full_target = arguments
+        weights = given[self.weights_at]
+        chunks = self.chunks(*weights.shape)
+        run = self.run_again if self.recompute or len(chunks) > 1 else self.run
+        parts = []
+        for chunk in chunks:
+            sliced = given if len(chunks) == 1 else self.sliced(given, chunk)
+            parts.append(run(*sliced))
+        total, labelled = parts[0]
+        for more, count in parts[1:]:
+            total, labelled = total + more, labelled + count
+        return mean_of_parts(
+            total,
+            labelled,
+            full_target,
+            reduction=self.head.reduction,
+            ignore_index=self.head.ignore_index,
+        )
+
+    def chunks(self, batch: int, length: int) -> list[slice]:
+        """Slices of `length` positions of each of `batch` rows whose logits fit a chunk."""
+        return chunks_of(length, self.chunk_bytes // max(1, batch * self.head.logit_bytes))
+
+    def sliced(self, arguments: Sequence[Any], chunk: slice) -> list[Any]:
+        """The arguments for a chunk of the positions."""
+        found = list(arguments)
+        batch = found[self.weights_at].shape[0]
+        found[self.rows_at] = rows_of_chunk(found[self.rows_at], self.head.rows, batch, chunk)
+        for index in self.positions_at:
+            if found[index] is not None:
+                found[index] = found[index][:, chunk]
+        return found
+
+
+def rows_of_chunk(x: Tensor, rows: Rows, batch: int, chunk: slice) -> Tensor:
+    """A chunk of each row's positions."""
+    if rows.packed:
+        return x.unflatten(rows.row, (batch, -1))[_at(rows.row + 1, chunk)].flatten(
+            rows.row, rows.row + 1
+        )
+    return x[_at(rows.row, chunk)]
+
+
+def _at(dim: int, chunk: slice) -> tuple[slice, ...]:
+    return (*[slice(None)] * dim, chunk)

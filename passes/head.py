@@ -1,0 +1,130 @@
+"""Pass 6, head: what follows the last attention leaves the learn stage as a module of its own.
+
+Before::
+
+    h = add(x, o)                       # after the last attention, [batch, kept, width]
+    logits = linear(norm(mlp(h)), w)    # [batch, kept, vocabulary]
+    loss = selected_cross_entropy(logits, target_rows, weights, target)
+
+After::
+
+    h = add(x, o)
+    loss = head(h, kept, weights, target, w, ...)      # on chunks of tokens
+
+The head is per-token down to the loss, which is a sum over tokens: chunks of it add up, and the
+logits of one chunk are alive at a time. The score stage runs the same module on all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from fxseek import _torch
+from fxseek.loss import cross_entropy_parts, selected_cross_entropy
+from fxseek.passes.ditch import StageGraph, StageInput, ditch
+from fxseek.passes.facts import Facts, Rows, ancestors, descendants, example
+from fxseek.passes.rules import Call
+from fxseek.passes.structure import Structure
+
+
+@dataclass(frozen=True)
+class Head:
+    """The end of a model: `stage` maps rows of `entry` to (weighted sum of losses, labels).
+
+    `rows`: where the tokens of `entry` are; `loss` and `target`: captured nodes; `logit_bytes`:
+    bytes of one token's logits; `reduction` and `ignore_index` as the captured loss has them.
+    """
+
+    stage: StageGraph
+    entry: fx.Node
+    rows: Rows
+    loss: fx.Node
+    target: StageInput
+    logit_bytes: int
+    reduction: str
+    ignore_index: int
+
+
+def find_head(facts: Facts, structure: Structure) -> Head | None:
+    """The head of a model whose loss is per-token after its last attention; None of others."""
+    entry, loss = structure.block_exit, structure.loss
+    rows = None if entry is None else facts.rows.get(entry)
+    if entry is None or loss is None or not isinstance(rows, Rows):
+        return None
+    between = (descendants([entry]) & ancestors([loss])) - {entry}
+    carrying = {node for node in between if node in facts.stream}
+    if any(node not in facts.plans for node in carrying):
+        return None
+    stage = ditch(loss.graph, facts, carrying=carrying, outputs=[("value", loss)], given=[entry])
+    if any(item.kind == "rows" and item.node is not entry for item in stage.inputs):
+        return None
+    call = Call(loss, facts)
+    target = call.arg(1, "target")
+    made = next(node for node in stage.graph.nodes if node.target is selected_cross_entropy)
+    options = dict(made.kwargs)
+    reduction = options.pop("reduction")
+    made.target, made.args, made.kwargs = cross_entropy_parts, made.args[:3], options
+    stage.graph.output_node().args = (made,)
+    _drop_unused(stage)
+    stage.graph.lint()
+    return Head(
+        stage,
+        entry,
+        rows,
+        loss,
+        StageInput("input" if target.op == "placeholder" else "value", target),
+        logit_bytes(call.arg(0, "input")),
+        str(reduction),
+        call.arg(4, "ignore_index", -100),
+    )
+
+
+def logit_bytes(logits: fx.Node) -> int:
+    """Bytes of one token's logits."""
+    value = example(logits)
+    classes = value.shape[1 if value.dim() > 1 else 0]
+    return _torch.size_hint(classes) * max(4, value.element_size())
+
+
+def _drop_unused(stage: StageGraph) -> None:
+    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
+    used = [(node, item) for node, item in zip(placeholders, stage.inputs, strict=True)]
+    for node, _ in used:
+        if not node.users:
+            stage.graph.erase_node(node)
+    stage.inputs[:] = [item for node, item in used if node.users]
+
+
+def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
+    """Let a learn stage that takes the loss and returns the head's entry first call the head."""
+    graph = learn.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    place: dict[StageInput, fx.Node] = dict(zip(learn.inputs, placeholders, strict=True))
+    output = graph.output_node()
+    entry, *results = output.args[0]  # type: ignore[misc]
+    output.args = (tuple(results),)
+    loss = place.pop(StageInput("rows", head.loss))
+    place[StageInput("rows", head.entry)] = entry  # type: ignore[assignment]
+
+    def read(item: StageInput) -> fx.Node:
+        if item not in place:
+            with graph.inserting_before(placeholders[0]):
+                node = graph.placeholder(item.kind if item.node is None else item.node.name)
+            place[item] = node
+        return place[item]
+
+    arguments: list[Any] = [read(item) for item in (*head.stage.inputs, head.target)]
+    first = min(loss.users, key=list(graph.nodes).index)
+    with graph.inserting_before(first):
+        made = graph.create_node("call_module", "head", tuple(arguments))
+    loss.replace_all_uses_with(made)
+    graph.erase_node(loss)
+    learn.modules["head"] = module
+    of_node = {node: item for item, node in place.items()}
+    learn.inputs[:] = [of_node[node] for node in graph.nodes if node.op == "placeholder"]
+
+
+__all__ = ["Head", "attach_head", "find_head", "logit_bytes"]
