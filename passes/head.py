@@ -107,16 +107,17 @@ def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
     entry, *results = output.args[0]  # type: ignore[misc]
     output.args = (tuple(results),)
     loss = place.pop(StageInput("rows", head.loss))
-    place[StageInput("rows", head.entry)] = entry  # type: ignore[assignment]
 
-    def read(item: StageInput) -> fx.Node:
+    def read(item: StageInput) -> Any:
+        if item == StageInput("rows", head.entry):
+            return entry
         if item not in place:
             with graph.inserting_before(placeholders[0]):
                 node = graph.placeholder(item.kind if item.node is None else item.node.name)
             place[item] = node
         return place[item]
 
-    arguments: list[Any] = [read(item) for item in (*head.stage.inputs, head.target)]
+    arguments = [read(item) for item in (*head.stage.inputs, head.target)]
     first = min(loss.users, key=list(graph.nodes).index)
     with graph.inserting_before(first):
         made = graph.create_node("call_module", "head", tuple(arguments))

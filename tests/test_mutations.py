@@ -14,7 +14,7 @@ from models import TinyConfig, TinyDecoder, batch
 from torch import Tensor, nn
 
 import fxseek
-from fxseek.loss import selected_cross_entropy
+from fxseek.loss import cross_entropy_parts
 from fxseek.rows import gather_rows
 
 
@@ -93,16 +93,16 @@ def test_labels_not_shifted(inputs, monkeypatch):
             kept = (kept - 1).clamp(min=0)
         return gather_rows(x, kept, *where)
 
-    monkeypatch.setattr("fxseek.stages.gather_rows", unshifted)
+    monkeypatch.setattr("fxseek.passes.ditch.gather_rows", unshifted)
     with pytest.raises(fxseek.GradientMismatch):
         check(compiled(), inputs)
 
 
 def test_weights_left_out(inputs, monkeypatch):
-    def unweighted(logits: Tensor, target: Tensor, weights: Tensor, *rest: Any, **options: Any):
-        return selected_cross_entropy(logits, target, torch.ones_like(weights), *rest, **options)
+    def unweighted(logits: Tensor, target: Tensor, weights: Tensor, **options: Any):
+        return cross_entropy_parts(logits, target, torch.ones_like(weights), **options)
 
-    monkeypatch.setattr("fxseek.passes.rules.loss.selected_cross_entropy", unweighted)
+    monkeypatch.setattr("fxseek.passes.head.cross_entropy_parts", unweighted)
     with pytest.raises(fxseek.GradientMismatch):
         check(compiled("sample", 0.2), {**inputs, "labels": inputs["input_ids"]})
 
