@@ -88,6 +88,7 @@ def tuner_cell(name: str) -> str:
 
 def _checked(make: Any, batch: dict[str, Any], tolerance: float, name: str = "") -> str:
     import torch
+    from oracle import assert_exact_causal
 
     import fxseek
     from fxseek.step import step_of
@@ -100,7 +101,7 @@ def _checked(make: Any, batch: dict[str, Any], tolerance: float, name: str = "")
     try:
         fxseek.compile(model, 0.3, score="random" if name in NO_ATTENTION else "tokenseek")
         if name in BEYOND_HOOKS:
-            _check_operations(model, tolerance, batch)
+            assert_exact_causal(model, batch, tolerance=tolerance)
         else:
             fxseek.check_gradients(model, tolerance, **batch)
     except Exception as error:
@@ -114,32 +115,6 @@ def _checked(make: Any, batch: dict[str, Any], tolerance: float, name: str = "")
         return "exact"
     listed = BEYOND_HOOKS.get(name) or ", ".join(f"`{operation}`" for operation in general)
     return f"exact; general: {listed}"
-
-
-def _check_operations(model: Any, tolerance: float, batch: dict[str, Any]) -> None:
-    """As `fxseek.check_gradients`, with the result of each operation cut, of a causal model."""
-    from oracle import masked_gradients
-    from torch.nn import functional as F
-
-    import fxseek
-    from fxseek import _torch
-    from fxseek.reference import compare
-
-    model(**batch).loss.backward()
-    report = fxseek.report(model)
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    given = {name: x for name, x in batch.items() if name != "labels"}
-    targets = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    _, wanted = masked_gradients(
-        model,
-        lambda: _torch.eager_call(model)(**given).logits,
-        targets,
-        report.selected,
-        report.weights,
-    )
-    error = compare(found, wanted)
-    if error.error > tolerance:
-        raise fxseek.GradientMismatch(f"the gradient of {error.name!r} is off by {error.error:.2e}")
 
 
 def _reason(error: Exception) -> str:
