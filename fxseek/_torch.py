@@ -11,14 +11,14 @@ import gc
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 def size_expression(size: int | torch.SymInt) -> sympy.Expr:
@@ -86,6 +86,16 @@ def is_module_state(node: fx.Node) -> bool:
     )
 
 
+def given_tensor(node: fx.Node) -> torch.Tensor | None:
+    """The very tensor that a placeholder was captured with; None for a fake one.
+
+    Memory that two inputs share shows in the tensors themselves, and Dynamo keeps these in
+    ``meta["grapharg"].example`` only.
+    """
+    value = getattr(node.meta.get("grapharg"), "example", None)
+    return value if isinstance(value, torch.Tensor) and not is_fake(value) else None
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for two (fake) tensors exactly when one is a view of the other's memory.
 
@@ -97,6 +107,48 @@ def storage_key(tensor: torch.Tensor) -> int:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values (`FakeTensor` is public nowhere)."""
     return isinstance(tensor, FakeTensor)
+
+
+def faked(inputs: Sequence[Any]) -> tuple[AbstractContextManager[Any], tuple[Any, ...]]:
+    """A mode that computes shapes without values, and the inputs as tensors of it.
+
+    `FakeTensorMode` is what torch.compile itself uses and is public nowhere. In it, parameters of
+    modules are taken as they are.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    return mode, tuple(fakes)
+
+
+def nn_functions() -> Any:
+    """The module of the built-in functions behind `torch.nn.functional`.
+
+    A graph may call either; `torch._C` has no stub for this one.
+    """
+    return vars(torch._C)["_nn"]
+
+
+def qualified_name(target: Any) -> str | None:
+    """``"namespace::name"`` of an operation in `torch.ops`, and None of anything else.
+
+    The classes of operations, and the name of one without its overload, have no public spelling.
+    """
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"{target.namespace}::{target.name()}"
+    return None
+
+
+def mutable_operation(target: Any) -> str | None:
+    """The name of an operation in `torch.ops` that writes to its arguments; None of any other.
+
+    Only its `_schema` tells.
+    """
+    schema = getattr(target, "_schema", None)
+    return schema.name if schema is not None and schema.is_mutable else None
 
 
 def outer_saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:

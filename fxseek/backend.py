@@ -203,13 +203,6 @@ def fxseek_backend(
             or an attention that it does not have.
     """
     config = SeekConfig.make(**(options or {}))
-    recorder = Recorder()
-    backend = make_backend(config, recorder, full_outputs=True)
-    compiled = backend(gm, example_inputs)
-
-    def keep(*inputs: Any) -> Any:  # the recorder lives as long as the compiled function
-        result = compiled(*inputs)
-        assert recorder is not None
-        return result
-
-    return torch._dynamo.disable(keep)
+    # The step holds its recorder, which lives as long as the compiled function.
+    backend = make_backend(config, Recorder(), full_outputs=True)
+    return torch.compiler.disable(backend(gm, example_inputs))

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxseek import _torch
 from fxseek.backend import make_backend
 from fxseek.errors import InputError
 from fxseek.passes.facts import example, module_path, tensors_of, where
@@ -228,16 +228,10 @@ def _bytes_of(node: fx.Node) -> int:
 
 
 def _elements(tensor: torch.Tensor) -> int:
-    from fxseek._torch import size_hint
-
     total = 1
     for size in tensor.shape:
-        total *= size_hint(size)
+        total *= _torch.size_hint(size)
     return total
-
-
-def _faked(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
-    return [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
 
 
 def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, int, int, int]:
@@ -245,8 +239,7 @@ def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, int, int, in
     module, score = program.module, program.score
     assert module is not None and score is not None and score.primary is not None
     positions = positions_of(program.graph)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = tuple(_faked(inputs, mode))
+    mode, fakes = _torch.faked(inputs)
     primary = fakes[positions[score.primary]]
     tokens = primary.shape[program.config.token_dim]
     batch = 1 if score.batch_dim is None else primary.shape[score.batch_dim]
@@ -264,8 +257,7 @@ def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, int, int, in
 
 
 def _predict_ordinary(program: Program, inputs: Sequence[Any]) -> int:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = _faked(inputs, mode)
+    mode, fakes = _torch.faked(inputs)
     owner = program.graph.owning_module or nn.Module()  # holds bodies of autograd functions
     module = fx.GraphModule(owner, program.graph)
     with mode, torch.enable_grad(), SavedBytes(exclude=fakes) as saved:

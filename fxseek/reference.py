@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._torch import compiled_call, set_compiled_call
 from .errors import InputError
 
 __all__ = ["Comparison", "Reference", "compare", "masked_backprop"]
@@ -429,20 +430,17 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Calls go to eager modules, and buffers that a forward changes are put back."""
-    compiled = [
-        (module, module._compiled_call_impl)
-        for module in model.modules()
-        if module._compiled_call_impl is not None
-    ]
+    calls = [(module, compiled_call(module)) for module in model.modules()]
+    compiled = [(module, call) for module, call in calls if call is not None]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         for module, _ in compiled:
-            module._compiled_call_impl = None
+            set_compiled_call(module, None)
         yield
     finally:
         for module, call in compiled:
-            module._compiled_call_impl = call
+            set_compiled_call(module, call)
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():

@@ -9,7 +9,7 @@ two token dimensions is the *row* (the token that a value belongs to) and which 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,17 @@ class Rows:
 
     def shift(self, by: int) -> Rows:
         """The same dimensions when `by` leading ones are added (or, negative, removed)."""
-        return self.at(self.row + by, None if self.batch is None else self.batch + by)
+        return self.moved(lambda dim: dim + by)
 
-    def at(self, row: int, batch: int | None) -> Rows:
-        """The same tokens in other dimensions."""
-        return replace(self, row=row, batch=batch)
+    def moved(self, place: Callable[[int], int]) -> Rows:
+        """The same tokens where each dimension ``dim`` has become ``place(dim)``."""
+        batch = None if self.batch is None else place(self.batch)
+        return replace(self, row=place(self.row), batch=batch)
+
+    def without(self, dims: Iterable[int]) -> Rows:
+        """The same tokens when `dims` are gone, none of which is one of these."""
+        gone = set(dims)
+        return self.moved(lambda dim: dim - sum(other < dim for other in gone))
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -176,8 +182,7 @@ def moved_rows(
             return None
     if any(dim not in target for dim in rows.dims):
         return None
-    batch = None if rows.batch is None else target[rows.batch]
-    return replace(rows, row=target[rows.row], batch=batch, heads=heads)
+    return replace(rows.moved(target.__getitem__), heads=heads)
 
 
 def example(node: fx.Node) -> Any:
@@ -229,6 +234,20 @@ def module_path(node: fx.Node) -> str:
     return path.replace("L['self'].", "").replace("L['self']", "")
 
 
+def user_tensors(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs that are tensors, parameters and buffers excepted."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "placeholder" and is_tensor(node) and not _torch.is_module_state(node)
+    ]
+
+
+def primary(inputs: Iterable[fx.Node]) -> list[fx.Node]:
+    """Those of the inputs by which models take their tokens (`PRIMARY_INPUTS`)."""
+    return [node for node in inputs if _torch.source_name(node) in PRIMARY_INPUTS]
+
+
 def find_sizes(
     graph: fx.Graph, token_dim: int = 1, token_inputs: Sequence[str] | None = None
 ) -> Sizes:
@@ -243,11 +262,7 @@ def find_sizes(
         GraphError: there is no user tensor, its token dimension is a constant, or one symbol
             stands for both batch and tokens.
     """
-    inputs = [
-        node
-        for node in graph.nodes
-        if node.op == "placeholder" and is_tensor(node) and not _torch.is_module_state(node)
-    ]
+    inputs = user_tensors(graph)
     candidates = [node for node in inputs if example(node).dim() > token_dim]
     if not candidates:
         raise GraphError(
@@ -259,8 +274,7 @@ def find_sizes(
     counting = candidates
     if token_inputs is not None:
         counting = [node for node in candidates if _torch.source_name(node) in token_inputs]
-    named = [node for node in counting if _torch.source_name(node) in PRIMARY_INPUTS]
-    first = (named or counting or candidates)[0]
+    first = (primary(counting) or counting or candidates)[0]
     shape = example(first).shape
     tokens = _torch.size_expression(shape[token_dim])
     name = _torch.source_name(first) or first.name
@@ -392,19 +406,18 @@ class Facts:
         """Size expressions of a tensor node."""
         return self.sizes.shape(example(node))
 
+    def shapes(self, node: fx.Node) -> Iterator[tuple[sympy.Expr, ...]]:
+        """Size expressions of each tensor of a node."""
+        return (self.sizes.shape(tensor) for tensor in tensors_of(example(node)))
+
     def token_sized(self, node: fx.Node) -> bool:
         """Whether any dimension of any tensor of the node grows with the tokens."""
-        return any(
-            self.sizes.has_tokens(size)
-            for tensor in tensors_of(example(node))
-            for size in self.sizes.shape(tensor)
-        )
+        return any(self.sizes.has_tokens(size) for shape in self.shapes(node) for size in shape)
 
     def square(self, node: fx.Node) -> bool:
         """Whether the value has two token dimensions, as an attention map has."""
         return any(
-            sum(self.sizes.has_tokens(size) for size in self.sizes.shape(tensor)) > 1
-            for tensor in tensors_of(example(node))
+            sum(self.sizes.has_tokens(size) for size in shape) > 1 for shape in self.shapes(node)
         )
 
     def shared(self, node: fx.Node) -> bool:
@@ -417,11 +430,7 @@ class Facts:
         return (
             batch is not None
             and node not in self.token_made
-            and not any(
-                batch in size.free_symbols
-                for tensor in tensors_of(example(node))
-                for size in self.sizes.shape(tensor)
-            )
+            and not any(batch in size.free_symbols for shape in self.shapes(node) for size in shape)
         )
 
 

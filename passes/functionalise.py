@@ -113,10 +113,10 @@ def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
                 f"{name} updates its running statistics in training",
                 "Put the layer in eval mode, or use a norm over features.",
             )
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        mutable = _torch.mutable_operation(node.target)
+        if mutable is not None:
             raise _refuse(
-                node, f"the operation {schema.name} writes to its arguments", "Use a pure one."
+                node, f"the operation {mutable} writes to its arguments", "Use a pure one."
             )
         if name.startswith("_foreach_") and name.endswith("_"):
             raise _refuse(
@@ -235,10 +235,7 @@ def _given(node: Any) -> torch.Tensor | None:
     """The tensor that a placeholder was captured with."""
     if not isinstance(node, fx.Node) or node.op != "placeholder":
         return None
-    value = getattr(node.meta.get("grapharg"), "example", None)
-    if not isinstance(value, torch.Tensor) or _torch.is_fake(value):
-        return None
-    return value
+    return _torch.given_tensor(node)
 
 
 def _check_function(node: fx.Node) -> None:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxseek._torch import size_expression
 from fxseek.passes.facts import example, is_tensor
 from fxseek.passes.rules import registry
 
@@ -108,12 +109,9 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
         return _ARITHMETIC[name], args, {}
     if name in ("softmax", "log_softmax"):
         function = torch.softmax if name == "softmax" else torch.log_softmax
-        if node.target in (F.softmax, F.log_softmax):
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            dtype = args[3] if len(args) > 3 else kwargs.get("dtype")
-        else:
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            dtype = args[2] if len(args) > 2 else kwargs.get("dtype")
+        place = 3 if node.target in (F.softmax, F.log_softmax) else 2  # behind _stacklevel
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        dtype = args[place] if len(args) > place else kwargs.get("dtype")
         if dim is None:
             return None
         return function, (source, dim), {} if dtype is None else {"dtype": dtype}
@@ -173,11 +171,8 @@ def _before_repeat(node: Any) -> fx.Node | None:
     """``x`` of ``reshape(expand(x[:, :, None], …))`` or ``repeat_interleave(x, r, 1)``."""
     name = registry.operation(node)
     if name == "repeat_interleave":
-        source, dim = (
-            node.args[0],
-            node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None),
-        )
-        repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
+        source, dim = node.args[0], registry.argument(node, 2, "dim")
+        repeats = registry.argument(node, 1, "repeats")
         if dim in (1, -3) and isinstance(repeats, int) and example(node).dim() == 4:
             return source
         return None
@@ -221,8 +216,6 @@ def _inserts_third(index: Any) -> bool:
 
 
 def _same_sizes(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    from fxseek._torch import size_expression
-
     return len(a) == len(b) and all(
         size_expression(x) == size_expression(y) for x, y in zip(a, b, strict=True)
     )

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxseek.passes.facts import Facts, Rows, ancestors, descendants, example, is_tensor, needs_grad
-from fxseek.passes.rules import Call, operation
+from fxseek.passes.rules import Call, argument, operation
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _index_of(index: tuple[Any, ...], dim: int, rank: int) -> Any:
 def _is_attention(node: fx.Node, facts: Facts) -> bool:
     name = operation(node)
     if name == "scaled_dot_product_attention":
-        key = node.args[1] if len(node.args) > 1 else node.kwargs.get("key")
+        key = argument(node, 1, "key")
         assert isinstance(key, fx.Node)
         # of the tokens themselves, perhaps behind a prefix, and not of an encoder's
         beyond = facts.shape(key)[-2] - facts.sizes.tokens

@@ -9,16 +9,12 @@ sizes leave one reading.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
-from fxseek import _torch
 from fxseek.passes.facts import (
     KEPT,
-    PRIMARY_INPUTS,
     Facts,
     Rows,
     Sizes,
@@ -26,9 +22,11 @@ from fxseek.passes.facts import (
     example,
     is_tensor,
     needs_grad,
+    primary,
     tensors_of,
+    user_tensors,
 )
-from fxseek.passes.rules import Call, Full, Length, Plan, RowsOf, find_rule
+from fxseek.passes.rules import Call, Full, Length, Plan, find_rule, wants_of
 
 
 def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
@@ -58,19 +56,8 @@ def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
 
 def _find_stream(graph: fx.Graph, facts: Facts) -> None:
     """Nodes that carry gradient, and floating-point values made from the token input."""
-    inputs = [
-        node
-        for node in graph.nodes
-        if node.op == "placeholder" and is_tensor(node) and not _torch.is_module_state(node)
-    ]
-    sizes = facts.sizes
-    counting = [
-        node
-        for node in inputs
-        if any(sizes.has_tokens(size) for size in sizes.shape(example(node)))
-    ]
-    named = [node for node in counting if _torch.source_name(node) in PRIMARY_INPUTS]
-    reached = descendants(named or counting[:1])
+    counting = [node for node in user_tensors(graph) if facts.token_sized(node)]
+    reached = descendants(primary(counting) or counting[:1])
     for node in graph.nodes:
         if node.op == "placeholder" and not (node in reached or needs_grad(node)):
             continue
@@ -78,7 +65,7 @@ def _find_stream(graph: fx.Graph, facts: Facts) -> None:
         if not tensors or node.op == "output":
             continue
         floating = any(tensor.is_floating_point() for tensor in tensors)
-        tokens = any(sizes.has_tokens(size) for tensor in tensors for size in sizes.shape(tensor))
+        tokens = facts.token_sized(node)
         if node in reached and floating and (tokens or needs_grad(node)):
             facts.token_made.add(node)
         if needs_grad(node) or (node in reached and floating and tokens):
@@ -101,7 +88,8 @@ def _settle(node: fx.Node, facts: Facts) -> None:
     if plan is None:
         _general(node, facts, f"not per-token as it is called here (rule {found.name!r})")
         return
-    if not all(_computable(length, facts.sizes) for length in _lengths(plan)):
+    lengths = [want.expression for want in wants_of(plan) if isinstance(want, Length)]
+    if not all(_computable(length, facts.sizes) for length in lengths):
         _general(node, facts, "a size argument that is no product of known lengths")
         return
     facts.plans[node] = plan
@@ -138,16 +126,6 @@ def _general(node: fx.Node, facts: Facts, reason: str) -> None:
     operands = any(facts.token_sized(operand) for operand in node.all_input_nodes)
     if operands or facts.token_sized(node):
         facts.general[node] = reason
-
-
-def _lengths(value: Any) -> list[sympy.Expr]:
-    if isinstance(value, Length):
-        return [value.expression]
-    if isinstance(value, Plan):
-        return _lengths((value.args, tuple(value.kwargs.values())))
-    if isinstance(value, (list, tuple)):
-        return [length for item in value for length in _lengths(item)]
-    return []
 
 
 def _computable(expression: sympy.Expr, sizes: Sizes) -> bool:
@@ -194,17 +172,7 @@ def _try_rows(later: list[fx.Node], start: fx.Node, facts: Facts) -> list[fx.Nod
 
 def _reads_rows(plan: Plan, region: set[fx.Node]) -> bool:
     """Whether a plan takes every operand of the region with selected rows only."""
-
-    def whole(value: Any) -> bool:
-        if isinstance(value, Full):
-            return value.node in region
-        if isinstance(value, dict):
-            return any(whole(item) for item in value.values())
-        if isinstance(value, (list, tuple)):
-            return any(whole(item) for item in value)
-        return False
-
-    return not whole(plan.args) and not whole(plan.kwargs)
+    return not any(isinstance(want, Full) and want.node in region for want in wants_of(plan))
 
 
-__all__ = ["Element", "Rows", "RowsOf", "find_tokens", "torch"]
+__all__ = ["Element", "find_tokens"]

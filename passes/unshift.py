@@ -25,7 +25,7 @@ from torch import fx
 
 from fxseek._torch import size_expression
 from fxseek.passes.facts import Sizes, example, is_tensor
-from fxseek.passes.rules import operation
+from fxseek.passes.rules import argument, operation
 
 
 def next_labels(labels: torch.Tensor, ignored: int) -> torch.Tensor:
@@ -45,9 +45,9 @@ def unshift(graph: fx.Graph, sizes: Sizes) -> fx.Graph:
 
 
 def _unshift(graph: fx.Graph, loss: fx.Node, sizes: Sizes) -> None:
-    logits, target = _argument(loss, 0, "input"), _argument(loss, 1, "target")
-    reduction = _argument(loss, 6, "reduction", "mean")
-    ignored = _argument(loss, 4, "ignore_index", -100)
+    logits, target = argument(loss, 0, "input"), argument(loss, 1, "target")
+    reduction = argument(loss, 6, "reduction", "mean")
+    ignored = argument(loss, 4, "ignore_index", -100)
     if not is_tensor(logits) or not is_tensor(target) or reduction not in ("mean", "sum"):
         return
     if example(logits).dim() != 2 or example(target).dim() != 1 or not isinstance(ignored, int):
@@ -83,12 +83,6 @@ def _unshift(graph: fx.Graph, loss: fx.Node, sizes: Sizes) -> None:
         y = make(torch.reshape, y, (-1,))
     loss.replace_input_with(logits, x)
     loss.replace_input_with(target, y)
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    if position < len(node.args):
-        return node.args[position]
-    return node.kwargs.get(name, default)
 
 
 def _sliced(node: fx.Node, rank: int) -> tuple[fx.Node | None, list[torch.dtype]]:

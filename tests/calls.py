@@ -127,6 +127,12 @@ class Chains:
         dim = self.draw.randrange(len(labels))
         return dim, dim - len(labels) if self.draw.random() < 0.5 else dim
 
+    def any_dim(self) -> tuple[int, tuple[Label, ...], int] | None:
+        """A value, its labels and one of its dimensions; None where it has none."""
+        at = self.any()
+        labels = self.labels[at]
+        return (at, labels, self.dim(labels)[1]) if labels else None
+
     # ---- the calls -----------------------------------------------------------------------
 
     def unary(self) -> Step:
@@ -143,11 +149,10 @@ class Chains:
         return Step(name, (a, b), lambda v, _: getattr(torch, name)(v[0], v[1]), labels)
 
     def along(self) -> Step | None:
-        at = self.any()
-        labels = self.labels[at]
-        if not labels:
+        found = self.any_dim()
+        if found is None:
             return None
-        _, dim = self.dim(labels)
+        at, labels, dim = found
         name = self.draw.choice(["softmax", "cumsum", "log_softmax", "normalize"])
         space = F if name == "normalize" else torch
         return Step(
@@ -381,11 +386,10 @@ class Chains:
         )
 
     def roll(self) -> Step | None:
-        at = self.any()
-        labels = self.labels[at]
-        if not labels:
+        found = self.any_dim()
+        if found is None:
             return None
-        _, dim = self.dim(labels)
+        at, labels, dim = found
         return Step(f"roll {dim}", (at,), lambda v, _: v[0].roll(1, dim), labels)
 
     def where(self) -> Step | None:

@@ -11,6 +11,7 @@ float32 to 1e-4 where weights are quantised.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import re
@@ -27,17 +28,19 @@ from xml.etree import ElementTree
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 TUNINGS = ("full", "LoRA", "QLoRA")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ADAPTED = {"mamba2": ["in_proj"]}
+"""What peft adapts in families of which it refuses some layers."""
 NO_ATTENTION = ("mamba2",)
 """Families without attention are scored at random."""
-BEYOND_HOOKS = ("mamba2",)
-"""Their mixers use parameters outside of modules, where the reference's hooks cannot cut; they are
-checked operation by operation, in tests/test_families.py."""
+BEYOND_HOOKS = {"mamba2": "all of the mixer"}
+"""Their layers mix tokens outside of modules, where the reference's hooks cannot cut; they are
+checked operation by operation. What takes the general path is named as a whole."""
 NOTES = """
 Mixtures of experts: peft's `all-linear` adapts the experts' stacked weights by a parametrization,
 which Dynamo cannot capture (`torch/nn/utils/parametrize.py`: `dest.set_(src)`); the user gets that
-as a `CaptureError`. Attention layers, routers and shared layers can be adapted. Mamba-2's
-full-parameter gradients are compared operation by operation, as its mixers use parameters outside
-of modules.
+as a `CaptureError`. Attention layers, routers and shared layers can be adapted. Mamba-2's LoRA is
+on `in_proj` (peft refuses `out_proj`), and its gradients are compared operation by operation, as
+its mixers mix tokens and use parameters outside of modules.
 """
 
 HEAD = """# Coverage
@@ -49,7 +52,8 @@ random model of the family, compiled by `fxseek.compile(model, 0.3)`, a padded b
 whose gradients are compared with [masked full backprop](masked-backprop.md): **exact** is to 1e-9
 in float64, and to 1e-4 in float32 where weights are quantised (NF4). Operations on the
 [general path](architecture.md) are exact too and cost an activation of all tokens each; they are
-named. LoRA is on all linear layers, and on those of attention in mixtures of experts (see below).
+named. LoRA is on all linear layers; in mixtures of experts on those of attention, and in Mamba-2 on
+`in_proj` (see below).
 """
 
 
@@ -60,20 +64,17 @@ def family_cell(name: str, attention: str, tuning: str) -> str:
     from models import double_throughout
 
     family = FAMILIES[name]
-    if tuning == "QLoRA":
-        if family.task == "images":
-            return _checked(lambda: family.make(attention), family.batch(), 1e-4)
-        return _checked(lambda: _quantised(family.make(attention), family), family.batch(), 1e-4)
 
     def make() -> Any:
-        model = family.make(attention).double()
+        model = family.make(attention)
+        if tuning == "QLoRA":
+            return model if family.task == "images" else _quantised(model, family)
+        model = model.double()
         return model if tuning == "full" else _with_lora(model, family).double()
 
-    with double_throughout():
-        if name in BEYOND_HOOKS and tuning == "full":
-            return "exact; general: all of the mixer"
-        score = "random" if name in NO_ATTENTION else "tokenseek"
-        return _checked(make, family.batch(), 1e-9, score)
+    batch = family.batch(batch=5) if name in BEYOND_HOOKS else family.batch()
+    with contextlib.nullcontext() if tuning == "QLoRA" else double_throughout():
+        return _checked(make, batch, 1e-4 if tuning == "QLoRA" else 1e-9, name)
 
 
 def tuner_cell(name: str) -> str:
@@ -85,8 +86,9 @@ def tuner_cell(name: str) -> str:
     return _checked(lambda: TUNERS[name].make(), batch(37, padding="left"), 1e-9)
 
 
-def _checked(make: Any, batch: dict[str, Any], tolerance: float, score: str = "tokenseek") -> str:
+def _checked(make: Any, batch: dict[str, Any], tolerance: float, name: str = "") -> str:
     import torch
+    from oracle import assert_exact_causal
 
     import fxseek
     from fxseek.step import step_of
@@ -97,8 +99,11 @@ def _checked(make: Any, batch: dict[str, Any], tolerance: float, score: str = "t
     except Exception as error:
         return f"not made: {_reason(error)}"
     try:
-        fxseek.compile(model, 0.3, score=score)
-        fxseek.check_gradients(model, tolerance, **batch)
+        fxseek.compile(model, 0.3, score="random" if name in NO_ATTENTION else "tokenseek")
+        if name in BEYOND_HOOKS:
+            assert_exact_causal(model, batch, tolerance=tolerance)
+        else:
+            fxseek.check_gradients(model, tolerance, **batch)
     except Exception as error:
         return f"refused: {_reason(error)}"
     step = step_of(model)
@@ -106,7 +111,10 @@ def _checked(make: Any, batch: dict[str, Any], tolerance: float, score: str = "t
     learn = step.recorder.programs[0].learn
     assert learn is not None
     general = dict.fromkeys(str(getattr(n.target, "__name__", n.target)) for n in learn.general)
-    return "exact" if not general else f"exact; general: {', '.join(f'`{x}`' for x in general)}"
+    if not general:
+        return "exact"
+    listed = BEYOND_HOOKS.get(name) or ", ".join(f"`{operation}`" for operation in general)
+    return f"exact; general: {listed}"
 
 
 def _reason(error: Exception) -> str:
@@ -119,7 +127,9 @@ def _with_lora(model: Any, family: Any) -> Any:
     import peft
     from tuners import spread
 
-    targets = ATTENTION if "experts_implementation" in family.options else "all-linear"
+    targets: Any = ADAPTED.get(family.name, "all-linear")
+    if "experts_implementation" in family.options:
+        targets = ATTENTION
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, lora_dropout=0.0)
     tuned = peft.get_peft_model(model, config)
     spread(tuned)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import fxseek
+from fxseek import _torch
 from fxseek.reference import compare
 
 IGNORED = -100
@@ -80,6 +81,47 @@ def masked_gradients(
     return loss.detach(), {name: g for (name, _), g in zip(named, found, strict=True)}
 
 
+def assert_exact_step(
+    model: nn.Module,
+    loss: Tensor,
+    logits_of: Callable[[], Tensor],
+    targets: Tensor,
+    *,
+    tolerance: float = 1e-9,
+    packed: bool = True,
+) -> None:
+    """The step that a compiled model has just run is that of masked full backprop.
+
+    `loss`: the step's own, which is back-propagated; `targets`: [batch, tokens], shifted already.
+    """
+    loss.backward()
+    report = fxseek.report(model)
+    wanted, gradients = masked_gradients(
+        model, logits_of, targets, report.selected, report.weights, packed=packed
+    )
+    coarse = tolerance > 1e-9  # of a model in float32
+    torch.testing.assert_close(
+        loss.detach(), wanted, rtol=tolerance, atol=tolerance, check_dtype=not coarse
+    )
+    found = compare({name: p.grad for name, p in model.named_parameters()}, gradients)
+    assert found.error <= tolerance, f"gradient of {found.name} is off by {found.error:.2e}"
+
+
+def assert_exact_causal(
+    model: nn.Module, batch: dict[str, Tensor], *, tolerance: float = 1e-9
+) -> None:
+    """One step of a compiled causal model of transformers is that of masked full backprop."""
+    loss = model(**batch).loss
+    given = {name: x for name, x in batch.items() if name != "labels"}
+    assert_exact_step(
+        model,
+        loss,
+        lambda: _torch.eager_call(model)(**given).logits,
+        F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:],
+        tolerance=tolerance,
+    )
+
+
 BATCH, TOKENS, WIDTH, VOCAB = 5, 11, 6, 17
 Body = Callable[["Model", Tensor], Tensor]
 
@@ -126,19 +168,9 @@ def assert_exact(model: Model, *, batch: int = BATCH, packed: bool = True, **opt
     inputs = inputs_of(batch)
     fxseek.compile(model, 0.4, **{"score": "random", "select": "sample", **options})
     loss = model(**inputs)["loss"]
-    loss.backward()
-    report = fxseek.report(model)
-    wanted, gradients = masked_gradients(
-        model,
-        lambda: model.logits(inputs["input_ids"]),
-        inputs["labels"],
-        report.selected,
-        report.weights,
-        packed=packed,
+    assert_exact_step(
+        model, loss, lambda: model.logits(inputs["input_ids"]), inputs["labels"], packed=packed
     )
-    found = compare({name: p.grad for name, p in model.named_parameters()}, gradients)
-    torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-9)
-    assert found.error <= 1e-9, f"gradient of {found.name} is off by {found.error:.2e}"
 
 
 __all__ = [
@@ -150,6 +182,8 @@ __all__ = [
     "Marked",
     "Model",
     "assert_exact",
+    "assert_exact_causal",
+    "assert_exact_step",
     "inputs_of",
     "masked_gradients",
     "model_of",

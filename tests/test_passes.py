@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fxseek.passes.causal import use_causal_flag
-from fxseek.passes.ditch import ditch
+from fxseek.passes.ditch import StageGraph, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import KEPT, Rows, Sizes, moved_rows
 from fxseek.passes.functionalise import functionalise
@@ -95,6 +95,13 @@ def hidden() -> Tensor:
 
 def weight() -> Tensor:
     return ones(WIDTH, WIDTH)
+
+
+def ditched(made: Captured, wanted: str = "rows") -> StageGraph:
+    """The learn stage of a graph with one result."""
+    (result,) = made.results
+    carrying = carrying_nodes(made.graph)
+    return ditch(made.graph, made.facts, carrying=carrying, outputs=[(wanted, result)])
 
 
 def by_name(made: Captured, name: str) -> fx.Node:
@@ -210,11 +217,7 @@ def scan_and_attend(x: Tensor, w: Tensor) -> Tensor:
 
 
 def test_ditch():
-    made = captured(scan_and_attend, hidden(), weight())
-    (result,) = made.results
-    stage = ditch(
-        made.graph, made.facts, carrying=carrying_nodes(made.graph), outputs=[("rows", result)]
-    )
+    stage = ditched(captured(scan_and_attend, hidden(), weight()))
     same(
         stage.graph,
         """
@@ -236,11 +239,7 @@ def test_ditch_gives_full_outputs():
     def body(x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w)
 
-    made = captured(body, hidden(), weight())
-    (result,) = made.results
-    stage = ditch(
-        made.graph, made.facts, carrying=carrying_nodes(made.graph), outputs=[("full", result)]
-    )
+    stage = ditched(captured(body, hidden(), weight()), "full")
     same(
         stage.graph,
         """
@@ -259,12 +258,7 @@ def test_hoist():
 
     mask = torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool)
     made = captured(body, hidden(), weight(), mask)
-    (result,) = made.results
-    stage, gathers = hoist_gathers(
-        ditch(
-            made.graph, made.facts, carrying=carrying_nodes(made.graph), outputs=[("rows", result)]
-        )
-    )
+    stage, gathers = hoist_gathers(ditched(made))
     same(
         stage.graph,
         """

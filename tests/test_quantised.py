@@ -82,11 +82,19 @@ class TwoResults(torch.autograd.Function):
         return one * x.cos() - other.transpose(1, 2) * x.sin()
 
 
-class BackwardMixes(torch.autograd.Function):
+class Doubles(torch.autograd.Function):
+    """What the functions below have in common, each with a forward or a backward of its own."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x * 2
 
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+        return slope * 2
+
+
+class BackwardMixes(Doubles):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
         return slope - slope.mean(1, keepdim=True)
@@ -120,14 +128,10 @@ class SavedMixes(torch.autograd.Function):
         return slope * total
 
 
-class ForwardMixes(torch.autograd.Function):
+class ForwardMixes(Doubles):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.cumsum(1)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
-        return slope * 2
 
 
 class CountsTokens(torch.autograd.Function):
@@ -143,22 +147,14 @@ class CountsTokens(torch.autograd.Function):
         return slope / ctx.tokens
 
 
-class CountsInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
+class CountsInBackward(Doubles):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
         return slope * slope.shape[1]
 
 
-class OtherOrder(torch.autograd.Function):
+class OtherOrder(Doubles):
     """The gradient comes back with the tokens in another order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
@@ -177,16 +173,12 @@ class Squeezes(torch.autograd.Function):
         return slope * 3
 
 
-class AttendsInside(torch.autograd.Function):
+class AttendsInside(Doubles):
     """Attention has a plan, but not one that the graph as it stands would follow."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(x, x, x)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
-        return slope * 2
 
 
 # The mode that marks results in the oracle does not see those of functions; it does those of sums.
@@ -274,14 +266,10 @@ def test_lowered():
     assert_exact(model_of(PER_TOKEN["one after the other"]), backend="aot_eager")
 
 
-class WritesToItsArgument(torch.autograd.Function):
+class WritesToItsArgument(Doubles):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.mul_(2) + 1
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
-        return slope * 2
 
 
 def test_a_function_that_writes_to_its_argument_is_refused():

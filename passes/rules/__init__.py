@@ -21,9 +21,11 @@ from fxseek.passes.rules.registry import (
     Rule,
     Sample,
     Stage,
+    argument,
     find_rule,
     operation,
     rule,
+    wants_of,
 )
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Rule",
     "Sample",
     "Stage",
+    "argument",
     "attention",
     "find_rule",
     "functions",
@@ -48,4 +51,5 @@ __all__ = [
     "quantised",
     "reductions",
     "rule",
+    "wants_of",
 ]

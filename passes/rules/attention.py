@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from fxseek.passes.facts import is_tensor
-from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, Stage, rule
+from fxseek.passes.rules.registry import Call, Full, Plan, Sample, Stage, rule
 from fxseek.rows import attend_rows
 
 
@@ -57,5 +57,5 @@ def sdpa(call: Call) -> Plan | None:
         if want is None:
             return None
         options["mask"] = want
-    args = (RowsOf(query, rows, rank), Full(key), Full(value), Stage("kept"))
+    args = (call.own(query, rows), Full(key), Full(value), Stage("kept"))
     return Plan(rows, attend_rows, args, options)

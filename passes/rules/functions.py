@@ -38,12 +38,12 @@ from fxseek.passes.rules.registry import (
     Full,
     Length,
     Plan,
-    RowsOf,
     Sample,
     Stage,
     find_rule,
     operation,
     rule,
+    wants_of,
 )
 
 _OF_SHAPES = ("size", "dim", "ndimension", "numel")
@@ -150,7 +150,7 @@ def autograd_function(call: Call) -> Plan | None:
 def _want(call: Call, operand: Any, rows: Rows | None) -> Any:
     """An operand as the compact call takes it."""
     if rows is not None:
-        return RowsOf(operand, rows, len(call.shape(operand)))
+        return call.own(operand, rows)
     if not isinstance(operand, fx.Node):
         return operand
     value = example(operand)
@@ -253,7 +253,8 @@ class _Walk:
         plan = found.function(Call(node, self.facts))
         if plan is None or not _same_operation(plan.target, found.name):
             return None
-        if not self._reads_rows((plan.args, plan.kwargs)):
+        whole = [want for want in wants_of(plan) if isinstance(want, (Full, Stage))]
+        if any(isinstance(want, Stage) or want.node in self.facts.stream for want in whole):
             return None
         return plan.rows
 
@@ -263,17 +264,6 @@ class _Walk:
             operand.op != "get_attr" and not list(tensors_of(example(operand)))
             for operand in node.all_input_nodes
         )
-
-    def _reads_rows(self, value: Any) -> bool:
-        if isinstance(value, Full):
-            return value.node not in self.facts.stream
-        if isinstance(value, Stage):
-            return False
-        if isinstance(value, dict):
-            return all(self._reads_rows(item) for item in value.values())
-        if isinstance(value, (list, tuple)):
-            return all(self._reads_rows(item) for item in value)
-        return True
 
 
 def _same_operation(target: Callable[..., Any], name: str) -> bool:

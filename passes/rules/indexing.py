@@ -34,7 +34,7 @@ def embedding(call: Call) -> Plan | None:
         return None
     if call.facts.token_sized(weight) or not call.sizes.valid(rows, call.out):
         return None
-    args = (RowsOf(indices, rows, len(call.shape(indices))), Full(weight), *call.node.args[2:])
+    args = (call.own(indices, rows), Full(weight), *call.node.args[2:])
     kwargs = {k: v for k, v in call.node.kwargs.items() if k not in ("input", "weight")}
     return Plan(rows, call.target, args, kwargs)
 

@@ -12,17 +12,7 @@ import torch
 from torch import fx
 
 from fxseek.passes.facts import Rows, is_tensor, moved_rows, tensors_of
-from fxseek.passes.rules.registry import (
-    Call,
-    Full,
-    Length,
-    Plan,
-    RowsOf,
-    Sample,
-    fake,
-    rule,
-    tensor_nodes,
-)
+from fxseek.passes.rules.registry import Call, Full, Plan, Sample, fake, rule
 
 
 def _source(call: Call) -> tuple[fx.Node, Rows] | None:
@@ -33,9 +23,9 @@ def _source(call: Call) -> tuple[fx.Node, Rows] | None:
     return None if rows is None else (source, rows)
 
 
-def own(call: Call, source: fx.Node, rows: Rows) -> RowsOf:
-    """An operand by its own dimensions."""
-    return RowsOf(source, rows, len(call.shape(source)))
+def _reads_more(call: Call) -> bool:
+    """Whether the call reads another node than its source (a size or an index that is computed)."""
+    return len(call.node.all_input_nodes) > 1
 
 
 def _checked(call: Call, rows: Rows | None) -> Rows | None:
@@ -72,7 +62,7 @@ def reshape(call: Call) -> Plan | None:
     after = _checked(call, moved_rows(call.sizes, rows, call.shape(source), call.out))
     if after is None:
         return None
-    return Plan(after, torch.reshape, (own(call, source, rows), call.compact_shape(after)))
+    return Plan(after, torch.reshape, (call.own(source, rows), call.compact_shape(after)))
 
 
 @rule(
@@ -102,12 +92,11 @@ def permute(call: Call) -> Plan | None:
     rank = len(call.shape(source))
     probe = torch.empty(tuple(range(1, rank + 1)), device="meta")  # sizes name dimensions
     order = [size - 1 for size in call.target(probe, *call.node.args[1:], **call.node.kwargs).shape]
-    batch = None if rows.batch is None else order.index(rows.batch)
-    after = _checked(call, rows.at(order.index(rows.row), batch))
+    after = _checked(call, rows.moved(order.index))
     if after is None:
         return None
     return Plan(
-        after, call.target, (own(call, source, rows), *call.node.args[1:]), dict(call.node.kwargs)
+        after, call.target, (call.own(source, rows), *call.node.args[1:]), dict(call.node.kwargs)
     )
 
 
@@ -135,7 +124,7 @@ def expand(call: Call) -> Plan | None:
     if after is None:
         return None
     target = torch.Tensor.expand
-    return Plan(after, target, (own(call, source, rows), call.compact_shape(after)))
+    return Plan(after, target, (call.own(source, rows), call.compact_shape(after)))
 
 
 @rule(
@@ -155,16 +144,14 @@ def expand(call: Call) -> Plan | None:
 def repeat(call: Call) -> Plan | None:
     """Repetition that leaves the token and batch dimensions alone."""
     found = _source(call)
-    if found is None or tensor_nodes(call.node.args[1:]):
+    if found is None or _reads_more(call):
         return None
     source, rows = found
     after = _checked(call, rows.shift(len(call.out) - len(call.shape(source))))
     if after is None:
         return None
-    if any(isinstance(arg, fx.Node) for arg in call.node.all_input_nodes[1:]):
-        return None
     return Plan(
-        after, call.target, (own(call, source, rows), *call.node.args[1:]), dict(call.node.kwargs)
+        after, call.target, (call.own(source, rows), *call.node.args[1:]), dict(call.node.kwargs)
     )
 
 
@@ -203,12 +190,8 @@ def join(call: Call) -> Plan | None:
     if len(readings) != 1:
         return None
     rows = readings.pop()
-    after = rows
-    if name == "stack":
-        places = [i for i in range(rank) if i != dim]
-        batch = None if rows.batch is None else places[rows.batch]
-        after = rows.at(places[rows.row], batch)
-    after = _checked(call, after)
+    moved = rows.moved(lambda old: old + (old >= dim)) if name == "stack" else rows
+    after = _checked(call, moved)
     if after is None or dim in after.dims:
         return None
     wanted = call.sizes.packed if rows.packed else call.sizes.tokens
@@ -218,7 +201,7 @@ def join(call: Call) -> Plan | None:
         call.shape(part)[rows.batch] != call.sizes.batch for part in parts
     ):
         return None
-    joined = [own(call, part, rows) for part in parts]
+    joined = [call.own(part, rows) for part in parts]
     return Plan(after, call.target, (joined, dim))
 
 
@@ -250,26 +233,19 @@ def cut(call: Call) -> Plan | None:
     rank = len(call.shape(source))
     unbind = getattr(call.target, "__name__", "") == "unbind"
     dim = call.arg(1, "dim", 0) if unbind else call.arg(2, "dim", 0)
-    if not isinstance(dim, int) or any(
-        isinstance(arg, fx.Node) for arg in call.node.all_input_nodes[1:]
-    ):
+    if not isinstance(dim, int) or _reads_more(call):
         return None
     dim %= rank
     if dim in rows.dims:
         return None
-    if unbind:
-        places = [i for i in range(rank) if i != dim]
-        batch = None if rows.batch is None else places.index(rows.batch)
-        rows_after = rows.at(places.index(rows.row), batch)
-    else:
-        rows_after = rows
+    rows_after = rows.without([dim]) if unbind else rows
     pieces = list(tensors_of(call.node.meta["example_value"]))
     if not all(call.sizes.valid(rows_after, call.sizes.shape(piece)) for piece in pieces):
         return None
     return Plan(
         tuple(rows_after for _ in pieces),
         call.target,
-        (own(call, source, rows), *call.node.args[1:]),
+        (call.own(source, rows), *call.node.args[1:]),
         dict(call.node.kwargs),
     )
 
@@ -309,22 +285,15 @@ def getitem(call: Call) -> Plan | None:
     name = getattr(call.target, "__name__", "")
     if name in ("narrow", "select"):
         dim = call.arg(1, "dim")
-        if not isinstance(dim, int) or any(
-            isinstance(arg, fx.Node) for arg in call.node.all_input_nodes[1:]
-        ):
+        if not isinstance(dim, int) or _reads_more(call):
             return None
         dim %= rank
         if dim in rows.dims:
             return None
-        if name == "select":
-            places = [i for i in range(rank) if i != dim]
-            batch = None if rows.batch is None else places.index(rows.batch)
-            rows_after = _checked(call, rows.at(places.index(rows.row), batch))
-        else:
-            rows_after = _checked(call, rows)
+        rows_after = _checked(call, rows.without([dim]) if name == "select" else rows)
         if rows_after is None:
             return None
-        args = (own(call, source, rows), *call.node.args[1:])
+        args = (call.own(source, rows), *call.node.args[1:])
         return Plan(rows_after, call.target, args, dict(call.node.kwargs))
     given: Any = call.node.args[1]
     index: list[Any] = list(given) if isinstance(given, tuple) else [given]
@@ -368,11 +337,10 @@ def getitem(call: Call) -> Plan | None:
             emitted.append(slice(*(_place(x) for x in (item.start, item.stop, item.step))))
         places_after[old] = new
         old, new = old + 1, new + 1
-    batch = None if rows.batch is None else places_after[rows.batch]
-    after = _checked(call, rows.at(places_after[rows.row], batch))
+    after = _checked(call, rows.moved(places_after.__getitem__))
     if after is None:
         return None
-    return Plan(after, call.target, (own(call, source, rows), tuple(emitted)))
+    return Plan(after, call.target, (call.own(source, rows), tuple(emitted)))
 
 
 def _is_feature_list(item: Any) -> bool:
@@ -381,6 +349,3 @@ def _is_feature_list(item: Any) -> bool:
 
 def _place(item: Any) -> Any:
     return Full(item) if isinstance(item, fx.Node) else item
-
-
-__all__ = ["Length", "fake", "moved_rows", "own"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fxseek.loss import selected_cross_entropy
 from fxseek.passes.facts import is_tensor
-from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, Stage, fake, rule
+from fxseek.passes.rules.registry import Call, Full, Plan, Sample, Stage, fake, rule
 
 
 @rule(
@@ -39,10 +39,7 @@ def cross_entropy(call: Call) -> Plan | None:
         return None
     if call.arg(3, "size_average") is not None or call.arg(5, "reduce") is not None:
         return None
-    rank = len(call.shape(logits))
-    places = [i for i in range(rank) if i != class_dim]
-    batch = None if rows.batch is None else places.index(rows.batch)
-    target_rows = rows.at(places.index(rows.row), batch)
+    target_rows = rows.without([class_dim])
     if target_rows.batch not in (None, 0) or not call.sizes.valid(target_rows, call.shape(target)):
         return None
     reduction = call.arg(6, "reduction", "mean")
@@ -50,7 +47,7 @@ def cross_entropy(call: Call) -> Plan | None:
         "ignore_index": call.arg(4, "ignore_index", -100),
         "label_smoothing": call.arg(7, "label_smoothing", 0.0),
     }
-    operands = (RowsOf(logits, rows, rank), RowsOf(target, target_rows, rank - 1))
+    operands = (call.own(logits, rows), call.own(target, target_rows))
     if reduction == "none":
         return Plan(target_rows, F.cross_entropy, operands, {**options, "reduction": "none"})
     sizes = (call.sizes.tokens, call.sizes.packed, call.sizes.batch or 1)

@@ -18,7 +18,8 @@ from fxseek.passes.facts import Rows, is_tensor
 from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, rule
 
 
-def _last_is_row(call: Call, node: fx.Node, rows: Rows) -> bool:
+def last_is_row(call: Call, node: fx.Node, rows: Rows) -> bool:
+    """Whether the features that a product contracts are the tokens, or the batch."""
     return len(call.shape(node)) - 1 in rows.dims
 
 
@@ -37,9 +38,9 @@ def linear(call: Call) -> Plan | None:
     """``x @ weight.T + bias``."""
     x, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     rows = call.rows(x)
-    if rows is None or _last_is_row(call, x, rows) or not call.sizes.valid(rows, call.out):
+    if rows is None or last_is_row(call, x, rows) or not call.sizes.valid(rows, call.out):
         return None
-    args = (RowsOf(x, rows, len(call.shape(x))), Full(weight))
+    args = (call.own(x, rows), Full(weight))
     return Plan(rows, call.target, args, {} if bias is None else {"bias": Full(bias)})
 
 
@@ -107,21 +108,21 @@ def _product(call: Call, left: fx.Node, right: fx.Node, place) -> Plan | None:
         return None
     rows = call.rows(left)
     if len(b) == 1:  # a matrix times a vector: the last dimension goes
-        if rows is None or _last_is_row(call, left, rows) or not call.sizes.valid(rows, call.out):
+        if rows is None or last_is_row(call, left, rows) or not call.sizes.valid(rows, call.out):
             return None
-        args, kwargs = place(RowsOf(left, rows, len(a)), Full(right))
+        args, kwargs = place(call.own(left, rows), Full(right))
         return Plan(rows, call.target, args, kwargs)
     if rows is None:
         rows = _row_of_left(call, left)
         if rows is None:
             return None
-    if _last_is_row(call, left, rows):
+    if last_is_row(call, left, rows):
         return None  # contracted
     if rows.row == len(a) - 2:  # the row dimension of the matrix: the right operand is whole
         out = rows.shift(rank - len(a))
         if not call.sizes.valid(out, call.out):
             return None
-        args, kwargs = place(RowsOf(left, rows, len(a)), Full(right))
+        args, kwargs = place(call.own(left, rows), Full(right))
         return Plan(out, call.target, args, kwargs)
     # The tokens are a batch dimension of the product: both operands are read token by token.
     out = rows.shift(rank - len(a))
@@ -188,7 +189,7 @@ def einsum(call: Call) -> Plan | None:
     if len(readings) != 1:
         return None
     letter, batch = readings.pop()
-    if letter not in output or (batch is not None and batch not in output):
+    if batch is not None and batch not in output:
         return None
     after = Rows(output.index(letter), None if batch is None else output.index(batch))
     if not call.sizes.valid(after, call.out):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxseek.passes.rules.registry import Call, Plan, RowsOf, Sample, rule, tensor_nodes, whole
+from fxseek.passes.rules.products import last_is_row
+from fxseek.passes.rules.registry import Call, Plan, Sample, rule, tensor_nodes, whole
 
 
 def _gemm_4bit(x: Tensor, bias: Tensor) -> Tensor:
@@ -37,11 +38,11 @@ def gemm_4bit(call: Call) -> Plan | None:
     """``x @ dequantised(weight).T + bias``."""
     x: Any = call.arg(0, "A")
     rows = call.rows(x)
-    if rows is None or len(call.shape(x)) - 1 in rows.dims or not call.sizes.valid(rows, call.out):
+    if rows is None or last_is_row(call, x, rows) or not call.sizes.valid(rows, call.out):
         return None
     others = tensor_nodes((call.node.args[1:], call.node.kwargs))
     if any(call.facts.token_sized(other) for other in others):
         return None
-    args = (RowsOf(x, rows, len(call.shape(x))), *whole(call.node.args[1:]))
+    args = (call.own(x, rows), *whole(call.node.args[1:]))
     kwargs = whole({key: arg for key, arg in call.node.kwargs.items() if arg is not x})
     return Plan(rows, call.target, args, kwargs)

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxseek.passes.facts import Rows, is_tensor, tensors_of
-from fxseek.passes.rules.layout import own
+from fxseek.passes.facts import is_tensor, tensors_of
 from fxseek.passes.rules.registry import Call, Plan, Sample, rule, whole
 
 
@@ -28,14 +27,6 @@ def _dims(value: object, rank: int) -> tuple[int, ...] | None:
     return tuple(dim % rank for dim in value)
 
 
-def _without(rows: Rows, dims: tuple[int, ...], rank: int, keepdim: bool) -> Rows:
-    if keepdim:
-        return rows
-    places = [i for i in range(rank) if i not in dims]
-    batch = None if rows.batch is None else places.index(rows.batch)
-    return rows.at(places.index(rows.row), batch)
-
-
 def _over_features(call: Call, dims: tuple[int, ...] | None, keepdim: bool) -> Plan | None:
     source = call.node.args[0] if call.node.args else None
     rows = call.rows(source)
@@ -45,7 +36,7 @@ def _over_features(call: Call, dims: tuple[int, ...] | None, keepdim: bool) -> P
         return None
     if any(is_tensor(node) for node in call.node.all_input_nodes if node is not source):
         return None
-    after = _without(rows, dims, len(call.shape(source)), keepdim)
+    after = rows if keepdim else rows.without(dims)
     results = list(tensors_of(call.node.meta["example_value"]))
     if not all(call.sizes.valid(after, call.sizes.shape(result)) for result in results):
         return None
@@ -53,7 +44,7 @@ def _over_features(call: Call, dims: tuple[int, ...] | None, keepdim: bool) -> P
     return Plan(
         after if single else tuple(after for _ in results),
         call.target,
-        (own(call, source, rows), *call.node.args[1:]),
+        (call.own(source, rows), *call.node.args[1:]),
         dict(call.node.kwargs),
     )
 
@@ -167,5 +158,5 @@ def norm(call: Call) -> Plan | None:
     rank = len(call.shape(source))
     if any(dim >= rank - len(shape) for dim in rows.dims):
         return None
-    args = (own(call, source, rows), *whole(call.node.args[1:]))
+    args = (call.own(source, rows), *whole(call.node.args[1:]))
     return Plan(rows, call.target, args, whole(dict(call.node.kwargs)))

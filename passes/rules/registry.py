@@ -10,7 +10,7 @@ correctness: in doubt it must answer None.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxseek import _torch
 from fxseek.passes.facts import Facts, Rows, RowsLike, example, is_tensor, moved_rows
 
 
@@ -71,6 +72,13 @@ class Plan:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, wherever the caller put it."""
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
 class Call:
     """A node as a rule sees it: arguments by name, shapes and rows of operands."""
 
@@ -87,9 +95,7 @@ class Call:
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument, wherever the caller put it."""
-        if position < len(self.node.args):
-            return self.node.args[position]
-        return self.node.kwargs.get(name, default)
+        return argument(self.node, position, name, default)
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         """Size expressions of a tensor operand."""
@@ -152,6 +158,10 @@ class Call:
             if found:
                 return None
         return None
+
+    def own(self, node: fx.Node, rows: Rows) -> RowsOf:
+        """An operand with these rows, counted in its own dimensions."""
+        return RowsOf(node, rows, len(self.shape(node)))
 
     def aligned(self, node: fx.Node, rows: Rows, rank: int) -> RowsOf | Full | None:
         """A broadcast operand of a result with these rows; None where it does not fit."""
@@ -248,8 +258,7 @@ ALIASES: dict[str, tuple[Any, ...]] = {
     "type_as": (),
 }
 
-_NN: Any = vars(torch._C)["_nn"]  # where F.linear, F.gelu and others live
-_SPACES: tuple[Any, ...] = (F, torch, _NN, torch.special, torch.Tensor)
+_SPACES: tuple[Any, ...] = (F, torch, _torch.nn_functions(), torch.special, torch.Tensor)
 
 
 def _register_names(name: str) -> None:
@@ -315,14 +324,7 @@ def operation(node: fx.Node) -> str | None:
 
 def _qualified(target: Any) -> str | None:
     """The registered name of an operation in `torch.ops`, overloaded or of higher order."""
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        name = target._qualified_op_name
-    elif isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name
-    elif isinstance(target, torch._ops.HigherOrderOperator):
-        name = f"{target.namespace}::{target.name()}"
-    else:
-        return None
+    name = _torch.qualified_name(target)
     return name if name in _QUALIFIED else None
 
 
@@ -336,6 +338,19 @@ def whole(value: Any) -> Any:
     """A (nested) argument whose nodes are all wanted at full size."""
     place: Any = Full  # a want, where fx expects an argument of a node
     return map_arg(value, place)
+
+
+def wants_of(value: Any) -> Iterator[Any]:
+    """What a plan's arguments, or a (nested) one of them, consist of: wants and constants."""
+    if isinstance(value, Plan):
+        yield from wants_of((value.args, value.kwargs))
+    elif isinstance(value, dict):
+        yield from wants_of(tuple(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from wants_of(item)
+    else:
+        yield value
 
 
 def tensor_nodes(value: Any) -> list[fx.Node]:
