@@ -246,7 +246,10 @@ def _faked(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
 
 
 def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], int, int]:
-    """tokens, the fewest and the most kept, batch, and the bytes that the learn stage saves, on fake tensors."""
+    """tokens, the fewest and the most kept, batch, and the bytes that the learn stage saves.
+
+    Found on fake tensors.
+    """
     module, score = program.module, program.score
     assert module is not None and score is not None and score.primary is not None
     positions = positions_of(program.graph)

@@ -306,8 +306,8 @@ def mass(
         if bool(negative.any()):
             row, token = negative.nonzero()[0].tolist()
             raise ScoreError(
-                f"select='sample' and ratio='mass:...' weigh tokens by their scores, so they can't be "
-                f"negative: {int(negative.sum())} of {int(valid.sum())} are, the first "
+                f"select='sample' and ratio='mass:...' weigh tokens by their scores, so they can't "
+                f"be negative: {int(negative.sum())} of {int(valid.sum())} are, the first "
                 f"{float(drawn_by[row, token]):.6g} at row {row}, token {token}. Return "
                 f"nonnegative scores (scores.exp() keeps their order), or use select='topk' "
                 f"and a number as ratio, such as 0.1."

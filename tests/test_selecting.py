@@ -272,7 +272,9 @@ def test_counts_are_the_shortest_that_hold_the_share(
         assert count == enough[0]
     # the same alone, and with more padding
     for row in range(len(mass)):
-        one = {name: None if x is None else x[row : row + 1] for name, x in options.items()}
+        one: dict[str, Any] = {
+            name: None if x is None else x[row : row + 1] for name, x in options.items()
+        }
         alone = count_holding(
             mass[row : row + 1], percent / 100, supervised_only=supervised_only, **one
         )
