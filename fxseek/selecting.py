@@ -245,6 +245,8 @@ def select_sample(
     kept_labelled = labelled.gather(-1, kept)
     if filled is not None:
         kept_labelled = kept_labelled & ~filled
+    if required is not None:  # certain to be kept: they stand for themselves alone
+        share = share.scatter(-1, required, math.inf)
     weights = (threshold / share.gather(-1, kept)).clamp_min(1.0)
     weights = weights * kept_labelled.sum() / labelled.sum().clamp_min(1)
     weights = weights.masked_fill(~kept_labelled, 1.0).to(torch.float32)
