@@ -447,7 +447,7 @@ def estimates(
     valid: Tensor,
     supervised: Tensor,
     draws: int,
-    counts: Tensor | None = None,
+    **options: Tensor,
 ) -> Tensor:
     """The weighted mean loss of many independent selections of one batch."""
     labelled = supervised & valid
@@ -461,7 +461,7 @@ def estimates(
             supervised=supervised,
             generator=source,
             uniform=0.3,
-            counts=counts,
+            **options,
         )
         counted = labelled.gather(1, selection.kept) & (selection.selected >= 0)
         weighted = losses.gather(1, selection.kept) * selection.weights * counted
@@ -500,11 +500,21 @@ def test_counts_by_mass_leave_the_weighted_loss_unbiased(kind: str):
     mass = losses if kind == "follows losses" else 1 / (losses + 0.1)
     counts = count_holding(mass, 0.6, valid=valid, supervised=supervised, supervised_only=True)
     assert len(set(counts.tolist())) > 2
-    found = estimates(mass, losses, int(counts.max()), valid, supervised, 4000, counts)
+    found = estimates(mass, losses, int(counts.max()), valid, supervised, 4000, counts=counts)
     full = losses[labelled].mean()
     error = found.std() / math.sqrt(len(found))
     assert abs(found.mean() - full) < 5 * error
     assert error < 0.05 * full
+
+
+def test_required_positions_with_a_label_leave_the_weighted_loss_unbiased():
+    valid = torch.ones(1, 8, dtype=torch.bool)
+    losses = torch.tensor([[9.0, 1, 2, 1, 1, 2, 1, 1]], dtype=torch.float64)
+    mass = torch.ones(1, 8)
+    found = estimates(mass, losses, 3, valid, valid, 2000, required=torch.tensor([[0]]))
+    error = found.std() / math.sqrt(len(found))
+    assert abs(found.mean() - losses.mean()) < 5 * error
+    assert error < 0.05 * losses.mean()
 
 
 def test_topk_is_biased_where_sampling_is_not():
