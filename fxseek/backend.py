@@ -30,7 +30,7 @@ class StepReport:
     """What the last training step selected, scored and saved.
 
     `selected`: LongTensor[batch, kept], ascending; a row keeps its ratio of its own valid tokens,
-    and one that is shorter than the longest ends in -1. `weights`: FloatTensor[batch, kept], the
+    and one that keeps fewer than another ends in -1. `weights`: FloatTensor[batch, kept], the
     loss weight of each (0 where there is none). `scores`, `context`, `gradient`:
     FloatTensor[batch, tokens]; the latter two are None where the score does not use them.
     `full_loss`: the loss over all labelled tokens in nats, None where scoring did not compute it.

@@ -24,6 +24,11 @@ OUTPUTS = ("loss", "selected", "full")
 
 _CALLABLES = ("score", "loss")
 _MAX_SEED = 2**63 - 1
+_MASS = "mass:"
+_RATIOS = (
+    "0.1 trains on a tenth of the tokens, 1.0 on all of them, 'mass:0.9' on the best that hold "
+    "90 % of a row's score mass"
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,10 @@ class SeekConfig:
 
     Args:
         ratio: Share of each row's tokens that is trained on, in (0, 1]; a row of ``n`` tokens
-            keeps ``ceil(ratio * n)``. Default 0.1.
+            keeps ``ceil(ratio * n)``. Or ``"mass:0.9"``: as few tokens as hold 90 % of the row's
+            score mass, best first, within ``ratio_bounds`` (docs/scoring.md); rows then keep
+            different numbers, and a step waits for the device to learn the largest. Not with
+            ``score="random"``, which gives all tokens the same mass. Default 0.1.
         score: What makes a token worth keeping: ``"tokenseek"`` (context and gradient combined),
             ``"context"`` (attention received in the last layer; no backward pass),
             ``"gradient"`` (of the loss, at the input of the last block), ``"random"``, or a
@@ -64,13 +72,16 @@ class SeekConfig:
         loss: ``loss(outputs, batch) -> scalar tensor``, for models that are given no labels.
             Default None.
         token_dim: Which dimension of the model's inputs counts tokens. Default 1.
+        ratio_bounds: Smallest and largest share of a row's own tokens that a ratio such as
+            ``"mass:0.9"`` may come to, ``0 < low <= high <= 1``; a fixed ratio does not read it.
+            Default (0.01, 0.5).
 
     Raises:
         ConfigError: A value is of the wrong type or out of range; the message names each
             argument, the value given, and what is accepted.
     """
 
-    ratio: float = 0.1
+    ratio: float | str = 0.1
     _: KW_ONLY
     score: str | Callable[..., Any] = "tokenseek"
     select: str = "topk"
@@ -86,18 +97,28 @@ class SeekConfig:
     chunk_bytes: int = 64 * 1024 * 1024
     loss: Callable[..., Any] | None = None
     token_dim: int = 1
+    ratio_bounds: tuple[float, float] = (0.01, 0.5)
 
     def __post_init__(self) -> None:
         problems = _problems(self)
         if problems:
             raise ConfigError(_listing(problems))
-        for name in ("ratio", "alpha", "beta", "uniform"):
+        share = self.mass_share
+        plain = float(self.ratio) if share is None else f"{_MASS}{share}"
+        object.__setattr__(self, "ratio", plain)
+        object.__setattr__(self, "ratio_bounds", tuple(map(float, self.ratio_bounds)))
+        for name in ("alpha", "beta", "uniform"):
             object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("seed", "chunk_bytes", "token_dim"):
             object.__setattr__(self, name, int(getattr(self, name)))
 
+    @property
+    def mass_share(self) -> float | None:
+        """Share of the score mass that each row keeps: 0.9 of ``"mass:0.9"``; else None."""
+        return _mass_share(self.ratio)
+
     @classmethod
-    def make(cls, ratio: float | SeekConfig = 0.1, **options: Any) -> SeekConfig:
+    def make(cls, ratio: float | str | SeekConfig = 0.1, **options: Any) -> SeekConfig:
         """The configuration that ``fxseek.compile(model, ratio, **options)`` asks for.
 
         ``ratio`` may itself be a ``SeekConfig``; options then replace its fields.
@@ -134,7 +155,7 @@ class SeekConfig:
                     what="SeekConfig cannot be turned into plain values",
                 )
             )
-        return values
+        return values | {"ratio_bounds": list(self.ratio_bounds)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SeekConfig:
@@ -218,7 +239,8 @@ def _problems(config: SeekConfig) -> list[str]:
         *_choice("backend", config.backend, BACKENDS),
         *_choice("recompute", config.recompute, RECOMPUTES),
         *_choice("outputs", config.outputs, OUTPUTS),
-        *_share("ratio", config.ratio, "0.1 trains on a tenth of the tokens, 1.0 on all of them"),
+        *_ratio(config.ratio),
+        *_bounds("ratio_bounds", config.ratio_bounds),
         *_share("uniform", config.uniform, "0.5 is half uniform, 1.0 ignores the scores"),
         *_weight("alpha", config.alpha),
         *_weight("beta", config.beta),
@@ -242,6 +264,11 @@ def _problems(config: SeekConfig) -> list[str]:
             f"score='tokenseek' nothing to rank by; make one of them positive, "
             f"or use score='random'"
         )
+    if config.score == "random" and _mass_share(config.ratio) is not None:
+        lines.append(
+            f"ratio={_shown(config.ratio)} with score='random' keeps a fixed share, as random "
+            f"scores have equal mass; pass that share as a number, such as 0.1, or another score"
+        )
     return lines
 
 
@@ -255,6 +282,46 @@ def _choice(
     also = " or a callable" if callable_too else ""
     choices = ", ".join(repr(choice) for choice in accepted)
     return [f"{name}={_shown(value)} is not accepted; {hint}use one of {choices}{also}"]
+
+
+def _mass_share(ratio: object) -> float | None:
+    """The share in (0, 1] that ``"mass:<share>"`` names; None for all else."""
+    if not isinstance(ratio, str) or not ratio.startswith(_MASS):
+        return None
+    try:
+        share = float(ratio.removeprefix(_MASS))
+    except ValueError:
+        return None
+    return share if 0 < share <= 1 else None
+
+
+def _ratio(value: object) -> list[str]:
+    if not isinstance(value, str):
+        return _share("ratio", value, _RATIOS)
+    if _mass_share(value) is not None:
+        return []
+    kind, _, share = value.strip().lower().rpartition(":")
+    meant = _MASS + share if kind == "mass" else share
+    hint = ""
+    if _mass_share(meant) is not None:
+        hint = f"did you mean {meant!r}? "
+    elif _mass_share(_MASS + meant) is not None:
+        hint = f"did you mean the number {meant}? "
+    return [
+        f"ratio={_shown(value)} is not accepted; {hint}pass a float in (0, 1], or 'mass:' and a "
+        f"number in (0, 1]: {_RATIOS}"
+    ]
+
+
+def _bounds(name: str, value: object) -> list[str]:
+    accepted = "pass two floats (low, high) with 0 < low <= high <= 1, such as (0.01, 0.5)"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return [f"{name}={_shown(value)} is not a pair; {accepted}"]
+    if any(not isinstance(x, numbers.Real) or isinstance(x, bool) for x in value):
+        return [f"{name}={_shown(value)} are not two numbers; {accepted}"]
+    if not 0 < float(value[0]) <= float(value[1]) <= 1:
+        return [f"{name}={_shown(value)} are out of range or order; {accepted}"]
+    return []
 
 
 def _share(name: str, value: object, examples: str) -> list[str]:

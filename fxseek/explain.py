@@ -46,10 +46,13 @@ class Explanation:
     `stages`: operations of each stage by name. `fallbacks`: operations on the general path.
     `predicted_saved_bytes` and `ordinary_saved_bytes`: what autograd would keep for this
     batch, with and without fxseek (parameters excluded). `program`: the step as a GraphModule.
+    `kept`: tokens of a row that are selected. With a ratio such as ``"mass:0.9"`` the scores will
+    tell: from `fewest_kept` to `kept`, for which the bytes are predicted.
     """
 
     tokens: int
     kept: int
+    fewest_kept: int
     batch: int
     stages: dict[str, Counter[str]]
     fallbacks: tuple[Fallback, ...]
@@ -62,8 +65,9 @@ class Explanation:
 
     def __str__(self) -> str:
         """A page for a person."""
+        fewest = "" if self.fewest_kept == self.kept else f"{self.fewest_kept} to "
         lines = [
-            f"fxseek: {self.kept} of {self.tokens} tokens in each of {self.batch} rows",
+            f"fxseek: {fewest}{self.kept} of {self.tokens} tokens in each of {self.batch} rows",
             "",
             "  prefill → score → select → gather → learn",
         ]
@@ -188,10 +192,11 @@ def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
         )
         for node in learn.general
     )
-    tokens, kept, batch, predicted = _predict(program, inputs)
+    tokens, (fewest, kept), batch, predicted = _predict(program, inputs)
     return Explanation(
         tokens=tokens,
         kept=kept,
+        fewest_kept=fewest,
         batch=batch,
         stages=stages,
         fallbacks=fallbacks,
@@ -234,8 +239,11 @@ def _elements(tensor: torch.Tensor) -> int:
     return total
 
 
-def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, int, int, int]:
-    """tokens, kept, batch, and the bytes that the learn stage saves, on fake tensors."""
+def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], int, int]:
+    """tokens, the fewest and the most kept, batch, and the bytes that the learn stage saves.
+
+    Found on fake tensors.
+    """
     module, score = program.module, program.score
     assert module is not None and score is not None and score.primary is not None
     positions = positions_of(program.graph)
@@ -243,7 +251,9 @@ def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, int, int, in
     primary = fakes[positions[score.primary]]
     tokens = primary.shape[program.config.token_dim]
     batch = 1 if score.batch_dim is None else primary.shape[score.batch_dim]
-    kept = count_kept(program.config.ratio, tokens)
+    ratio = program.config.ratio
+    bounds = program.config.ratio_bounds if isinstance(ratio, str) else (ratio, ratio)
+    fewest, kept = (count_kept(bound, tokens) for bound in bounds)
     with mode:
         values = module.get_submodule("prefill")(fakes, positions)
         positions_kept = torch.zeros(batch, kept, dtype=torch.int64, device=primary.device)
@@ -253,7 +263,7 @@ def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, int, int, in
         learn = module.get_submodule("learn")
         assert isinstance(learn, Learn)
         learn(fakes, positions, values, rows, selection)
-    return tokens, kept, batch, learn.saved_bytes
+    return tokens, (fewest, kept), batch, learn.saved_bytes
 
 
 def _predict_ordinary(program: Program, inputs: Sequence[Any]) -> int:

@@ -271,7 +271,9 @@ def _minmax(values: Tensor, valid: Tensor) -> Tensor:
 def mass(
     context: Tensor | None, gradient: Tensor | None, scores: Tensor | None, valid: Tensor
 ) -> Tensor:
-    """What ``select="sample"`` draws by: nonnegative, and greater where the score is better.
+    """What ``select="sample"`` draws by, and what a ratio such as ``"mass:0.9"`` adds up.
+
+    Nonnegative, and never less where the score is better.
 
     With context and gradient it is ``exp(I - max I)`` of the combined ``scores``; with one of
     them it is that one itself (negative values of the signed gradient sum count as 0); with
@@ -285,7 +287,7 @@ def mass(
     Raises:
         ScoreError: the caller's own scores are negative. Return nonnegative ones (``exp`` keeps
         their
-            order), or use ``select="topk"``.
+            order), or use ``select="topk"`` and a number as ratio.
     """
     if context is not None and gradient is not None:
         if scores is None:
@@ -304,10 +306,11 @@ def mass(
         if bool(negative.any()):
             row, token = negative.nonzero()[0].tolist()
             raise ScoreError(
-                f"select='sample' draws tokens in proportion to their scores, so they can't be "
-                f"negative: {int(negative.sum())} of {int(valid.sum())} are, the first "
+                f"select='sample' and ratio='mass:...' weigh tokens by their scores, so they can't "
+                f"be negative: {int(negative.sum())} of {int(valid.sum())} are, the first "
                 f"{float(drawn_by[row, token]):.6g} at row {row}, token {token}. Return "
-                f"nonnegative scores (scores.exp() keeps their order), or use select='topk'."
+                f"nonnegative scores (scores.exp() keeps their order), or use select='topk' "
+                f"and a number as ratio, such as 0.1."
             )
     else:
         raise ValueError("no scores to make a mass of")

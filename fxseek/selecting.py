@@ -1,8 +1,7 @@
 """Selecting: from scores to the kept positions of every row and their weights in the loss.
 
-Pure tensor functions, under ``no_grad``. Selecting never waits for the device: how many positions
-are kept follows from the shape, and all cases (rows with few labels, much padding) are orders,
-not branches.
+Pure tensor functions, under ``no_grad``. None waits for the device: how many positions are kept
+is given, and all cases (rows with few labels, much padding) are orders, not branches.
 
 Sizes: batch, tokens, kept (k, the same for all rows of a batch).
 """
@@ -17,7 +16,14 @@ from torch import Tensor
 
 from .errors import ConfigError, InputError
 
-__all__ = ["Selection", "count_kept", "count_kept_of_rows", "select_sample", "select_topk"]
+__all__ = [
+    "Selection",
+    "count_holding",
+    "count_kept",
+    "count_kept_of_rows",
+    "select_sample",
+    "select_topk",
+]
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Selection:
     Shapes: ``kept`` Long [batch, k], ascending and without repetition in each row; ``weights``
     float32 [batch, k], meant for ``sum(weight · loss) / number of kept positions with a label``;
     ``filled`` Bool [batch, k], True at the end of a row that keeps fewer than k positions and is
-    filled up with padding (weight 0), None where no row can be.
+    filled up with positions that it does not keep (weight 0), None where no row can be.
     """
 
     kept: Tensor
@@ -36,7 +42,7 @@ class Selection:
 
     @property
     def selected(self) -> Tensor:
-        """``kept`` with -1 in place of padding. Long [batch, k]."""
+        """``kept`` with -1 where a row is filled up. Long [batch, k]."""
         return self.kept if self.filled is None else self.kept.masked_fill(self.filled, -1)
 
 
@@ -73,6 +79,45 @@ def count_kept_of_rows(ratio: float, valid: Tensor) -> Tensor:
     return torch.minimum(whole.long().clamp_min(1), tokens)
 
 
+# Mass is counted in whole units, 2⁴⁰ for the best token of a row: sums of 2²² tokens fit in int64,
+# and are the same in any order, on any device.
+_UNITS = 2**40
+
+
+@torch.no_grad()
+def count_holding(
+    mass: Tensor,
+    share: float,
+    *,
+    valid: Tensor,
+    supervised: Tensor | None = None,
+    supervised_only: bool = False,
+    required: Tensor | None = None,
+) -> Tensor:
+    """Length of the shortest beginning of each row's ranking that holds ``share`` of its mass.
+
+    The ranking is that of `select_topk`: required positions come first, and the others follow by
+    mass. With ``supervised_only`` the mass is that of labelled positions; this also counts the
+    draws of `select_sample`, which are fixed before the draw. A beginning that lacks one part in
+    10⁹ of the share holds it. A row without mass needs one position.
+
+    Shapes: mass [batch, tokens], finite and nonnegative; valid, supervised Bool [batch, tokens];
+    required Long [batch, any] → Long [batch], each from 1 to tokens.
+    """
+    population = valid
+    if supervised_only and supervised is not None:
+        population = valid & supervised
+    # MPS has no float64.
+    dtype = torch.float32 if mass.device.type == "mps" else torch.float64
+    parts = mass.to(dtype).masked_fill(~population, 0.0)
+    highest = parts.amax(-1, keepdim=True)
+    units = torch.where(highest > 0, parts / highest * _UNITS, 0.0).round().long()
+    ranking = _ranking(units, _with_required(torch.zeros_like(units), required))
+    held = units.gather(-1, ranking).cumsum(-1)
+    needed = held[:, -1:].to(dtype) * (share * (1 - 1e-9))
+    return (held[:, :-1].to(dtype) < needed).sum(-1) + 1
+
+
 @torch.no_grad()
 def select_topk(
     scores: Tensor,
@@ -92,8 +137,9 @@ def select_topk(
     row has one, the row's best labelled position replaces the worst chosen. Labels at invalid
     positions don't count.
 
-    ``counts`` are the numbers that the rows keep, where they keep fewer than ``k``; invalid
-    positions fill them up, with weight 0. ``required`` positions come before all others.
+    ``counts`` are the numbers that the rows keep, where they keep fewer than ``k``; positions
+    that they don't keep fill them up, with weight 0, invalid ones before others. ``required``
+    positions come before all others.
 
     Shapes: scores [batch, tokens], without NaN; valid, supervised Bool [batch, tokens]; counts
     Long [batch]; required Long [batch, any].
@@ -116,9 +162,9 @@ def select_topk(
         rank = torch.arange(tokens, device=ranking.device)
         first = torch.where(labelled.gather(-1, ranking), rank, tokens).amin(-1, keepdim=True)
         replaces = (first >= size) & (first < tokens) & (size > 0)
-        last = (size - 1).clamp_min(0)
-        best = ranking.gather(-1, first.clamp_max(tokens - 1))
-        ranking = ranking.scatter(-1, last, torch.where(replaces, best, ranking.gather(-1, last)))
+        ends = torch.cat(((size - 1).clamp_min(0), first.clamp_max(tokens - 1)), -1)
+        pair = ranking.gather(-1, ends)
+        ranking = ranking.scatter(-1, ends, torch.where(replaces, pair.flip(-1), pair))
     kept, filled = _take(ranking, counts, k, valid)
     weights = torch.ones_like(kept, dtype=torch.float32)
     return Selection(kept, weights if filled is None else weights.masked_fill(filled, 0.0), filled)
@@ -199,6 +245,8 @@ def select_sample(
     kept_labelled = labelled.gather(-1, kept)
     if filled is not None:
         kept_labelled = kept_labelled & ~filled
+    if required is not None:  # certain to be kept: they stand for themselves alone
+        share = share.scatter(-1, required, math.inf)
     weights = (threshold / share.gather(-1, kept)).clamp_min(1.0)
     weights = weights * kept_labelled.sum() / labelled.sum().clamp_min(1)
     weights = weights.masked_fill(~kept_labelled, 1.0).to(torch.float32)
@@ -222,16 +270,16 @@ def _with_required(tier: Tensor, required: Tensor | None) -> Tensor:
 def _take(
     ranking: Tensor, counts: Tensor | None, k: int, valid: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The first positions of each ranking, ascending, then padding; and which are padding."""
+    """The first positions of each ranking, ascending, then what fills up; and which slots do."""
     if counts is None:
         return ranking[:, :k].sort(dim=-1).values, None
     size = counts.unsqueeze(-1)
     slot = torch.arange(k, device=ranking.device)
     filled = slot >= size
-    # invalid positions are at the end of a ranking, and there are enough of them
-    spare = valid.sum(-1, keepdim=True) + slot - size
-    index = torch.where(filled, spare.clamp_max(ranking.shape[-1] - 1), slot)
-    kept = ranking.gather(-1, index)
+    # Invalid positions are at the end of a ranking. Where there are too few of them (rows of one
+    # length that keep different numbers), the last of the valid ones fill up as well.
+    skipped = (valid.sum(-1, keepdim=True) - size).clamp_max(ranking.shape[-1] - k)
+    kept = ranking.gather(-1, slot + filled * skipped)
     order = (kept + filled * ranking.shape[-1]).argsort(dim=-1)
     return kept.gather(-1, order), filled
 

@@ -196,7 +196,7 @@ class Score(nn.Module):
             valid.to(torch.float32)
             if uniform
             else scoring.mass(context, gradient, scores, valid)
-            if config.select == "sample"
+            if config.select == "sample" or config.mass_share is not None
             else scores
         )
         required = [
@@ -395,19 +395,17 @@ class Select(nn.Module):
         self.config = config
 
     def forward(self, scores: Scores, step: int) -> selecting.Selection:
-        """``ceil(ratio · tokens)`` positions of every row, of its own tokens where it is padded."""
-        config, valid, virtual = self.config, scores.valid, scores.virtual
-        k = selecting.count_kept(config.ratio, valid.shape[1] - virtual) + virtual
-        counts = None
-        if scores.padded:
-            counts = selecting.count_kept_of_rows(config.ratio, valid[:, virtual:]) + virtual
-        if scores.required is not None:
-            least = min(scores.required.shape[1], valid.shape[1])
-            k = max(k, least)
-            if counts is not None:
-                counts = torch.minimum(counts.clamp_min(least), valid.sum(-1))
+        """``ceil(ratio · tokens)`` positions of every row, of its own tokens where it is padded.
+
+        Or, by a ratio such as ``"mass:0.9"``, as few as hold that share of the row's mass, within
+        ``ratio_bounds``. The longest row's count is then waited for, once a step: it is the size
+        of what the learn stage makes.
+        """
+        config = self.config
+        share = config.mass_share
+        k, counts = self._fixed(scores) if share is None else self._by_mass(scores, share)
         common = {
-            "valid": valid,
+            "valid": scores.valid,
             "supervised": scores.supervised,
             "counts": counts,
             "required": scores.required,
@@ -420,6 +418,46 @@ class Select(nn.Module):
         return selecting.select_topk(
             scores.scores, k, supervised_only=config.supervised_only, **common
         )
+
+    def _fixed(self, scores: Scores) -> tuple[int, Tensor | None]:
+        """The largest number that a row keeps, and that of each where they may differ."""
+        ratio, valid, virtual = self.config.ratio, scores.valid, scores.virtual
+        assert isinstance(ratio, float)
+        k = selecting.count_kept(ratio, valid.shape[1] - virtual) + virtual
+        counts = None
+        if scores.padded:
+            counts = selecting.count_kept_of_rows(ratio, valid[:, virtual:]) + virtual
+        if scores.required is not None:
+            k = max(k, min(scores.required.shape[1], valid.shape[1]))
+            counts = None if counts is None else self._at_least_required(counts, scores)
+        return k, counts
+
+    def _by_mass(self, scores: Scores, share: float) -> tuple[int, Tensor | None]:
+        """The same by mass. Virtual tokens have none, and are kept beside the bounds."""
+        config, valid, virtual = self.config, scores.valid, scores.virtual
+        own = valid.clone()
+        own[:, :virtual] = False
+        counts = selecting.count_holding(
+            scores.mass,
+            share,
+            valid=own,
+            supervised=scores.supervised,
+            supervised_only=config.supervised_only or config.select == "sample",
+            required=scores.required,
+        )
+        low, high = (selecting.count_kept_of_rows(x, own) + virtual for x in config.ratio_bounds)
+        counts = self._at_least_required(counts.clamp(low, high), scores)
+        k = max(1, int(counts.max()))  # waits for the device
+        same = len(counts) == 1 and not scores.padded  # nothing to fill up
+        return k, None if same else counts
+
+    @staticmethod
+    def _at_least_required(counts: Tensor, scores: Scores) -> Tensor:
+        """The counts, raised to that of the required positions in rows that have as many."""
+        if scores.required is None:
+            return counts
+        least = min(scores.required.shape[1], scores.valid.shape[1])
+        return torch.minimum(counts.clamp_min(least), scores.valid.sum(-1))
 
 
 class Gather(nn.Module):

@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _CAPTURES = 64
 
 
-def compile(model: Model, ratio: float | SeekConfig = 0.1, **options: Any) -> Model:
+def compile(model: Model, ratio: float | str | SeekConfig = 0.1, **options: Any) -> Model:
     """Make a model's training step keep the activations of selected tokens only.
 
     In training mode, with grad enabled and labels given, a call of the model runs the
@@ -40,7 +40,8 @@ def compile(model: Model, ratio: float | SeekConfig = 0.1, **options: Any) -> Mo
 
     Args:
         model: any module that Dynamo captures as one graph; returned itself, not wrapped.
-        ratio: share of tokens that are back-propagated through, in (0, 1], or a `SeekConfig`.
+        ratio: share of tokens that are back-propagated through, in (0, 1]; ``"mass:0.9"`` for as
+            few of each row as hold 90 % of its score mass; or a `SeekConfig`.
         options: fields of `SeekConfig`: score, select, alpha, beta, backend, ...
 
     Raises:

@@ -33,6 +33,7 @@ def test_defaults():
         "chunk_bytes": 64 * 2**20,
         "loss": None,
         "token_dim": 1,
+        "ratio_bounds": [0.01, 0.5],
     }
 
 
@@ -61,7 +62,15 @@ BAD = [
     ("ratio", 1.5, ["ratio=1.5", "(0, 1]"]),
     ("ratio", -0.1, ["ratio=-0.1", "(0, 1]"]),
     ("ratio", math.nan, ["ratio=nan", "(0, 1]"]),
-    ("ratio", "0.1", ["ratio='0.1'", "not a number"]),
+    ("ratio", "0.1", ["ratio='0.1'", "did you mean the number 0.1?", "'mass:0.9'"]),
+    ("ratio", "mass:1.5", ["ratio='mass:1.5'", "(0, 1]", "'mass:0.9'"]),
+    ("ratio", "mass:0", ["ratio='mass:0'", "(0, 1]", "'mass:0.9'"]),
+    ("ratio", "mass:nan", ["ratio='mass:nan'", "(0, 1]", "'mass:0.9'"]),
+    ("ratio", "mass:", ["ratio='mass:'", "(0, 1]", "'mass:0.9'"]),
+    ("ratio", "mass:90%", ["ratio='mass:90%'", "(0, 1]", "'mass:0.9'"]),
+    ("ratio", "mass", ["ratio='mass'", "(0, 1]", "'mass:0.9'"]),
+    ("ratio", "Mass:0.8", ["ratio='Mass:0.8'", "did you mean 'mass:0.8'?"]),
+    ("ratio", None, ["ratio=None", "not a number", "'mass:0.9'"]),
     ("ratio", True, ["ratio=True", "not a number"]),
     ("score", "contxt", ["score='contxt'", "did you mean 'context'", "'random'", "callable"]),
     ("score", None, ["score=None", "'tokenseek'"]),
@@ -81,6 +90,14 @@ BAD = [
     ("chunk_bytes", True, ["chunk_bytes=True", "not an integer"]),
     ("loss", 3, ["loss=3", "loss(outputs, batch)", "None"]),
     ("token_dim", 0, ["token_dim=0", "at least 1"]),
+    ("ratio_bounds", 0.5, ["ratio_bounds=0.5", "not a pair", "(low, high)"]),
+    ("ratio_bounds", (0.1, 0.2, 0.3), ["not a pair"]),
+    ("ratio_bounds", ("0.1", 0.5), ["not two numbers", "(0.01, 0.5)"]),
+    ("ratio_bounds", (True, 1), ["not two numbers"]),
+    ("ratio_bounds", (0, 0.5), ["0 < low <= high <= 1"]),
+    ("ratio_bounds", (0.5, 0.1), ["(0.5, 0.1)", "out of range or order"]),
+    ("ratio_bounds", (0.1, 1.5), ["0 < low <= high <= 1"]),
+    ("ratio_bounds", (0.1, math.nan), ["0 < low <= high <= 1"]),
 ]
 
 
@@ -112,6 +129,23 @@ def test_tokenseek_needs_one_weight():
     SeekConfig(alpha=0)
     SeekConfig(beta=0)
     SeekConfig(score="random", alpha=0, beta=0)
+
+
+def test_shares_of_mass():
+    config = SeekConfig("mass:.90", ratio_bounds=[0.1, 1])  # type: ignore[arg-type]
+    assert config == SeekConfig("mass:0.9", ratio_bounds=(0.1, 1.0))
+    assert config.ratio == "mass:0.9"
+    assert config.mass_share == 0.9
+    assert config.ratio_bounds == (0.1, 1.0)
+    assert isinstance(hash(config), int)
+    assert SeekConfig("mass:1").mass_share == 1.0
+    assert SeekConfig(0.9).mass_share is None
+    assert SeekConfig.make("mass:0.5", select="sample").mass_share == 0.5
+
+
+def test_random_scores_have_no_mass_to_share():
+    with pytest.raises(ConfigError, match=r"ratio='mass:0\.9' with score='random'.*as a number"):
+        SeekConfig("mass:0.9", score="random")
 
 
 def test_long_values_are_shortened():
@@ -170,11 +204,13 @@ def test_callables_refuse_to_serialise(name):
 def configs() -> st.SearchStrategy[SeekConfig]:
     """Every configuration that has a plain form."""
     share = st.floats(0, 1, exclude_min=True)
+    score = st.sampled_from(SCORES)
+    by_mass = st.tuples(st.builds("mass:{}".format, share), score.filter(lambda x: x != "random"))
+    ratio_and_score = st.tuples(share, score) | by_mass
     weight = st.floats(0, 1e6, exclude_min=True)
     return st.builds(
-        SeekConfig,
-        share,
-        score=st.sampled_from(SCORES),
+        lambda chosen, **options: SeekConfig(chosen[0], score=chosen[1], **options),
+        ratio_and_score,
         select=st.sampled_from(SELECTS),
         alpha=weight,
         beta=weight,
@@ -186,6 +222,7 @@ def configs() -> st.SearchStrategy[SeekConfig]:
         outputs=st.sampled_from(OUTPUTS),
         chunk_bytes=st.integers(1, 2**40),
         token_dim=st.integers(1, 3),
+        ratio_bounds=st.tuples(share, share).map(lambda pair: (min(pair), max(pair))),
     )
 
 

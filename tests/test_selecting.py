@@ -6,6 +6,7 @@ import math
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxseek.errors import ConfigError, InputError
-from fxseek.selecting import Selection, count_kept, select_sample, select_topk
+from fxseek.selecting import Selection, count_holding, count_kept, select_sample, select_topk
 
 
 def bools(*rows: str) -> Tensor:
@@ -68,6 +69,50 @@ def test_ratios_that_keep_nothing_or_too_much(ratio: float):
 def test_no_tokens():
     with pytest.raises(InputError, match="0 tokens"):
         count_kept(0.5, 0)
+
+
+# count_holding
+
+
+def holding(mass: list[float], share: float, valid: str = "", **options: Any) -> int:
+    row = torch.tensor([mass], dtype=torch.float64)
+    return int(count_holding(row, share, valid=bools(valid or "1" * len(mass)), **options))
+
+
+def test_counts_that_hold_a_share_by_hand():
+    mass = [5.0, 1.0, 0.0, 3.0, 1.0]
+    assert [holding(mass, share) for share in (0.01, 0.5, 0.51, 0.8, 0.81, 0.9, 1.0)] == [
+        1, 1, 2, 2, 3, 3, 4,
+    ]  # fmt: skip
+    assert holding(mass, 0.75, "01111") == 2  # 3 and 1 of 5
+    assert holding(mass, 0.9, "00000") == 1
+    assert holding([0.0, 0.0, 0.0], 0.9) == 1
+    assert holding([7.0], 1.0) == 1
+
+
+def test_labelled_mass_and_required_positions():
+    mass = [5.0, 1.0, 0.0, 3.0, 1.0]
+    some = bools("01011")
+    assert holding(mass, 0.5, supervised=some) == 1
+    assert holding(mass, 0.5, supervised=some, supervised_only=True) == 1
+    assert holding(mass, 0.9, supervised=some, supervised_only=True) == 3
+    assert holding(mass, 0.9, "10111", supervised=some, supervised_only=True) == 2
+    assert holding(mass, 0.8, required=torch.tensor([[2]])) == 3  # 0, then 5 and 3 of 10
+    assert holding(mass, 0.8, required=torch.tensor([[1, 2]])) == 4
+    assert holding(mass, 0.1, required=torch.tensor([[1, 2]])) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1.0, 1e300])
+@pytest.mark.parametrize(("tokens", "share"), [(10, 0.9), (10, 0.3), (30, 0.7), (1000, 0.29)])
+def test_equal_masses_need_no_more_than_their_share(tokens: int, share: float, scale: float):
+    assert holding([scale / 3] * tokens, share) == math.ceil(round(share * tokens, 9))
+
+
+def test_half_precision_masses_hold_their_share():
+    mass = torch.tensor([[60000.0] * 10, [1.0] * 10])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        found = count_holding(mass.to(dtype), 0.7, valid=torch.ones(2, 10, dtype=torch.bool))
+        assert found.tolist() == [7, 7]
 
 
 # select_topk
@@ -204,6 +249,73 @@ def test_topk_keeps_its_laws(case: tuple[Tensor, Tensor, Tensor, int], supervise
     assert all(map(torch.equal, before, (scores, valid, supervised)))
 
 
+@given(case=rows(), percent=st.integers(1, 100), supervised_only=st.booleans(), data=st.data())
+def test_counts_are_the_shortest_that_hold_the_share(
+    case: tuple[Tensor, Tensor, Tensor, int],
+    percent: int,
+    supervised_only: bool,
+    data: st.DataObject,
+):
+    mass, valid, supervised, _ = case
+    size = mass.shape[1]
+    positions = st.lists(st.integers(0, size - 1), max_size=2, unique=True)
+    first = data.draw(positions, label="required")
+    required = torch.tensor([first] * len(mass)) if first else None
+    options: dict[str, Any] = {"valid": valid, "supervised": supervised, "required": required}
+    found = count_holding(mass, percent / 100, supervised_only=supervised_only, **options)
+    population = valid & supervised if supervised_only else valid
+    for row, count in enumerate(found.tolist()):
+        own = [int(x) if p else 0 for x, p in zip(mass[row], population[row], strict=True)]
+        order = sorted(range(size), key=lambda j: (j not in first, -own[j]))
+        held = [100 * sum(own[j] for j in order[:n]) for n in range(size + 1)]
+        enough = [n for n in range(1, size + 1) if held[n] >= percent * sum(own)]
+        assert count == enough[0]
+    # the same alone, and with more padding
+    for row in range(len(mass)):
+        one: dict[str, Any] = {
+            name: None if x is None else x[row : row + 1] for name, x in options.items()
+        }
+        alone = count_holding(
+            mass[row : row + 1], percent / 100, supervised_only=supervised_only, **one
+        )
+        assert alone.tolist() == [found[row]]
+
+
+@given(case=rows(), data=st.data(), kind=st.sampled_from(["topk", "supervised", "sample"]))
+def test_rows_of_different_counts_fill_up_with_what_they_do_not_keep(
+    case: tuple[Tensor, Tensor, Tensor, int], data: st.DataObject, kind: str
+):
+    scores, valid, supervised, _ = case
+    most = valid.sum(-1).tolist()
+    counts = [data.draw(st.integers(min(1, n), n)) for n in most]
+    k = max(1, *counts)
+    common: dict[str, Any] = {"valid": valid, "supervised": supervised}
+
+    def select(row: slice, k: int, **options: Any) -> Selection:
+        given = {name: x[row] for name, x in common.items()} | options
+        if kind == "sample":
+            return select_sample(scores[row], k, generator=generator(), **given)
+        return select_topk(scores[row], k, supervised_only=kind == "supervised", **given)
+
+    found = select(slice(None), k, counts=torch.tensor(counts))
+    assert found.filled is not None
+    for row, count in enumerate(counts):
+        kept = found.kept[row].tolist()
+        assert len(set(kept)) == k
+        assert found.selected[row].tolist() == sorted(kept[:count]) + [-1] * (k - count)
+        assert found.filled[row].tolist() == [False] * count + [True] * (k - count)
+        assert found.weights[row, count:].eq(0).all()
+        assert found.weights[row, :count].gt(0).all()
+        assert valid[row, kept[:count]].all()
+        spare = scores.shape[1] - most[row]
+        assert valid[row, kept[count:]].sum() == max(0, k - count - spare)
+        labelled = supervised[row] & valid[row]
+        assert not count or labelled[kept[:count]].any() == labelled.any()
+        if count and kind != "sample":
+            alone = select(slice(row, row + 1), count)
+            assert alone.kept[0].tolist() == kept[:count]
+
+
 @given(case=rows())
 def test_rows_are_selected_independently(case: tuple[Tensor, Tensor, Tensor, int]):
     scores, valid, supervised, k = case
@@ -329,7 +441,13 @@ def test_priority_sampling_by_hand():
 
 
 def estimates(
-    mass: Tensor, losses: Tensor, k: int, valid: Tensor, supervised: Tensor, draws: int
+    mass: Tensor,
+    losses: Tensor,
+    k: int,
+    valid: Tensor,
+    supervised: Tensor,
+    draws: int,
+    **options: Tensor,
 ) -> Tensor:
     """The weighted mean loss of many independent selections of one batch."""
     labelled = supervised & valid
@@ -337,9 +455,15 @@ def estimates(
     results = []
     for _ in range(draws):
         selection = select_sample(
-            mass, k, valid=valid, supervised=supervised, generator=source, uniform=0.3
+            mass,
+            k,
+            valid=valid,
+            supervised=supervised,
+            generator=source,
+            uniform=0.3,
+            **options,
         )
-        counted = labelled.gather(1, selection.kept)
+        counted = labelled.gather(1, selection.kept) & (selection.selected >= 0)
         weighted = losses.gather(1, selection.kept) * selection.weights * counted
         results.append(weighted.sum() / counted.sum())
     return torch.stack(results)
@@ -365,6 +489,32 @@ def test_the_weighted_loss_is_unbiased(k: int, kind: str):
     assert abs(found.mean() - full) < 5 * error
     # a bound on the error itself, so that the test can't pass by knowing nothing
     assert error < 0.05 * full
+
+
+@pytest.mark.parametrize("kind", ["follows losses", "opposes losses"])
+def test_counts_by_mass_leave_the_weighted_loss_unbiased(kind: str):
+    valid = bools("1111111111111", "0000111111111", "1111111111100", "1111111111111")
+    supervised = bools("1111111111110", "0111111111110", "0000000011111", "0000000000000")
+    labelled = supervised & valid
+    losses = torch.rand(4, 13, generator=generator(5)).double() ** 3 * 10
+    mass = losses if kind == "follows losses" else 1 / (losses + 0.1)
+    counts = count_holding(mass, 0.6, valid=valid, supervised=supervised, supervised_only=True)
+    assert len(set(counts.tolist())) > 2
+    found = estimates(mass, losses, int(counts.max()), valid, supervised, 4000, counts=counts)
+    full = losses[labelled].mean()
+    error = found.std() / math.sqrt(len(found))
+    assert abs(found.mean() - full) < 5 * error
+    assert error < 0.05 * full
+
+
+def test_required_positions_with_a_label_leave_the_weighted_loss_unbiased():
+    valid = torch.ones(1, 8, dtype=torch.bool)
+    losses = torch.tensor([[9.0, 1, 2, 1, 1, 2, 1, 1]], dtype=torch.float64)
+    mass = torch.ones(1, 8)
+    found = estimates(mass, losses, 3, valid, valid, 2000, required=torch.tensor([[0]]))
+    error = found.std() / math.sqrt(len(found))
+    assert abs(found.mean() - losses.mean()) < 5 * error
+    assert error < 0.05 * losses.mean()
 
 
 def test_topk_is_biased_where_sampling_is_not():
@@ -408,17 +558,19 @@ def test_devices_agree_and_selecting_never_waits():
     supervised = torch.rand(3, 500, generator=generator(2)) < 0.5
     there = scores.cuda(), valid.cuda(), supervised.cuda()
 
-    def both(scores: Tensor, valid: Tensor, supervised: Tensor) -> tuple[Selection, Selection]:
+    def every(scores: Tensor, valid: Tensor, supervised: Tensor) -> tuple[Selection, ...]:
+        counts = count_holding(scores, 0.05, valid=valid)
         return (
+            select_topk(scores, 50, valid=valid, counts=counts.clamp_max(50)),
             select_topk(scores, 50, valid=valid, supervised=supervised),
             select_sample(scores, 50, valid=valid, supervised=supervised, generator=generator(3)),
         )
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        remote = both(*there)
+        remote = every(*there)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for a, b in zip(both(scores, valid, supervised), remote, strict=True):
+    for a, b in zip(every(scores, valid, supervised), remote, strict=True):
         assert torch.equal(a.kept, b.kept.cpu())
         torch.testing.assert_close(a.weights, b.weights.cpu())
