@@ -344,6 +344,11 @@ def eager_call(model: torch.nn.Module) -> Callable[..., Any]:
     return model._call_impl
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward in this thread; no public call tells."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def saving_inputs_only() -> AbstractContextManager[Any]:
     """AOTAutograd's partitioner saves a graph's inputs alone while this context compiles it.
 

@@ -13,13 +13,23 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["BACKENDS", "GRADIENT_NORMS", "OUTPUTS", "RECOMPUTES", "SCORES", "SELECTS", "SeekConfig"]
+__all__ = [
+    "BACKENDS",
+    "GRADIENT_NORMS",
+    "KVS",
+    "OUTPUTS",
+    "RECOMPUTES",
+    "SCORES",
+    "SELECTS",
+    "SeekConfig",
+]
 
 SCORES = ("tokenseek", "context", "gradient", "random")
 SELECTS = ("topk", "sample")
 GRADIENT_NORMS = ("l1", "l2", "sum")
 BACKENDS = ("eager", "aot_eager", "inductor")
 RECOMPUTES = ("none", "block")
+KVS = ("device", "offload")
 OUTPUTS = ("loss", "selected", "full")
 
 _CALLABLES = ("score", "loss")
@@ -65,6 +75,11 @@ class SeekConfig:
             Default ``"eager"``.
         recompute: What backward makes again instead of keeping it: ``"none"``, or ``"block"``,
             where only keys, values and the inputs of each block are kept. Default ``"none"``.
+        kv: Where keys and values of all tokens wait between their use: ``"device"``, or
+            ``"offload"``, in (pinned) host memory; they come back block by block. Needs
+            ``recompute="block"`` and ``backend="eager"``. Default ``"device"``.
+        prefill_chunk: Tokens of a row for which the pass over all tokens computes what lies between
+            two attentions at a time (norms, linear layers); None for all of them. Default None.
         outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None),
             ``"selected"`` (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at
             the selected ones). Default ``"loss"``.
@@ -93,6 +108,8 @@ class SeekConfig:
     seed: int = 0
     backend: str = "eager"
     recompute: str = "none"
+    kv: str = "device"
+    prefill_chunk: int | None = None
     outputs: str = "loss"
     chunk_bytes: int = 64 * 1024 * 1024
     loss: Callable[..., Any] | None = None
@@ -109,8 +126,9 @@ class SeekConfig:
         object.__setattr__(self, "ratio_bounds", tuple(map(float, self.ratio_bounds)))
         for name in ("alpha", "beta", "uniform"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("seed", "chunk_bytes", "token_dim"):
-            object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("seed", "chunk_bytes", "token_dim", "prefill_chunk"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))
 
     @property
     def mass_share(self) -> float | None:
@@ -238,6 +256,7 @@ def _problems(config: SeekConfig) -> list[str]:
         *_choice("gradient_norm", config.gradient_norm, GRADIENT_NORMS),
         *_choice("backend", config.backend, BACKENDS),
         *_choice("recompute", config.recompute, RECOMPUTES),
+        *_choice("kv", config.kv, KVS),
         *_choice("outputs", config.outputs, OUTPUTS),
         *_ratio(config.ratio),
         *_bounds("ratio_bounds", config.ratio_bounds),
@@ -248,6 +267,14 @@ def _problems(config: SeekConfig) -> list[str]:
         *_integer("chunk_bytes", config.chunk_bytes, 1, None),
         *_integer("token_dim", config.token_dim, 1, None),
     ]
+    if config.prefill_chunk is not None:
+        lines += _integer("prefill_chunk", config.prefill_chunk, 1, None)
+    if config.kv == "offload" and (config.recompute, config.backend) != ("block", "eager"):
+        lines.append(
+            f"kv='offload' with recompute={_shown(config.recompute)} and "
+            f"backend={_shown(config.backend)}: autograd would keep the copies on the device; "
+            f"use recompute='block' and backend='eager'"
+        )
     if not isinstance(config.supervised_only, bool):
         lines.append(
             f"supervised_only={_shown(config.supervised_only)} is not a bool; pass True to select "

@@ -13,7 +13,7 @@ captured graph
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,13 +25,13 @@ from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
 from fxseek.head import ChunkedHead
 from fxseek.lowering import Run, lower
-from fxseek.passes.causal import use_causal_flag
 from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
     Facts,
     Sizes,
     descendants,
+    example,
     find_sizes,
     is_tensor,
     needs_grad,
@@ -40,7 +40,9 @@ from fxseek.passes.functionalise import functionalise
 from fxseek.passes.head import Head, attach_head, find_head
 from fxseek.passes.hoist import hoist_gathers
 from fxseek.passes.inline import inline
+from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.normalise import normalise
+from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.segments import block_inputs
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens
@@ -63,6 +65,7 @@ class Program:
     chunked: ChunkedHead | None = None
     learn: StageGraph | None = None
     gathers: list[tuple[StageInput, tuple[Any, ...]]] = field(default_factory=list)
+    on_host: list[fx.Node] = field(default_factory=list)
     score: ScorePlan | None = None
     prefill: StageGraph | None = None
     module: fx.GraphModule | None = None
@@ -181,6 +184,8 @@ def _ditch(program: Program, full_outputs: bool) -> None:
         program.learn, program.gathers = hoist_gathers(stage)
     results = list(program.learn.graph.output_node().args[0])  # type: ignore[arg-type]
     program.learn.graph.output_node().args = (_fill(program_outputs[0], results),)
+    if program.config.kv == "offload":
+        program.on_host = take_from_host(program.learn)
 
 
 def _ends(head: Head, wanted: list[tuple[str, fx.Node]]) -> bool:
@@ -242,7 +247,23 @@ def _prefill(program: Program) -> None:
     reads.update((node, None) for node in scored if node not in made)
     outputs = [node for node in reads if node.op != "placeholder"]
     program.prefill = extract(program.graph, outputs)
-    use_causal_flag(program.prefill, sizes)
+    use_mask_rows(program.prefill, sizes, whole=_read_whole(program))
+    send_to_host(program.prefill, [node for node in program.on_host if node not in scored])
+
+
+def _read_whole(program: Program) -> Iterator[fx.Node]:
+    """Values that a later stage reads otherwise than as rows of the selected queries."""
+    learn, score = program.learn, program.score
+    assert learn is not None and score is not None
+    for stage in (learn, score.head, None if program.head is None else program.head.stage):
+        for item in () if stage is None else stage.inputs:
+            if item.kind == "value" and item.node is not None:
+                yield item.node
+    for item, where in program.gathers:
+        rank = example(item.node).dim() if item.node is not None else 0
+        if where not in ((0, rank - 2, 0, False, 1), (0, rank - 2, None, False, 1)):
+            assert item.node is not None
+            yield item.node
 
 
 def _assemble(program: Program) -> None:
@@ -250,7 +271,7 @@ def _assemble(program: Program) -> None:
     assert learn is not None and score is not None and prefill is not None
     bases = {item.node for item in learn.inputs if item.kind == "value" and item.node is not None}
     root = nn.Module()
-    root.add_module("prefill", Prefill(prefill, bases))
+    root.add_module("prefill", Prefill(prefill, bases, program.on_host))
     root.add_module("score", Score(score, program.config, program.chunked))
     root.add_module("select", Select(program.config))
     root.add_module("gather", Gather(program.gathers))

@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxseek import _torch
-
 __all__ = [
-    "attend_all",
+    "attend_folded",
     "attend_rows",
     "gather_rows",
-    "is_causal_mask",
+    "owned",
     "put_rows_",
     "scatter_rows",
 ]
@@ -87,6 +85,13 @@ def scatter_rows(
     return placed.movedim((0, 1), (batch, row))
 
 
+def owned(value: Any) -> Any:
+    """A value that keeps nothing but itself alive: views of larger memory are copied."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+        return value.clone()
+    return value
+
+
 def put_rows_(
     base: Tensor,
     rows: Tensor,
@@ -151,6 +156,10 @@ def attend_rows(
             shape = [1] * query.dim()
             shape[batch_dim] = causal.shape[0]
             mask = causal.view(*shape[:-2], *causal.shape[-2:])
+    # Of the fused kernels only the CPU's takes a mask and grouped heads; elsewhere keys and
+    # values would be repeated and the map of kept × keys made
+    if enable_gqa and mask is not None and query.dim() == 4 and query.device.type != "cpu":
+        return attend_folded(query, key, value, mask, dropout_p=dropout_p, scale=scale)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -162,34 +171,28 @@ def attend_rows(
     )
 
 
-def is_causal_mask(mask: Tensor) -> bool:
-    """Whether a boolean mask [..., tokens, tokens] is the causal one in every entry.
-
-    Waits for the device. A fake tensor has no values to look at, so the answer is no.
-    """
-    tokens = mask.shape[-1]
-    if mask.shape[-2] != tokens or _torch.is_fake(mask):
-        return False
-    if bool(mask[..., 0, 1:].any()) or not bool(mask[..., -1, :].all()):
-        return False
-    columns = torch.arange(tokens, device=mask.device)
-    same = torch.ones((), dtype=torch.bool, device=mask.device)
-    for start in range(0, tokens, _MASK_ROWS):
-        rows = mask[..., start : start + _MASK_ROWS, :]
-        causal = columns <= columns[start : start + _MASK_ROWS, None]
-        same &= (rows == causal).all()
-    return bool(same)
-
-
-_MASK_ROWS = 256
-"""Rows of a mask that are compared at a time."""
-
-
-def attend_all(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, *, causal: bool, **options: Any
+def attend_folded(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
 ) -> Tensor:
-    """`scaled_dot_product_attention` of all tokens, by the causal flag where the mask is causal."""
-    if causal:
-        options["is_causal"] = True
-        return F.scaled_dot_product_attention(query, key, value, **options)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+    """Grouped-query attention whose groups are further queries of their key head.
+
+    Shapes: query [batch, heads, kept, width]; key, value [batch, kv_heads, keys, width]; mask
+    broadcastable to [batch, heads, kept, keys] → [batch, heads, kept, width].
+    """
+    heads, kept = query.shape[1:3]
+    kv_heads = key.shape[1]
+    groups = (kv_heads, heads // kv_heads)
+    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask.expand(-1, -1, kept, -1)
+    if mask.shape[1] == 1:
+        mask = mask.unsqueeze(2).expand(-1, -1, groups[1], -1, -1)
+    else:
+        mask = mask.unflatten(1, groups)
+    found = F.scaled_dot_product_attention(
+        query.unflatten(1, groups).flatten(2, 3),
+        key,
+        value,
+        attn_mask=mask.flatten(2, 3),
+        **options,
+    )
+    return found.unflatten(2, (groups[1], kept)).flatten(1, 2)

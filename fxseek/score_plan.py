@@ -13,7 +13,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
 from fxseek.loss import selected_cross_entropy
 from fxseek.lowering import run_boxed
-from fxseek.passes.causal import use_causal_flag
+from fxseek.masks import MaskRows
 from fxseek.passes.ditch import StageGraph, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
@@ -27,9 +27,9 @@ from fxseek.passes.facts import (
     tensors_of,
 )
 from fxseek.passes.head import Head, logit_bytes
+from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.rules import Call, operation
 from fxseek.passes.structure import Structure
-from fxseek.rows import is_causal_mask
 from fxseek.stages import ScorePlan
 
 Context = Callable[[dict[fx.Node, Any], Tensor, int], Tensor]
@@ -161,7 +161,7 @@ def _gradient(
     made += [node for node in reads if node in after and node not in made and node is not start]
     constants = _constants_before(made, start, after)
     block = extract(graph, made, given=[start, *constants], grad_modes=True)
-    use_causal_flag(block, facts.sizes)
+    use_mask_rows(block, facts.sizes)
     last = structure.attentions[-1]
     return {
         "hidden": start,
@@ -244,7 +244,9 @@ def _context_of_sdpa(facts: Facts, attention: fx.Node) -> tuple[Context, tuple[f
 
     def column_sums(values: dict[fx.Node, Any], valid: Tensor, chunk_bytes: int) -> Tensor:
         allowed = None if mask is None else values[mask]
-        flagged = square and allowed is not None and is_causal_mask(allowed)
+        if square and isinstance(allowed, Tensor):
+            allowed = MaskRows.of(allowed)
+        flagged = isinstance(allowed, MaskRows) and allowed.causal(valid.shape[1], valid.device)
         sums = scoring.attention_column_sums(
             values[query],
             values[key],

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import ScoreError
+from .masks import MaskRows
 
 __all__ = [
     "ScoreInputs",
@@ -66,7 +67,7 @@ def attention_column_sums(
     query: Tensor,
     key: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | MaskRows | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     query_valid: Tensor | None = None,
@@ -83,8 +84,8 @@ def attention_column_sums(
     Shapes: query [batch, heads, tokens, width]; key [batch, kv_heads, keys, width], kv_heads
     dividing heads (grouped query: head h reads key head ``h // (heads / kv_heads)``; keys are
     never repeated); mask broadcastable to [batch, heads, tokens, keys], bool (True = attend) or
-    additive; query_valid Bool [batch, tokens]. Returns [batch, keys], float32, or float64 for
-    float64 inputs.
+    additive, or made by rows; query_valid Bool [batch, tokens]. Returns [batch, keys], float32, or
+    float64 for float64 inputs.
 
     Units: ``chunk_bytes`` bounds what exists at once of the map, down to one row of one key head's
     group. Copies of size tokens × width in the accumulation dtype come on top.
@@ -102,12 +103,11 @@ def attention_column_sums(
         query = query.masked_fill(~query_valid[:, None, :, None], 0.0)
     query = (query.to(dtype) * scale).unflatten(1, (kv_heads, groups))
     transposed = key.to(dtype).transpose(-1, -2)
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
-    masked_below = _masked_below(mask, dtype)
+    whole = mask[(None,) * (4 - mask.dim())] if isinstance(mask, Tensor) else None
+    masked_below = _masked_below(whole, dtype)
 
     entry_bytes = dtype.itemsize
-    if mask is not None and mask.dtype == torch.bool:
+    if mask is not None and (whole is None or whole.dtype == torch.bool):
         entry_bytes += 1
     sums = query.new_zeros(batch, keys)
     index = torch.arange(tokens, device=query.device)
@@ -120,8 +120,11 @@ def attention_column_sums(
             logits = part.flatten(2, 3) @ transposed[b, h, :, :reach]
             # [batch, heads, rows, reach], the same memory
             logits = logits.unflatten(2, part.shape[2:4]).flatten(1, 2)
-            if mask is not None:
-                _apply_mask(logits, _mask_part(mask, b, h, groups, rows, reach))
+            if isinstance(mask, MaskRows):
+                given = mask.part(rows, query.device)
+                _apply_mask(logits, _mask_part(given, b, h, groups, slice(None), reach))
+            elif whole is not None:
+                _apply_mask(logits, _mask_part(whole, b, h, groups, rows, reach))
             if is_causal:
                 logits.masked_fill_(index[:reach] > index[rows, None], -math.inf)
 

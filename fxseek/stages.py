@@ -19,12 +19,14 @@ from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
 from fxseek.head import ChunkedHead
 from fxseek.lowering import Run, run_boxed
+from fxseek.masks import MaskRows
+from fxseek.offload import HostTensor, link
 from fxseek.passes.ditch import StageGraph, StageInput
 from fxseek.passes.facts import Rows
 from fxseek.passes.structure import Place
-from fxseek.rows import gather_rows, put_rows_
+from fxseek.rows import gather_rows, owned, put_rows_
 
-Values = dict[fx.Node, Tensor]
+Values = dict[fx.Node, Any]
 
 
 @dataclass
@@ -47,18 +49,14 @@ class Scores:
     """Tokens that the model put in front (prompt tuning): parameters, kept beside the ratio."""
 
 
-def owned(value: Any) -> Any:
-    """A value that keeps nothing but itself alive: views of larger memory are copied."""
-    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-        return value.clone()
-    return value
-
-
 class Prefill(nn.Module):
     """All tokens once, without grad, up to the values that later stages read."""
 
-    def __init__(self, stage: StageGraph, bases: set[fx.Node]) -> None:
+    def __init__(
+        self, stage: StageGraph, bases: set[fx.Node], on_host: Sequence[fx.Node] = ()
+    ) -> None:
         super().__init__()
+        self.on_host = on_host
         self.graph_module = stage.module("Prefill")
         self.inputs = stage.inputs
         self.outputs = stage.outputs
@@ -74,6 +72,7 @@ class Prefill(nn.Module):
                 value = found.pop()
                 values[node] = owned(value) if node in self.bases else value
                 del value
+        link([x for node in self.on_host if isinstance(x := values[node], HostTensor)])
         return values
 
 
@@ -481,6 +480,9 @@ class Gather(nn.Module):
                 node = key.node
                 assert node is not None
                 value = inputs[positions[node]] if node in positions else values[node]
+                if isinstance(value, MaskRows):
+                    rows[key] = value.rows(kept)
+                    continue
                 for _ in range(unsqueezed):
                     value = value.unsqueeze(0)
                 rows[key] = gather_rows(value, kept, *where)

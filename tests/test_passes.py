@@ -14,13 +14,14 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fxseek.passes.causal import use_causal_flag
+from fxseek.masks import MaskMaker
 from fxseek.passes.ditch import StageGraph, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import KEPT, Rows, Sizes, moved_rows
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.hoist import hoist_gathers
 from fxseek.passes.inline import inline
+from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.structure import find_structure
 from fxseek.passes.unshift import unshift
@@ -294,39 +295,76 @@ def test_extract():
     )
 
 
-def test_causal():
-    def body(x: Tensor, mask: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
-        z = F.scaled_dot_product_attention(y, y, y, mask, scale=0.5)
-        return z
+def test_masks_by_rows():
+    def body(x: Tensor, padding: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1])
+        mask = (at[None, :] <= at[:, None]) & padding[:, None, None, :]
+        h = x.unsqueeze(1)
+        y = F.scaled_dot_product_attention(h, h, h, attn_mask=mask)
+        return F.scaled_dot_product_attention(y, y, y, mask, scale=0.5)
 
-    mask = torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool)
-    made = captured(body, hidden(), mask)
+    made = captured(body, hidden(), torch.ones(BATCH, TOKENS, dtype=torch.bool))
     stage = extract(made.graph, made.results)
-    use_causal_flag(stage, made.facts.sizes)
+    use_mask_rows(stage, made.facts.sizes)
     same(
         stage.graph,
         """
-        is_causal_mask = is_causal_mask(mask)
-        y = attend_all(query=x, key=x, value=x, attn_mask=mask, causal=is_causal_mask)
-        z = attend_all(query=y, key=y, value=y, attn_mask=mask, scale=0.5, causal=is_causal_mask)
-        return (z)
+        at = arange(size)
+        getitem_3 = getitem(at, (None, :))
+        getitem_4 = getitem(at, (:, None))
+        getitem_5 = getitem(padding, (:, None, None, :))
+        mask_rows_0 = mask_rows_0(getitem_3, getitem_4, getitem_5)
+        h = unsqueeze(x, 1)
+        y = attend_all(query=h, key=h, value=h, attn_mask=mask_rows_0)
+        sdpa_1 = attend_all(query=y, key=y, value=y, attn_mask=mask_rows_0, scale=0.5)
+        return (sdpa_1)
+        """,
+    )
+    maker = stage.modules["mask_rows_0"]
+    assert isinstance(maker, MaskMaker) and isinstance(maker.make, fx.GraphModule)
+    same(
+        maker.make.graph,
+        """
+        queries_of = queries_of(getitem_4, kept)
+        le = le(getitem_3, queries_of)
+        and = and(le, getitem_5)
+        return and
+        """,
+    )
+
+
+def test_a_mask_that_is_given_whole():
+    def body(x: Tensor, mask: Tensor) -> Tensor:
+        h = x.unsqueeze(1)
+        return F.scaled_dot_product_attention(h, h, h, attn_mask=mask)
+
+    made = captured(body, hidden(), torch.ones(BATCH, 1, TOKENS, TOKENS, dtype=torch.bool))
+    stage = extract(made.graph, made.results)
+    use_mask_rows(stage, made.facts.sizes)
+    same(
+        stage.graph,
+        """
+        mask_rows_0 = mask_rows_0(mask)
+        h = unsqueeze(x, 1)
+        sdpa = attend_all(query=h, key=h, value=h, attn_mask=mask_rows_0)
+        return (sdpa)
         """,
     )
 
 
 @pytest.mark.parametrize("kind", ["float", "columns"])
-def test_causal_leaves_other_masks_alone(kind):
+def test_masks_by_rows_leave_other_masks_alone(kind):
     def body(x: Tensor, mask: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        h = x.unsqueeze(1)
+        return F.scaled_dot_product_attention(h, h, h, attn_mask=mask)
 
-    mask = torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.float64)
+    mask = torch.ones(BATCH, 1, TOKENS, TOKENS, dtype=torch.float64)
     if kind == "columns":
-        mask = torch.ones(BATCH, 1, TOKENS, dtype=torch.bool)
+        mask = torch.ones(BATCH, 1, 1, TOKENS, dtype=torch.bool)
     made = captured(body, hidden(), mask)
     stage = extract(made.graph, made.results)
     before = text(stage.graph)
-    use_causal_flag(stage, made.facts.sizes)
+    use_mask_rows(stage, made.facts.sizes)
     assert text(stage.graph) == before
 
 

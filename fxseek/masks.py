@@ -1,0 +1,129 @@
+"""Attention masks that are made row by row.
+
+Shapes: `kept` is LongTensor[batch or 1, rows], query positions; rows of a mask are
+Bool[batch or 1, heads or 1, rows, keys].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fxseek import _torch
+
+__all__ = ["MaskMaker", "MaskRows", "attend_all", "queries_of"]
+
+_COMPARED_ROWS = 256
+"""Rows of a mask that are compared with the causal mask's at a time."""
+
+_CHUNK_BYTES = 64 << 20
+"""The largest part of a mask, as float32 entries, that an attention of all tokens is given."""
+
+
+def queries_of(x: Tensor, kept: Tensor) -> Tensor:
+    """A mask's ingredient [..., tokens, any] at some queries: [batch or 1, any, rows, any]."""
+    x = x[(None,) * (4 - x.dim())]
+    batch = max(x.shape[0], kept.shape[0])
+    kept = kept[:, None, :, None].expand(batch, x.shape[1], -1, x.shape[3])
+    return torch.take_along_dim(x.expand(batch, -1, -1, -1), kept, 2)
+
+
+class MaskRows:
+    """A boolean mask [batch or 1, heads or 1, tokens, keys] that is never whole."""
+
+    def __init__(self, make: Callable[..., Tensor], leaves: tuple[Any, ...], square: bool) -> None:
+        self._make = make
+        self._leaves = leaves
+        self._square = square
+        self._causal: bool | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor) -> MaskRows:
+        """By rows, a mask [..., tokens, keys] that is whole already."""
+        return cls(
+            lambda kept, whole: queries_of(whole, kept), (mask,), mask.shape[-1] == mask.shape[-2]
+        )
+
+    def part(self, queries: slice, device: torch.device) -> Tensor:
+        """The rows of consecutive queries."""
+        return self.rows(torch.arange(queries.start, queries.stop, device=device)[None])
+
+    def rows(self, kept: Tensor) -> Tensor:
+        """The rows of these query positions."""
+        return self._make(kept, *self._leaves)
+
+    def causal(self, tokens: int, device: torch.device) -> bool:
+        """Whether the mask is the causal one in every entry. Waits for the device, once.
+
+        A fake tensor has no values to look at: it stands for rows without padding.
+        """
+        if self._causal is None:
+            self._causal = self._square and self._is_causal(tokens, device)
+        return self._causal
+
+    def _is_causal(self, tokens: int, device: torch.device) -> bool:
+        columns = torch.arange(tokens, device=device)
+        if _torch.is_fake(columns):
+            return True
+        corners = self.rows(columns[None, [0, -1]])
+        if bool(corners[..., 0, 1:].any()) or not bool(corners[..., 1, :].all()):
+            return False
+        same = torch.ones((), dtype=torch.bool, device=device)
+        for start in range(0, tokens, _COMPARED_ROWS):
+            chunk = columns[start : start + _COMPARED_ROWS]
+            same &= (self.rows(chunk[None]) == (columns <= chunk[:, None])).all()
+        return bool(same)
+
+
+class MaskMaker(nn.Module):
+    """Binds what a mask is made of in a step."""
+
+    def __init__(self, make: Callable[..., Tensor], square: bool) -> None:
+        super().__init__()
+        self.make = make
+        self.square = square
+
+    def forward(self, *leaves: Any) -> MaskRows:
+        """The mask, by rows."""
+        return MaskRows(self.make, leaves, self.square)
+
+
+def attend_all(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | MaskRows,
+    **options: Any,
+) -> Tensor:
+    """`scaled_dot_product_attention` of all tokens under a mask.
+
+    A mask that is causal becomes the flag; any other is made and used on chunks of queries, in
+    backward anew.
+    """
+    if isinstance(attn_mask, Tensor):
+        attn_mask = MaskRows.of(attn_mask)
+    tokens = query.shape[-2]
+    if attn_mask.causal(tokens, query.device):
+        return F.scaled_dot_product_attention(query, key, value, **{**options, "is_causal": True})
+    step = max(1, _CHUNK_BYTES // (4 * key.shape[-2] * max(1, query.shape[0])))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, queries: slice) -> Tensor:
+        mask = attn_mask.part(queries, query.device)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+
+    if tokens <= step:
+        return attend(query, key, value, slice(0, tokens))
+    parts = []
+    for start in range(0, tokens, step):
+        queries = slice(start, min(start + step, tokens))
+        given = (query[..., queries, :], key, value, queries)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(attend, *given, use_reentrant=False))
+        else:
+            parts.append(attend(*given))
+    return torch.cat(parts, dim=-2)

@@ -1,0 +1,141 @@
+"""Pass 8, masks: no attention mask of tokens × tokens is ever whole.
+
+Before::
+
+    le = arange_keys <= arange_queries           # [1, 1, tokens, tokens]
+    mask = le & padding                          # [batch, 1, tokens, tokens]
+    o = sdpa(q, k, v, attn_mask=mask)
+
+After::
+
+    mask = mask_rows(arange_keys, arange_queries, padding)     # makes rows of it when asked
+    o = attend_all(q, k, v, attn_mask=mask)      # by the causal flag, or on chunks of queries
+
+A boolean mask is elementwise in values of one token dimension. Its rows for some queries follow
+from those values at these queries. Whether it is more than the causal flag says (padding, packing,
+a window) is not known before the batch is: `fxseek.masks.MaskRows` finds out, chunk by chunk.
+Fused kernels skip half of the work under the causal flag and none under a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from fxseek.masks import MaskMaker, attend_all, queries_of
+from fxseek.passes.ditch import StageGraph, enters_autocast, leaves_autocast
+from fxseek.passes.facts import Sizes, example, is_tensor
+from fxseek.passes.rules import find_rule, operation
+from fxseek.passes.rules.pointwise import binary, convert, unary
+
+_CALLS = ("call_function", "call_method", "call_module")
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+
+
+def use_mask_rows(stage: StageGraph, sizes: Sizes, whole: Iterable[fx.Node] = ()) -> None:
+    """Let the attentions of a stage that runs on all tokens take masks by rows (in place).
+
+    Masks leave the stage in that form too, but for those of `whole`, captured masks that a later
+    stage reads otherwise.
+    """
+    keep = {node.name for node in whole}
+    masks: dict[fx.Node, list[fx.Node]] = {}
+    for node in stage.graph.nodes:
+        if operation(node) != "scaled_dot_product_attention":
+            continue
+        given = _arguments(node)
+        mask = given.get("attn_mask")
+        if isinstance(mask, fx.Node) and _square(mask, sizes) and example(mask).dtype == torch.bool:
+            masks.setdefault(mask, []).append(node)
+            node.target, node.args, node.kwargs = attend_all, (), given
+    output = stage.graph.output_node()
+    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
+    kinds = {node: x.kind for node, x in zip(placeholders, stage.inputs, strict=True)}
+    for mask, users in masks.items():
+        if kinds.get(mask) == "value":  # another stage made it, in either form
+            continue
+        rows = _Rows(mask, sizes)
+        name = f"mask_rows_{len(stage.modules)}"
+        square = sizes.shape(example(mask))[-1] == sizes.tokens
+        stage.modules[name] = MaskMaker(rows.module(), square)
+        with stage.graph.inserting_after(placeholders[-1] if mask in kinds else mask):
+            made = stage.graph.create_node("call_module", name, tuple(rows.leaves))
+        made.meta["fxseek"] = ("masks", mask.name)
+        for user in (*users, *(() if mask.name in keep else (output,))):
+            user.replace_input_with(mask, made)
+    for node in reversed(list(stage.graph.nodes)):  # lint knows no modules of a stage to be
+        if (
+            not node.users
+            and node.op in _CALLS
+            and not (enters_autocast(node) or leaves_autocast(node))
+        ):
+            stage.graph.erase_node(node)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    return dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _square(mask: fx.Node, sizes: Sizes) -> bool:
+    shape = sizes.shape(example(mask)) if is_tensor(mask) else ()
+    return len(shape) == 4 and shape[-2] == sizes.tokens and sizes.has_tokens(shape[-1])
+
+
+class _Rows:
+    """The graph that makes rows of one mask from `leaves` and from query positions.
+
+    Where a value of tokens × tokens is not made element by element, it is a leaf itself.
+    """
+
+    def __init__(self, mask: fx.Node, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.graph = fx.Graph()
+        self.kept = self.graph.placeholder("kept")
+        self.leaves: dict[fx.Node, fx.Node] = {}
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.graph.output(self._rows(mask))
+
+    def module(self) -> fx.GraphModule:
+        """``(kept, *leaves) → rows``."""
+        return fx.GraphModule(torch.nn.Module(), self.graph, class_name="MaskRows")
+
+    def _rows(self, node: fx.Node) -> fx.Node:
+        if node not in self.made:
+            self.made[node] = self._make(node)
+        return self.made[node]
+
+    def _make(self, node: fx.Node) -> fx.Node:
+        shape = self.sizes.shape(example(node)) if is_tensor(node) else ()
+        if len(shape) < 2 or shape[-2] != self.sizes.tokens:
+            return self._leaf(node)
+        found = find_rule(node)
+        if found is not None and self.sizes.has_tokens(shape[-1]):
+            if found.function in (unary, binary, convert):
+                args = map_arg(node.args, self._rows)
+                kwargs = map_arg(node.kwargs, self._rows)
+                return self.graph.create_node(node.op, node.target, args, kwargs)
+            if found.name == "expand" and len(shape) == 4:
+                return self._expanded(node)
+        return self.graph.call_function(queries_of, (self._leaf(node), self.kept))
+
+    def _expanded(self, node: fx.Node) -> fx.Node:
+        source, *given = node.args
+        assert isinstance(source, fx.Node)
+        sizes = list(given[0]) if isinstance(given[0], (list, tuple)) else given
+        sizes = [self._leaf(size) if isinstance(size, fx.Node) else size for size in sizes]
+        sizes[-2] = self.graph.call_method("size", (self.kept, 1))
+        return self.graph.call_method("expand", (self._rows(source), *sizes))
+
+    def _leaf(self, node: fx.Node) -> fx.Node:
+        if node not in self.leaves:
+            last = [self.kept, *self.leaves.values()][-1]
+            with self.graph.inserting_after(last):
+                self.leaves[node] = self.graph.placeholder(node.name)
+        return self.leaves[node]
+
+
+__all__ = ["use_mask_rows"]
