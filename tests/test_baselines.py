@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import models
 import pytest
 import torch
+from models import IGNORED, tiny_gpt2, tiny_llama, tiny_lora, without_casts
 from torch import Tensor, nn
 
 import baselines
 import fxseek
-import models
 from common import ExampleError
 from fxseek.reference import compare, masked_backprop
-from models import IGNORED, tiny_gpt2, tiny_llama, tiny_lora, without_casts
 
 TOKENS = 23
 
