@@ -85,6 +85,7 @@ class ChunkedLoss(nn.Module):
         hidden = getattr(inner, inner.base_model_prefix)(**inputs).last_hidden_state
         targets = next_tokens(labels)
         head = inner.get_output_embeddings()
+        assert head is not None
 
         def part(hidden: Tensor, targets: Tensor) -> Tensor:
             return summed_loss(head(hidden), targets)

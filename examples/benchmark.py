@@ -159,13 +159,15 @@ def measure(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
         if not result.failed
     }
     description = f"{tuning}, {tokens} tokens"
-    for number in tqdm(range(UNTIMED + repeats(tokens, options)), description, unit="round"):
+    bar = tqdm(range(UNTIMED + repeats(tokens, options)), description, unit="round")
+    for number in bar:
         # Each round starts with another way, so that none always follows the same neighbour.
         turn = number % len(part)
         for way in [*options.methods[turn:], *options.methods[:turn]]:
             result = part[way]
             if result.failed:
                 continue
+            bar.set_postfix_str(way)
             if number == 0:
                 result.failed = first_step(way, models[way], batch, result, device)
             elif number == 1:

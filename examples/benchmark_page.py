@@ -196,8 +196,10 @@ def growth(tuning: str, parts: Parts) -> str:
         for quantity in (saved, peak):
             for end in ends:
                 result = parts[tuning, end].get(way)
-                there = result is not None and not result.failed
-                row.append(f"{quantity(result) / end / 1024:.1f}" if there else "–")
+                if result is None or result.failed:
+                    row.append("–")
+                else:
+                    row.append(f"{quantity(result) / end / 1024:.1f}")
         rows.append(row)
     return common.table(header, rows)
 
@@ -252,8 +254,8 @@ def targets(parts: Parts, options: argparse.Namespace) -> str | None:
     captures = [f"tokenseek: capture ≤ {CAPTURE_TARGET:.0f} s"]
     for tuning in tunings:
         result = parts[tuning, TARGET_TOKENS].get("tokenseek")
-        there = result is not None and not result.failed
-        captures.append(verdict(result.capture if there else None, CAPTURE_TARGET, "{:.1f} s"))
+        seconds = None if result is None or result.failed else result.capture
+        captures.append(verdict(seconds, CAPTURE_TARGET, "{:.1f} s"))
     rows.append(captures)
     for what, quantity in (("saved", saved), ("peak", peak)):
         grown = [largest_growth(tuning, parts, quantity) for tuning in tunings]
