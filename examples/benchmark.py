@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The profiler's remarks, one a step, would come between the progress bars.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Or what a compiler takes would depend on what was compiled in an earlier run.
+    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     parts: dict[tuple[str, int], Part] = {}
     try:
         for tokens in options.tokens:

@@ -78,6 +78,8 @@ def plot(
 
 
 def draw(panel: Any, tuning: str, quantity: Quantity, unit: float, parts: Parts) -> None:
+    from matplotlib.ticker import LogLocator
+
     lengths = sorted(tokens for name, tokens in parts if name == tuning)
     for way, (colour, dashes, marker) in LINES.items():
         points = [
@@ -95,6 +97,7 @@ def draw(panel: Any, tuning: str, quantity: Quantity, unit: float, parts: Parts)
     panel.set_yscale("log")
     panel.set_xticks(lengths, [str(tokens) for tokens in lengths])
     panel.minorticks_off()
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("tokens of a row")
     panel.grid(True, color="#dddddd", linewidth=0.5)
