@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -49,8 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The profiler's remarks, one a step, would come between the progress bars.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Or what a compiler takes would depend on what was compiled in an earlier run.
-    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     parts: dict[tuple[str, int], Part] = {}
     try:
         for tokens in options.tokens:
@@ -134,7 +133,12 @@ def apart(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
     """`measure` in a fresh process, which gives all of its memory back."""
     spawn = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        # In a shared cache, what a compiler takes would depend on what was compiled before.
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+            ProcessPoolExecutor(1, mp_context=spawn) as pool,
+        ):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
             return pool.submit(measure, tuning, tokens, options).result()
     except BrokenProcessPool:
         reason = "its process was killed, as a machine with too little memory does"
