@@ -29,7 +29,7 @@ venv: $(STAMP) ## Make .venv with everything installed
 demo: $(STAMP) ## Fine-tune a real language model four ways and compare them
 	$(BIN)/python examples/demo.py $(ARGS)
 
-bench: $(STAMP) ## Measure step time and saved bytes; write docs/benchmarks.md
+bench: $(STAMP) ## Measure step time and memory; write docs/benchmarks.md and its plots (hours)
 	$(BIN)/python examples/benchmark.py $(ARGS)
 
 # One thread a worker: the tests' tensors are small, so two workers beat two threads.

@@ -1,93 +1,68 @@
-"""Measure a training step: seconds and saved bytes, ordinary fine-tuning beside fxseek.
+"""Measure a training step of ordinary fine-tuning, fxseek and others: seconds and memory.
 
     python examples/benchmark.py
+    python examples/benchmark.py --tokens 512 --repeats 1 --output -
     python examples/benchmark.py --device cuda --dtype bfloat16 --tokens 4096
 
-A step is a forward (with all of fxseek's stages) and its backward; the optimiser isn't in it. The
-ways take turns, step by step, in one process and share one set of weights, so that a slower moment
-of the machine meets all of them. Results go into docs/benchmarks.md, between the markers of their
-setting; --output - only prints them.
+A step is a forward (with all of fxseek's stages) and its backward; the optimiser isn't in it. For
+each kind of tuning and each length a fresh process runs all ways, which take turns, step by step,
+and share one set of weights: a slower moment of the machine meets all of them. Results go into
+docs/benchmarks.md as they come, between the markers of their setting, with plots beside the page;
+--output - only prints them. --keep FILE remembers them, so that a run that was cut short goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
+import gc
+import importlib.util
+import json
+import multiprocessing
 import os
-import platform
 import shlex
-import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import benchmark_page
 import common
+import peak
+import ways
+from benchmark_page import Measured, Part
 from common import ExampleError
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-
-METHODS: dict[str, dict[str, Any] | None] = {
-    "ordinary": None,
-    "checkpointing": None,
-    "random": {"score": "random"},
-    "context": {"score": "context"},
-    "tokenseek": {"score": "tokenseek"},
-}
-NAMES = {
-    "ordinary": "ordinary",
-    "checkpointing": "gradient checkpointing",
-    "random": "fxseek, random",
-    "context": "fxseek, context",
-    "tokenseek": "fxseek, tokenseek",
-}
-# What the project set out to reach, on the CPU at the default setting: shares of the ordinary step.
-TIME_TARGETS = {"random": 0.45, "tokenseek": 0.55}
-SAVED_TARGET = 0.17
-CAPTURE_TARGET = 25.0
-
-
-@dataclass
-class Measured:
-    """One way's numbers. ``first`` is the step that captures and rewrites the graph."""
-
-    first: float = 0.0
-    seconds: list[float] = field(default_factory=list)
-    saved_bytes: int = 0
-
-    @property
-    def step(self) -> float:
-        """The median step, in seconds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def capture(self) -> float:
-        """What the first step took beyond a median one, in seconds."""
-        return max(0.0, self.first - self.step)
+LENGTHS = "512,1024,2048,4096"
+UNTIMED = 2  # rounds: one captures, one counts bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     common.quiet()
+    # The profiler's remarks, one a step, would come between the progress bars.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    parts: dict[tuple[str, int], Part] = {}
     try:
-        sections = [
-            section(tuning, measure(tuning, options), options) for tuning in options.tunings
-        ]
+        for tokens in options.tokens:
+            for tuning in options.tunings:
+                parts[tuning, tokens] = remembered(tuning, tokens, options)
+                if options.output != "-":
+                    benchmark_page.write(Path(options.output), parts, options)
     except ExampleError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
-    text = "\n\n".join([setting(options), *sections])
-    print(f"\n{text}")
+    print(f"\n{benchmark_page.text(parts, options)}")
     if options.output != "-":
-        path = Path(options.output)
-        path.write_text(put(path.read_text(encoding="utf-8"), key(options), text), encoding="utf-8")
-        print(f"\nWritten into {path}.")
+        print(f"\nWritten into {options.output}.")
     return 0
 
 
@@ -97,87 +72,152 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", help="a hub id, a folder or a .gguf file (default: SmolLM2-135M-Instruct)")
-    add("--tokens", type=int, default=1024, help="length of a row (%(default)s)")
+    add("--tokens", default=LENGTHS, help="lengths of a row (%(default)s)")
     add("--batch", type=int, default=1, help="rows (%(default)s)")
     add("--ratio", type=float, default=0.1, help="share of tokens to train on (%(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     add("--device", default="cpu", help="cpu or cuda (%(default)s)")
     add("--backend", default="eager", help="what runs fxseek's stages (%(default)s)")
     add("--tunings", default="full,lora", help="some of %(default)s")
-    add("--methods", default=",".join(METHODS), help="some of %(default)s")
-    add("--repeats", type=int, default=5, help="timed steps of each way (%(default)s)")
+    add("--methods", default=",".join(ways.WAYS), help="some of %(default)s")
+    add("--repeats", type=int, help="timed steps of each way (default: 5, above 1024 tokens 3)")
     add("--output", default=str(PAGE), help="the page to write into, - for none (%(default)s)")
+    add("--keep", type=Path, help="a file that remembers results, made if missing")
     options = parser.parse_args(arguments)
-    for name, known in (("tunings", ["full", "lora"]), ("methods", list(METHODS))):
+    for name, known in (("tunings", ["full", "lora"]), ("methods", list(ways.WAYS))):
         chosen = getattr(options, name).split(",")
         unknown = [choice for choice in chosen if choice not in known]
         if unknown:
             parser.error(f"--{name} has {', '.join(unknown)}; there are {', '.join(known)}")
         setattr(options, name, chosen)
-    if options.output != "-" and not Path(options.output).exists():
-        parser.error(f"--output {options.output} doesn't exist: name a page with markers, or -")
-    options.command = shlex.join(["python", "examples/benchmark.py", *(arguments or sys.argv[1:])])
+    try:
+        options.tokens = sorted({int(length) for length in options.tokens.split(",")})
+    except ValueError:
+        parser.error(f"--tokens is {options.tokens}; it must be lengths, such as {LENGTHS}")
+    if options.tokens[0] < 2 or (options.repeats is not None and options.repeats < 1):
+        parser.error("--tokens must be at least 2 and --repeats at least 1")
+    if options.output != "-":
+        if not Path(options.output).exists():
+            parser.error(f"--output {options.output} doesn't exist: name a page, or - for none")
+        if len(options.tokens) > 1 and importlib.util.find_spec("matplotlib") is None:
+            parser.error("plots need matplotlib: install fxseek[demo], or give --output -")
+    given = sys.argv[1:] if arguments is None else arguments
+    options.command = shlex.join(["python", "examples/benchmark.py", *given])
     return options
 
 
 # --------------------------------------------------------------------------------------- measuring
 
 
-def measure(tuning: str, options: argparse.Namespace) -> dict[str, Measured]:
+def remembered(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
+    """What --keep holds of this part, measured now if it holds nothing."""
+    if options.keep is None:
+        return apart(tuning, tokens, options)
+    setting = [benchmark_page.setting_key(options), tuning, f"{tokens} tokens"]
+    setting += [f"{repeats(tokens, options)} repeats", ",".join(options.methods)]
+    name = ", ".join(setting)
+    kept = json.loads(options.keep.read_text()) if options.keep.exists() else {}
+    if name not in kept:
+        part = apart(tuning, tokens, options)
+        kept[name] = {way: dataclasses.asdict(result) for way, result in part.items()}
+        options.keep.write_text(json.dumps(kept, indent=1) + "\n")
+    return {way: Measured(**values) for way, values in kept[name].items()}
+
+
+def repeats(tokens: int, options: argparse.Namespace) -> int:
+    """How many steps of each way are timed."""
+    return options.repeats or (5 if tokens <= 1024 else 3)
+
+
+def apart(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
+    """`measure` in a fresh process, which gives all of its memory back."""
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        # In a shared cache, what a compiler takes would depend on what was compiled before.
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+            ProcessPoolExecutor(1, mp_context=spawn) as pool,
+        ):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            return pool.submit(measure, tuning, tokens, options).result()
+    except BrokenProcessPool:
+        reason = "its process was killed, as a machine with too little memory does"
+        print(f"{tuning}, {tokens} tokens: {reason}", file=sys.stderr)
+        return {way: Measured(failed=reason) for way in options.methods}
+
+
+def measure(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
     """Run every way in turn: once to warm up (and capture), once to count bytes, then timed."""
+    common.quiet()
     source = common.find_model(options.model)
-    print(f"Loading {source.name} for {tuning} ...", flush=True)
     tokenizer = common.load_tokenizer(source)
     model: nn.Module = common.load_model(source, getattr(torch, options.dtype))
+    model.config.use_cache = False  # type: ignore[union-attr]  # as Trainer has it
     if tuning == "lora":
         model = common.add_lora(model, seed=0)
     device = torch.device(options.device)
     model = nn.Module.to(model, device).train()
-    batch = text(tokenizer, options.batch, options.tokens, device)
-    models = {method: way(method, model, options) for method in options.methods}
-    measured = {method: Measured() for method in models}
-    warm_ups = 2
-    rounds = range(warm_ups + options.repeats)
-    for number in tqdm(rounds, desc=tuning, unit="round"):
+    batch = text(tokenizer, options.batch, tokens, device)
+    part = {way: Measured(failed=ways.lacking(way) or "") for way in options.methods}
+    models = {
+        way: ways.prepared(way, model, options.ratio, options.backend)
+        for way, result in part.items()
+        if not result.failed
+    }
+    description = f"{tuning}, {tokens} tokens"
+    bar = tqdm(range(UNTIMED + repeats(tokens, options)), description, unit="round")
+    for number in bar:
         # Each round starts with another way, so that none always follows the same neighbour.
-        turn = number % len(models)
-        for method in [*options.methods[turn:], *options.methods[:turn]]:
-            seconds: list[float] = []
-            result = measured[method]
-            with common.timed(device, seconds):
-                step(models[method], batch, result if number == 1 else None)
-            for parameter in model.parameters():
-                parameter.grad = None
+        turn = number % len(part)
+        for way in [*options.methods[turn:], *options.methods[:turn]]:
+            result = part[way]
+            if result.failed:
+                continue
+            bar.set_postfix_str(way)
             if number == 0:
-                result.first = seconds[0]
-            elif number >= warm_ups:
-                result.seconds += seconds
-    return measured
+                result.failed = first_step(way, models[way], batch, result, device)
+            elif number == 1:
+                count(models[way], batch, result, device)
+            else:
+                with common.timed(device, result.seconds):
+                    models[way](**batch).loss.backward()
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+        if number < UNTIMED:
+            common.trim()
+    return part
 
 
-def step(model: nn.Module, batch: dict[str, Tensor], count_into: Measured | None) -> None:
-    """A forward and its backward; ``count_into`` also receives the bytes kept between them."""
-    if count_into is None:
-        model(**batch).loss.backward()
-        return
-    with common.SavedBytes(model) as saved:
-        loss = model(**batch).loss
-        count_into.saved_bytes = saved.bytes()
-    loss.backward()
+def first_step(
+    way: str, model: nn.Module, batch: dict[str, Tensor], result: Measured, device: torch.device
+) -> str:
+    """Time the step that captures; returns why torch.compile failed, which its row then says."""
+    seconds: list[float] = []
+    try:
+        with common.timed(device, seconds):
+            model(**batch).loss.backward()
+    except Exception as error:
+        if "compile" not in ways.WAYS[way]:
+            raise
+        lines = str(error).strip().splitlines()  # the second says what the backend raised
+        return f"failed with {type(error).__name__}: {' '.join(lines[:2])}"
+    result.first = seconds[0]
+    return ""
 
 
-def way(method: str, model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    """A copy of the model that trains in the given way and shares the model's parameters."""
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    model = copy.deepcopy(model, shared)
-    if method == "checkpointing":
-        enable: Callable[..., None] = model.gradient_checkpointing_enable  # type: ignore[assignment]
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if (chosen := METHODS[method]) is not None:
-        import fxseek
+def count(
+    model: nn.Module, batch: dict[str, Tensor], result: Measured, device: torch.device
+) -> None:
+    """Count the bytes that a step keeps for its backward, and its peak."""
 
-        fxseek.compile(model, options.ratio, backend=options.backend, **chosen)
-    return model
+    def step() -> None:
+        # The hooks keep what autograd would keep, for as long: they don't change the peak.
+        with common.SavedBytes(model) as saved:
+            loss = model(**batch).loss
+            result.saved_bytes = saved.bytes()
+        loss.backward()
+
+    result.peak_bytes = peak.step_peak(step, model.parameters(), device)
 
 
 def text(
@@ -189,105 +229,14 @@ def text(
         if len(ids) >= batch * tokens:
             break
         ids += tokenizer(pair.answer + "\n\n", add_special_tokens=False)["input_ids"]
+    if len(ids) < batch * tokens:
+        raise ExampleError(f"there is text for {len(ids)} tokens: lower --batch or --tokens")
     input_ids = torch.tensor(ids[: batch * tokens], device=device).view(batch, tokens)
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "labels": input_ids.clone(),
     }
-
-
-# --------------------------------------------------------------------------------------- reporting
-
-
-def key(options: argparse.Namespace) -> str:
-    """The name of a setting's markers: another run of the same setting takes its place."""
-    model = common.find_model(options.model).name
-    parts = [model, options.device, options.dtype, options.backend]
-    return " ".join([*parts, f"{options.batch}x{options.tokens}", f"ratio {options.ratio}"])
-
-
-def put(page: str, name: str, text: str) -> str:
-    """The page with ``text`` between the markers called ``name``, added at the end if missing."""
-    begin, end = f"<!-- measured: {name} -->", "<!-- end of measured -->"
-    block = f"{begin}\n\n{text}\n\n{end}"
-    if begin not in page:
-        return f"{page.rstrip()}\n\n{block}\n"
-    before, rest = page.split(begin, 1)
-    if end not in rest:
-        raise ExampleError(f"the page has {begin!r} and no {end!r} after it: put the marker back")
-    return before + block + rest.split(end, 1)[1]
-
-
-def setting(options: argparse.Namespace) -> str:
-    """Machine, versions and command, as a reader needs them to run it again."""
-    source = common.find_model(options.model)
-    if options.device.startswith("cuda"):
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return (
-        f"### {source.name}, {options.device}\n\n"
-        f"Batch {options.batch}, {options.tokens} tokens, {options.dtype}, ratio {options.ratio}, "
-        f"stages run by `{options.backend}`; medians of {options.repeats} steps.\n\n"
-        f"Machine: {machine}. Versions: Python {platform.python_version()}, {versions}. "
-        f"Command: `{options.command}`."
-    )
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def section(tuning: str, measured: dict[str, Measured], options: argparse.Namespace) -> str:
-    """The table of one kind of tuning; targets are judged at the setting they were set for."""
-    base = measured.get("ordinary")
-    judged = (options.model, options.device, options.dtype) == (None, "cpu", "float32") and (
-        options.batch, options.tokens, options.ratio) == (1, 1024, 0.1)  # fmt: skip
-    header = ["", "s / step", "of ordinary", "saved MiB", "of ordinary", "capture s"]
-    header += ["targets"] if judged else []
-    rows = []
-    for method, result in measured.items():
-        compiled = METHODS[method] is not None
-        time_share = result.step / base.step if base else None
-        saved_share = result.saved_bytes / base.saved_bytes if base else None
-        row = [
-            NAMES[method],
-            f"{result.step:.2f}",
-            "" if time_share is None else f"{time_share:.2f}×",
-            f"{result.saved_bytes / common.MIB:.0f}",
-            "" if saved_share is None else f"{saved_share:.1%}",
-            f"{result.capture:.1f}" if compiled else "",
-        ]
-        if judged:
-            row.append(verdicts(method, result, time_share, saved_share) if compiled else "")
-        rows.append(row)
-    title = {"full": "Full-parameter", "lora": "LoRA (r = 16, all linear layers)"}[tuning]
-    return f"**{title}**\n\n{common.table(header, rows)}"
-
-
-def verdicts(
-    method: str, result: Measured, time_share: float | None, saved_share: float | None
-) -> str:
-    """Each target of a way, and whether it is reached."""
-    judged = [
-        ("time", time_share, TIME_TARGETS.get(method), "{:.2f}×"),
-        ("saved", saved_share, SAVED_TARGET, "{:.0%}"),
-        ("capture", result.capture, CAPTURE_TARGET, "{:.0f} s"),
-    ]
-    said = []
-    for name, value, target, form in judged:
-        if value is not None and target is not None:
-            word = "yes" if value <= target else "**no**"
-            said.append(f"{name} ≤ {form.format(target)}: {word}")
-    return "; ".join(said)
 
 
 if __name__ == "__main__":

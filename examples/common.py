@@ -380,8 +380,7 @@ class PeakBytes:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
             return self
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+        trim()
         self._sampler = None if _reset_high_water() else _Sampler()
         self._start = _resident_bytes()
         return self
@@ -394,6 +393,13 @@ class PeakBytes:
         else:
             peak = _status_bytes("VmHWM")
         self.bytes = peak - self._start
+
+
+def trim() -> None:
+    """Give memory that is allocated no longer back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_high_water() -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import benchmark
+import benchmark_page
+import benchmark_plots
 import common
 import demo
+import peak
+import ways
+from benchmark_page import Measured
 from common import ExampleError, Pair
 
 CHAT = (
@@ -269,6 +276,67 @@ def test_the_peak_is_seen_after_the_memory_is_given_back(
     assert 0.9 * size <= peak.bytes <= 2 * size
 
 
+def test_the_peak_of_a_step_is_that_of_its_tensors() -> None:
+    weight = nn.Parameter(torch.randn(300, 200))
+    x = torch.randn(500, 300)
+    unit = 500 * 200 * 4  # of a product and of all that has its shape
+
+    def step() -> None:
+        y = (x @ weight).exp()  # the product is freed, the result is kept
+        z = y.exp()
+        z.sum().backward()
+
+    # y and z live until the step returns, and backward holds the gradients at y and at the product
+    # while it computes the latter. What comes on top is numbers, and the weight's gradient, which
+    # takes 60% of a unit while one of those two is alive still, doesn't count.
+    got = peak.step_peak(step, [weight], torch.device("cpu"))
+    assert 4 * unit <= got <= 4 * unit + 256
+    assert weight.grad is not None
+
+
+def test_a_gradient_is_no_part_of_the_peak_but_what_is_added_to_it_is() -> None:
+    big = nn.Parameter(torch.randn(1000, 1000))
+
+    def once() -> None:
+        (torch.ones(1, 1000) @ big).sum().backward()
+
+    def twice() -> None:
+        ones = torch.ones(1, 1000)
+        ((ones @ big).sum() + (ones @ big).sum()).backward()
+
+    size = big.numel() * 4
+    device = torch.device("cpu")
+    assert peak.step_peak(once, [big], device) < 0.05 * size
+    assert size <= peak.step_peak(twice, [big], device) <= 2.05 * size
+    # Nor does a gradient that was there before, which is dropped.
+    assert peak.step_peak(once, [big], device) < 0.05 * size
+
+
+def test_a_peak_is_the_largest_sum_of_a_trace() -> None:
+    def event(time: float, size: int, address: int, device: int = 0) -> dict[str, Any]:
+        return {
+            "name": "[memory]",
+            "ts": time,
+            "args": {"Bytes": size, "Addr": address, "Device Type": device},
+        }
+
+    events = [
+        event(4, -30, 3),
+        event(1, 20, 1),
+        event(3, 30, 3),
+        event(2, 500, 2, device=1),
+        {"name": "aten::mm", "ts": 0},
+        event(5, 7, 1000),
+        event(6, -20, 1),
+        event(7, 40, 1),
+    ]
+    assert peak.peak_of(events) == 50
+    assert peak.peak_of(events, {1}) == 50  # the second one at that address: the first is no grad
+    assert peak.peak_of(events, {1000}) == 50
+    assert peak.peak_of([*events, event(8, 60, 5)], {1000}) == 100
+    assert peak.peak_of([*events, event(8, 60, 5)], {1000, 1}) == 60
+
+
 # ------------------------------------------------------------------------------------ the programs
 
 
@@ -287,7 +355,7 @@ def test_the_demo_trains_and_prints_its_table(
 
 
 class InThisProcess:
-    """In the place of the demo's process pool: three more imports of torch show nothing new."""
+    """In the place of a process pool: more imports of torch show nothing new."""
 
     def __init__(self, workers: int, mp_context: Any) -> None:
         pass
@@ -298,9 +366,9 @@ class InThisProcess:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def submit(self, call: Any, job: demo.Job) -> Future[demo.Result]:
-        future: Future[demo.Result] = Future()
-        future.set_result(call(job))
+    def submit(self, call: Any, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(call(*arguments))
         return future
 
 
@@ -328,26 +396,140 @@ def test_the_demo_says_what_is_wrong_and_stops(
     assert "tokenseak; the ways are ordinary" in capsys.readouterr().err
 
 
-def test_the_benchmark_writes_its_tables_between_its_markers(folder: Path, tmp_path: Path) -> None:
+def run_benchmark(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, page: Path, *arguments: str
+) -> str:
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    always = ["--model", str(folder), "--repeats", "1", "--output", str(page)]
+    assert benchmark.main([*always, *arguments]) == 0
+    return page.read_text()
+
+
+def test_the_benchmark_writes_its_tables_between_its_markers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Measured\n")
-    arguments = f"--model {folder} --tokens 64 --repeats 1 --output {page}".split()
-    methods = "ordinary,checkpointing,random,context,tokenseek"
-    assert benchmark.main([*arguments, "--methods", methods]) == 0
-    first = page.read_text()
+    methods = "ordinary,checkpointing,chunked,tokentune,published,tokenseek"
+    arguments = ["--tokens", "64", "--methods", methods]
+    first = run_benchmark(monkeypatch, folder, page, *arguments)
     assert first.startswith("# Measured\n\n<!-- measured: ")
-    for part in ("Full-parameter", "LoRA", "| fxseek, tokenseek", "gradient checkpointing"):
+    for part in ("**Full-parameter, 64 tokens**", "**LoRA", "| fxseek, tokenseek", "TokenTune as"):
         assert part in first
-    assert benchmark.main([*arguments, "--methods", "ordinary", "--tunings", "full"]) == 0
-    second = page.read_text()
+    assert "svg" not in first  # one length makes no line
+    row = next(line for line in first.splitlines() if line.startswith("| ordinary"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert [cells[i] for i in (2, 5, 7, 8)] == ["1.00×", "100.0%", "100.0%", ""]
+    assert float(cells[1]) >= 0 and float(cells[3]) > 0
+    second = run_benchmark(
+        monkeypatch, folder, page, "--tokens", "64", "--methods", "ordinary", "--tunings", "full"
+    )
     assert second.count("<!-- measured: ") == 1
     assert "LoRA" not in second
 
 
+def test_several_lengths_give_plots_and_growth(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("")
+    arguments = ["--tokens", "64,32", "--methods", "ordinary,tokentune", "--tunings", "full"]
+    text = run_benchmark(monkeypatch, folder, page, *arguments)
+    assert "peak KiB / token at 64" in text
+    plots = sorted(tmp_path.glob("*.svg"))
+    assert [f"]({plot.name})" in text for plot in plots] == [True, True]
+    before = [plot.read_bytes() for plot in plots]
+    assert all(b"TokenTune as published" in content for content in before)
+    assert all(b"date" not in content and len(content) < 60_000 for content in before)
+
+
+def test_a_plot_of_the_same_numbers_is_the_same_file(tmp_path: Path) -> None:
+    parts = {
+        (tuning, tokens): {
+            way: Measured(seconds=[tokens / 100 + i], peak_bytes=tokens * common.MIB)
+            for i, way in enumerate(ways.WAYS)
+        }
+        for tuning in ("full", "lora")
+        for tokens in (512, 1024)
+    }
+    assert parts["full", 512].keys() == benchmark_plots.LINES.keys()
+    options = benchmark.parse(["--output", "-"])
+    contents = []
+    for name in ("a", "b"):
+        benchmark_plots.write(tmp_path, name, parts, options)
+        contents.append((tmp_path / f"{name}-time.svg").read_text())
+    assert contents[0] == contents[1]
+
+
+def test_kept_results_are_not_measured_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, keep = tmp_path / "page.md", tmp_path / "kept.json"
+    page.write_text("")
+    arguments = ["--methods", "ordinary", "--tunings", "full", "--keep", str(keep)]
+    run_benchmark(monkeypatch, folder, page, "--tokens", "32", *arguments)
+    first = json.loads(keep.read_text())
+    run_benchmark(monkeypatch, folder, page, "--tokens", "32,48", *arguments)
+    second = json.loads(keep.read_text())
+    assert len(second) == 2
+    assert second.items() >= first.items()
+
+
+class OutOfMemory(InThisProcess):
+    def submit(self, call: Any, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(BrokenProcessPool())
+        return future
+
+
+def test_a_killed_process_is_a_result(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", OutOfMemory)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    page = tmp_path / "page.md"
+    page.write_text("")
+    assert benchmark.main(["--model", str(folder), "--tokens", "32", "--output", str(page)]) == 0
+    assert "ordinary: its process was killed, as a machine with too little" in page.read_text()
+
+
+def test_what_a_way_cannot_do_is_its_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(model: nn.Module, **options: Any) -> None:
+        raise RuntimeError("backend='inductor' raised:\nno compiler found\nmore")
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: None)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", unknown)
+    monkeypatch.setitem(ways.WAYS, "random-lean", {"name": "lean", "fxseek": {"frugal": True}})
+    arguments = f"--model {folder} --tokens 32 --repeats 1 --methods inductor,random-lean"
+    part = benchmark.measure("full", 32, benchmark.parse([*arguments.split(), "--output", "-"]))
+    assert part["inductor"].failed == (
+        "failed with RuntimeError: backend='inductor' raised: no compiler found"
+    )
+    assert part["random-lean"].failed == "this fxseek has no frugal="
+    table = benchmark_page.section("full", 32, part, benchmark.parse(["--output", "-"]))
+    assert "lean: this fxseek has no frugal=." in table
+
+
 def test_targets_are_judged_as_they_are() -> None:
-    fast = benchmark.Measured(first=5.0, seconds=[1.0], saved_bytes=10)
-    said = benchmark.verdicts("tokenseek", fast, time_share=0.6, saved_share=0.17)
-    assert said == "time ≤ 0.55×: **no**; saved ≤ 17%: yes; capture ≤ 25 s: yes"
+    part = {
+        "ordinary": Measured(first=9.0, seconds=[10.0], saved_bytes=1000, peak_bytes=2000),
+        "random": Measured(first=5.0, seconds=[3.8], saved_bytes=100, peak_bytes=302),
+    }
+    options = benchmark.parse(["--output", "-", "--tunings", "full"])
+    longer = {"random": Measured(seconds=[1.0], saved_bytes=404, peak_bytes=2000)}
+    said = benchmark_page.targets({("full", 1024): part, ("full", 4096): longer}, options)
+    assert said is not None
+    cells = dict(line.strip("| ").split(" | ", 1) for line in said.splitlines()[2:])
+    cells = {name.strip(): cell.strip() for name, cell in cells.items()}
+    assert cells["fxseek, random: step ≤ 0.38× of ordinary"] == "0.38×: yes"
+    assert cells["fxseek, random: peak ≤ 15.0% of ordinary"] == "15.1%: **no**"
+    assert cells["fxseek, tokenseek: step ≤ 0.45× of gradient checkpointing"] == "not measured"
+    growth = "fxseek, each way: {} bytes per token constant or falling with length"
+    assert cells[growth.format("saved")] == "1.01×: yes"
+    assert cells[growth.format("peak")] == "1.66×: **no**"
+    other = benchmark.parse(["--output", "-", "--ratio", "0.2"])
+    assert benchmark_page.targets({("full", 1024): part}, other) is None
 
 
 def test_tables_line_up() -> None:
