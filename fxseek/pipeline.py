@@ -25,6 +25,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
 from fxseek.head import ChunkedHead
 from fxseek.lowering import Run, lower
+from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
@@ -247,6 +248,9 @@ def _prefill(program: Program) -> None:
     reads.update((node, None) for node in scored if node not in made)
     outputs = [node for node in reads if node.op != "placeholder"]
     program.prefill = extract(program.graph, outputs)
+    if program.config.prefill_chunk is not None:
+        assert program.facts is not None
+        chunk_tokens(program.prefill, program.graph, program.facts, program.config.prefill_chunk)
     use_mask_rows(program.prefill, sizes, whole=_read_whole(program))
     send_to_host(program.prefill, [node for node in program.on_host if node not in scored])
 
