@@ -11,13 +11,14 @@ import gc
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 
 def size_expression(size: int | torch.SymInt) -> sympy.Expr:
@@ -96,6 +97,45 @@ def storage_key(tensor: torch.Tensor) -> int:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values (`FakeTensor` is public nowhere)."""
     return isinstance(tensor, FakeTensor)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which tensors have shapes, strides and storages, and no memory.
+
+    Meta tensors alone cannot leave for the CPU, as offloaded keys and values do, and know only
+    the operations that have a meta kernel.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def few(starts: range, like: torch.Tensor | None) -> Iterable[int]:
+    """The chunks of a loop to run: all, but of a fake tensor the first two and the last.
+
+    What the others do is the same over again, and a step of a million tokens has millions.
+    """
+    if like is None or not is_fake(like) or len(starts) <= 3:
+        return starts
+    return (starts[0], starts[1], starts[-1])
+
+
+def sdpa_backend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+) -> SDPBackend:
+    """Which kernel `scaled_dot_product_attention` takes for tensors like these on the CPU.
+
+    It asks `_fused_sdp_choice` itself; no public function does.
+    """
+    copies = [torch.empty_like(x, device="cpu") for x in (query, key, value)]
+    mask = options.pop("attn_mask", None)
+    if mask is not None:
+        options["attn_mask"] = torch.empty_like(mask, device="cpu")
+    with torch._C.DisableTorchFunction():
+        return SDPBackend(torch._fused_sdp_choice(*copies, **options))
+
+
+def is_item(operation: Any) -> bool:
+    """Whether a dispatched operation reads a number out of a tensor (`Tensor.item`, `bool`)."""
+    return operation is torch.ops.aten._local_scalar_dense.default
 
 
 def outer_saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:

@@ -7,6 +7,7 @@ batch dimension (None: the batch is 1), which repeats each row of the batch `hea
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -135,14 +136,21 @@ def attend_rows(
     )
 
 
+FAKE_MASKS_ARE_CAUSAL: ContextVar[bool] = ContextVar("fake_masks_are_causal", default=False)
+"""Whether masks without values count as causal, as those of rows without padding are."""
+
+
 def is_causal_mask(mask: Tensor) -> bool:
     """Whether a boolean mask [..., tokens, tokens] is the causal one in every entry.
 
-    Waits for the device. A fake tensor has no values to look at, so the answer is no.
+    Waits for the device. A fake tensor has no values to look at: the answer is
+    `FAKE_MASKS_ARE_CAUSAL`.
     """
     tokens = mask.shape[-1]
-    if mask.shape[-2] != tokens or _torch.is_fake(mask):
+    if mask.shape[-2] != tokens:
         return False
+    if _torch.is_fake(mask):
+        return FAKE_MASKS_ARE_CAUSAL.get()
     if bool(mask[..., 0, 1:].any()) or not bool(mask[..., -1, :].all()):
         return False
     columns = torch.arange(tokens, device=mask.device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxseek import scoring, selecting
+from fxseek import _torch, scoring, selecting
 from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
 from fxseek.passes.ditch import StageGraph, StageInput
@@ -273,7 +273,7 @@ class Score(nn.Module):
         leaves = {node: value.detach().requires_grad_() for node, value in cuts.items()}
         slopes = [torch.zeros_like(value) for value in leaves.values()]
         loss = supervised.new_zeros((), dtype=torch.float64)
-        for start in range(0, tokens, chunk):
+        for start in _torch.few(range(0, tokens, chunk), supervised):
             length = min(chunk, tokens - start)
             kept = torch.arange(start, start + length, device=supervised.device)
             # the weights turn the chunk's own mean into its share of the mean over all tokens
