@@ -119,17 +119,33 @@ def few(starts: range, like: torch.Tensor | None) -> Iterable[int]:
 
 
 def sdpa_backend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    **options: Any,
 ) -> SDPBackend:
     """Which kernel `scaled_dot_product_attention` takes for tensors like these on the CPU.
 
-    It asks `_fused_sdp_choice` itself; no public function does.
+    It asks `_fused_sdp_choice`, as no public function does, with real tensors of few tokens: for
+    fake ones the answer is always the plain kernel, and the number of tokens does not matter.
     """
-    copies = [torch.empty_like(x, device="cpu") for x in (query, key, value)]
-    mask = options.pop("attn_mask", None)
-    if mask is not None:
-        options["attn_mask"] = torch.empty_like(mask, device="cpu")
-    with torch._C.DisableTorchFunction():
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    def short(x: torch.Tensor) -> torch.Tensor:
+        tokens = 4 if x.shape[-2] == query.shape[-2] else 8
+        real = torch.zeros(*x.shape[:-2], tokens, x.shape[-1], dtype=x.dtype)
+        return real.requires_grad_(x.requires_grad)
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        copies = [short(x) for x in (query, key, value)]
+        if attn_mask is not None:
+            rows, columns = copies[0].shape[-2], copies[1].shape[-2]
+            shape = [
+                size if size == 1 else few
+                for size, few in zip(attn_mask.shape[-2:], (rows, columns), strict=True)
+            ]
+            options["attn_mask"] = torch.zeros(*attn_mask.shape[:-2], *shape, dtype=attn_mask.dtype)
         return SDPBackend(torch._fused_sdp_choice(*copies, **options))
 
 

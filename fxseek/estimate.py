@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
@@ -123,7 +123,7 @@ def estimate(
     config = SeekConfig.make(ratio, **options)
     _check(config, tokens, batch, tuning, optimizer, lora_rank, device)
     model = _tuned(_on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
-    inputs = _batch(model, tokens, batch, ordinary)
+    inputs = _batch(model, tokens, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     about = {
         "tokens": tokens,
@@ -304,18 +304,12 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.requires_grad_(False)
 
 
-def _batch(model: nn.Module, tokens: int, batch: int, ordinary: bool) -> dict[str, Tensor]:
-    """Full rows of tokens, with the arguments that the model takes.
-
-    Ordinary training is given no attention mask: models that are not captured look at its values
-    and drop it where the rows are full.
-    """
+def _batch(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
+    """Full rows of tokens, with the arguments that the model takes."""
     ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
     parameters = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    inputs = {"input_ids": ids, "labels": ids.clone()}
-    if not ordinary:
-        inputs["attention_mask"] = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
     if not open_ended and not {"input_ids", "labels"} <= set(parameters):
         raise ConfigError(
             f"{type(model).__name__}.forward takes {', '.join(parameters)}: an estimate is of a "
@@ -328,23 +322,37 @@ def _batch(model: nn.Module, tokens: int, batch: int, ordinary: bool) -> dict[st
 
 
 class _FakeTracker(Tracker):
-    """A tracker of fake tensors: numbers that are read out of them are 0, truths are False.
+    """A tracker of tensors without values, which answers what is read out of them.
 
-    That is what holds in a step of full rows: no score is infinite, no index out of range.
+    What is asked of all of them holds and what is asked of any of them does not, as in a step of
+    full rows: all of the mask is 1, no score is infinite. Numbers are 0.
     """
+
+    def __init__(self, device: str, rounding: int) -> None:
+        super().__init__(device, rounding)
+        self._true = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if _torch.is_item(func):
-            try:
-                return func(*args)
-            except DataDependentOutputException:
-                dtype = args[0].dtype
-                return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
+            return self._answer(args[0])
         if func in _WORKSPACES:
             self.passing(_WORKSPACES[func](*args))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _ALL:
+            self._true[out] = True
+        return out
+
+    def _answer(self, asked: Tensor) -> bool | float | int:
+        if not (asked.is_meta or _torch.is_fake(asked)):
+            return asked.item()
+        if asked.dtype is torch.bool:
+            return asked in self._true
+        return 0.0 if asked.dtype.is_floating_point else 0
+
+
+_ALL = {torch.ops.aten.all.default, torch.ops.aten.all.dim, torch.ops.aten.all.dims}
 
 
 def _flash_workspace(grad: Tensor, query: Tensor, key: Tensor, *_: Any) -> int:
@@ -432,7 +440,7 @@ def _attend_cpu(
     chosen = _torch.sdpa_backend(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **options
     )
-    if chosen is SDPBackend.FLASH_ATTENTION:
+    if chosen == SDPBackend.FLASH_ATTENTION:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query),
             scale=scale,
@@ -458,14 +466,12 @@ def _aligned(mask: Tensor) -> Tensor:
 
 
 class _Run:
-    """One step on fake tensors, followed by `tracker`."""
+    """One step on tensors without memory, followed by `tracker`."""
 
     def __init__(self, device: str, optimizer: str | Optimiser | None) -> None:
         self.device = device
         self.optimizer = optimizer
-        self.mode = _torch.fake_mode()
         self.tracker = _FakeTracker("meta", DEVICES[device])
-        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
     def selective(
         self,
@@ -477,57 +483,59 @@ class _Run:
         """The stages, backward and the optimiser's step; returns how many tokens are kept."""
         module = program.module
         assert module is not None
-        fakes = tuple(self._fake(x) for x in arguments)
-        mask = batch.get("attention_mask")
-        mask = None if mask is None else self._fake(mask)
-        trained = self._start(model, batch)
-        optimiser = self._optimiser(trained)
-        with self._running(), following(program, self.tracker):
-            outputs, selection, scores = module(fakes, positions_of(program.graph), 0, mask)
+        mode = _torch.fake_mode()
+        known: dict[int, Tensor] = {}
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in known:  # tied parameters stay one
+                known[id(value)] = mode.from_tensor(value)
+            return known[id(value)]
+
+        fakes = tuple(map(fake, arguments))
+        padding_mask = fake(batch.get("attention_mask"))
+        trained = [fake(p) for p in model.parameters() if p.requires_grad]
+        optimiser = self._start(
+            map(fake, module_tensors(model)), map(fake, batch.values()), trained
+        )
+        with mode, self._running(), following(program, self.tracker):
+            outputs, selection, _ = module(fakes, positions_of(program.graph), 0, padding_mask)
             self._finish(loss_of(outputs), trained, optimiser)
-            del scores
         return int(selection.kept.shape[1])
 
-    def ordinary(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
-        """The model's own forward on all tokens, backward and the optimiser's step."""
-        trained = self._start(model, batch)
-        optimiser = self._optimiser(trained)
-        _replace_tensors(model, self._fake)
+    def ordinary(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """The model's own forward on all tokens, backward and the optimiser's step.
+
+        On plain meta tensors, without a mask: transformers looks into one, to drop it where rows
+        are full, only if it is not fake, and asks for its sum, which nothing can answer here.
+        """
+        batch = {name: x for name, x in batch.items() if name != "attention_mask"}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimiser = self._start(module_tensors(model), batch.values(), trained)
         if hasattr(getattr(model, "config", None), "use_cache"):
-            batch = {**batch, "use_cache": False}  # type: ignore[dict-item]
+            batch = {**batch, "use_cache": False}
         with self._running():
             self.tracker.stage("forward")
-            outputs = model(**{name: self._fake(x) for name, x in batch.items()})
-            self._finish(loss_of(outputs), trained, optimiser)
+            loss = loss_of(model(**batch))
+            self._finish(loss, trained, optimiser)
 
-    def _fake(self, value: Any) -> Any:
-        """A tensor's fake, the same each time: parameters that are tied stay so."""
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in self._fakes:
-            self._fakes[id(value)] = (value, self.mode.from_tensor(value))
-        return self._fakes[id(value)][1]
-
-    def _start(self, model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Count what is there before the step; returns the trained parameters."""
-        self.tracker.hold(map(self._fake, batch.values()), "constants")
-        self.tracker.hold(map(self._fake, module_tensors(model)), "parameters")
-        return [self._fake(p) for p in model.parameters() if p.requires_grad]
-
-    def _optimiser(self, trained: list[Tensor]) -> torch.optim.Optimizer | None:
-        """The optimiser with the state that it has after a first step."""
+    def _start(
+        self, parameters: Iterable[Tensor], batch: Iterable[Tensor], trained: Sequence[Tensor]
+    ) -> torch.optim.Optimizer | None:
+        """Count what is there before the step; returns the optimiser, after a first step."""
+        self.tracker.hold(parameters, "parameters")
+        self.tracker.hold(batch, "constants")
         if self.optimizer is None or not trained:
             return None
-        with self.mode, torch.no_grad():
-            optimiser = (
-                torch.optim.AdamW(trained, foreach=False)  # has the fused one's state
-                if isinstance(self.optimizer, str)
-                else self.optimizer(trained)
-            )
-            for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
-            _step(optimiser)
-            optimiser.zero_grad()
+        if isinstance(self.optimizer, str):
+            optimiser: torch.optim.Optimizer = torch.optim.AdamW(trained, foreach=False)
+        else:
+            optimiser = self.optimizer(list(trained))
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimiser.step()
+        optimiser.zero_grad()
         state = [x for values in optimiser.state.values() for x in values.values()]
         self.tracker.hold(state, "optimiser state")
         return optimiser
@@ -536,7 +544,7 @@ class _Run:
     def _running(self) -> Iterator[None]:
         causal = FAKE_MASKS_ARE_CAUSAL.set(True)
         try:
-            with self.mode, self.tracker, _Kernels(self.device):
+            with self.tracker, _Kernels(self.device):
                 yield
         finally:
             FAKE_MASKS_ARE_CAUSAL.reset(causal)
@@ -550,17 +558,4 @@ class _Run:
         if optimiser is not None:
             self.tracker.stage("optimiser")
             if not isinstance(self.optimizer, str):  # fused AdamW makes no tensors in its step
-                _step(optimiser)
-
-
-def _step(optimiser: torch.optim.Optimizer) -> None:
-    optimiser.step()
-
-
-def _replace_tensors(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> None:
-    """Put other parameters and buffers in a module's places."""
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    table[name] = replace(tensor)  # type: ignore[assignment]  # either kind
+                optimiser.step()
