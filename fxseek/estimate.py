@@ -24,7 +24,15 @@ from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.explain import capture
-from fxseek.memory import StepMemory, Tracker, following, formatted, loss_of, module_tensors
+from fxseek.memory import (
+    StepMemory,
+    Tracker,
+    following,
+    formatted,
+    loss_of,
+    module_tensors,
+    saved_as_activations,
+)
 from fxseek.pipeline import Program, positions_of
 from fxseek.rows import FAKE_MASKS_ARE_CAUSAL
 from fxseek.step import compile as compile_step
@@ -33,7 +41,7 @@ from fxseek.step import step_of
 __all__ = ["Estimate", "estimate"]
 
 TUNINGS = ("full", "lora", "qlora")
-DEVICES = {"cuda": 512, "cpu": 1}
+DEVICES = {"cuda": 512, "hopper": 512, "cpu": 1}
 """Devices whose attention kernels are known, and the bytes that their allocators round up to."""
 
 Optimiser = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -112,7 +120,8 @@ def estimate(
         dtype: of weights that are not quantised and of activations, where a configuration is given.
         lora_rank: rank of the adapters.
         ordinary: estimate training on all tokens, without fxseek, instead.
-        device: ``"cuda"`` or ``"cpu"``: whose attention kernels, and whose rounding.
+        device: whose attention kernels, and whose rounding: ``"cuda"``, ``"hopper"`` (CUDA on
+            compute capability 9.0 and 10.0, where cuDNN's attention comes first) or ``"cpu"``.
         options: fields of `SeekConfig`.
 
     Raises:
@@ -369,6 +378,7 @@ def _efficient_workspace(grad: Tensor, query: Tensor, *_: Any) -> int:
 _WORKSPACES: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_workspace,
     torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: _efficient_workspace,
+    torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default: _efficient_workspace,
 }
 """Bytes that kernels allocate inside, where they are not small beside their operands."""
 
@@ -381,7 +391,7 @@ class _Kernels(TorchFunctionMode):
 
     def __init__(self, device: str) -> None:
         super().__init__()
-        self.attend = _attend_cuda if device == "cuda" else _attend_cpu
+        self.attend = {"cuda": _attend_cuda, "hopper": _attend_hopper, "cpu": _attend_cpu}[device]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -411,18 +421,44 @@ def _attend_cuda(
             query, key, value, dropout_p, is_causal, scale=scale
         )[0]
     if plain and not grouped:
-        needs_grad = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (query, key, value)
-        )
         mask = _additive(attn_mask, query)
         if mask is not None:
             mask = _aligned(mask).expand(*query.shape[:-1], key.shape[-2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, mask, needs_grad, dropout_p, is_causal, scale=scale
-        )[0]
+            query, key, value, mask, _needs_grad(query, key, value), dropout_p, is_causal,
+            scale=scale,
+        )[0]  # fmt: skip
     return torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
+
+
+def _attend_hopper(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """cuDNN in half precision: with a mask, and with keys and values for groups of heads."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.dim() != 4 or not half or query.shape[-1] > 256 or query.shape[-1] % 8:
+        return _attend_cuda(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    mask = _additive(attn_mask, query)
+    if mask is not None:
+        mask = mask.expand(*query.shape[:-1], key.shape[-2])
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, mask, _needs_grad(query, key, value), dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _attend_cpu(
@@ -517,7 +553,8 @@ class _Run:
             batch = {**batch, "use_cache": False}
         with self._running():
             self.tracker.stage("forward")
-            loss = loss_of(model(**batch))
+            with saved_as_activations(self.tracker):
+                loss = loss_of(model(**batch))
             self._finish(loss, trained, optimiser)
 
     def _start(

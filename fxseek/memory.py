@@ -26,14 +26,23 @@ from fxseek.errors import InputError
 from fxseek.pipeline import Program
 from fxseek.stages import Learn
 
-__all__ = ["CATEGORIES", "StepMemory", "Tracker", "following", "formatted", "loss_of", "module_tensors"]
+__all__ = [
+    "CATEGORIES",
+    "StepMemory",
+    "Tracker",
+    "following",
+    "formatted",
+    "loss_of",
+    "module_tensors",
+    "saved_as_activations",
+]
 
 CATEGORIES = (
     "parameters",
     "gradients",
     "optimiser state",
     "K/V",
-    "selected activations",
+    "activations",
     "constants",
     "transients",
 )
@@ -345,7 +354,7 @@ def following(program: Program, tracker: Tracker) -> Iterator[None]:
                 tracker.label((x for n, x in values.items() if n in constants), "constants")
                 tracker.label([*rows.values(), *vars(selection).values()], "constants")
                 inside.enter_context(tracker.kinds_kept())
-                inside.enter_context(_saved(tracker))
+                inside.enter_context(saved_as_activations(tracker))
 
         return hook
 
@@ -365,11 +374,11 @@ def following(program: Program, tracker: Tracker) -> Iterator[None]:
         inside.close()
 
 
-def _saved(tracker: Tracker) -> contextlib.AbstractContextManager[Any]:
-    """What autograd saves meanwhile counts as selected activations."""
+def saved_as_activations(tracker: Tracker) -> contextlib.AbstractContextManager[Any]:
+    """What autograd saves meanwhile counts as activations."""
 
     def pack(tensor: Tensor) -> Tensor:
-        tracker.label([tensor], "selected activations")
+        tracker.label([tensor], "activations")
         return tensor.detach()  # itself would keep an operation that saves its result alive
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed)
