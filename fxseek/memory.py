@@ -173,9 +173,13 @@ class Tracker(TorchDispatchMode):
         if block is not None:
             self._resized(block, 0)
 
-    def result(self) -> dict[str, Any]:
-        """The fields of a `StepMemory`; nothing is followed any more."""
+    def stop(self) -> None:
+        """Follow nothing any more: what is released from now on is no part of the step."""
         self._live.clear()
+
+    def result(self) -> dict[str, Any]:
+        """The fields of a `StepMemory`."""
+        self.stop()
         return {
             "changes": tuple((block.category, change) for block, change in self.events),
             "stages": tuple(self.stages),
@@ -276,23 +280,24 @@ class StepMemory:
                 'a plot needs matplotlib, which is not installed: pip install "fxseek[demo]"'
             ) from error
         series = self.over_time()
-        at = _most_telling(series)
+        first = self.stages[0][1] if self.stages else 0  # what was there before is no event
+        at = [index for index in _most_telling(series) if index >= first]
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
         shown = [name for name in CATEGORIES if self.largest[name]]
         unit, scale = _unit(self.peak_bytes)
         heights = [[series[name][i] / scale for i in at] for name in shown]
         axes.stackplot(at, *heights, labels=shown)
-        for name, start in self.stages:
+        for index, (name, start) in enumerate(self.stages):
             axes.axvline(start, color="black", linewidth=0.6, linestyle=":")
             axes.annotate(
-                name, (start, 1.0), xycoords=("data", "axes fraction"), rotation=90,
-                fontsize=7, ha="left", va="top",
+                name, (start, 1.01 + 0.035 * (index % 3)), xycoords=("data", "axes fraction"),
+                fontsize=7, ha="left", va="bottom",
             )  # fmt: skip
         axes.set_xlabel("allocations and releases, in order")
         axes.set_ylabel(unit)
         axes.margins(x=0)
-        axes.set_title(f"peak {formatted(self.peak_bytes)} in {self.peak_stage}", fontsize=10)
+        axes.set_title(f"peak {formatted(self.peak_bytes)} in {self.peak_stage}", fontsize=10, pad=34)
         figure.legend(loc="outside right upper", fontsize=8)
         figure.savefig(target)
         return target

@@ -158,6 +158,7 @@ class _Run:
             tracker.stage("backward")
             loss_of(outputs).backward()
             tracker.label((p.grad for p in self.model.parameters()), "gradients")
+            tracker.stop()
         return selection.kept
 
 
