@@ -166,7 +166,11 @@ def _check(
 ) -> None:
     problems = [
         f"{name}={value!r} must be an integer of at least {least}"
-        for name, value, least in (("tokens", tokens, 2), ("batch", batch, 1), ("lora_rank", rank, 1))
+        for name, value, least in (
+            ("tokens", tokens, 2),
+            ("batch", batch, 1),
+            ("lora_rank", rank, 1),
+        )
         if isinstance(value, bool) or not isinstance(value, int) or value < least
     ]
     if tuning not in TUNINGS:
@@ -241,9 +245,7 @@ def _weightless(model: nn.Module) -> nn.Module:
 
 def _meta_of(tensor: Tensor) -> Tensor:
     with torch.no_grad():
-        twin = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-        )
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     if isinstance(tensor, nn.Parameter):
         return torch.Tensor._make_subclass(type(tensor), twin, tensor.requires_grad)
     return twin
@@ -261,9 +263,7 @@ def _tuned(model: nn.Module, tuning: str, rank: int, dtype: torch.dtype) -> nn.M
         raise ConfigError(
             f'tuning={tuning!r} needs peft, which is not installed: pip install "fxseek[peft]"'
         ) from error
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.device("meta"):
         return get_peft_model(model, config)  # type: ignore[arg-type]  # any module will do
 
@@ -443,12 +443,10 @@ def _attend_hopper(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """cuDNN in half precision: with a mask, and with keys and values for groups of heads."""
+    """Half precision by cuDNN: with a mask, and with keys and values for groups of heads."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.dim() != 4 or not half or query.shape[-1] > 256 or query.shape[-1] % 8:
-        return _attend_cuda(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        )
+        return _attend_cuda(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     mask = _additive(attn_mask, query)
     if mask is not None:
         mask = mask.expand(*query.shape[:-1], key.shape[-2])

@@ -119,7 +119,8 @@ def explain(model: nn.Module, /, **batch: Any) -> Explanation:
 
 
 def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[Any]]:
-    """The program of a training step for this batch, and the inputs of its graph; nothing is run."""
+    """The program of a training step for this batch, and its inputs; nothing is run."""
+
     def wrap(program: Program) -> Callable[..., Any]:
         def stop(*inputs: Any) -> Any:
             raise _Captured(program, inputs)

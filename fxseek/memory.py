@@ -37,7 +37,7 @@ __all__ = [
     "saved_as_activations",
 ]
 
-CATEGORIES = (
+CATEGORIES: tuple[str, ...] = (
     "parameters",
     "gradients",
     "optimiser state",
@@ -297,7 +297,9 @@ class StepMemory:
         axes.set_xlabel("allocations and releases, in order")
         axes.set_ylabel(unit)
         axes.margins(x=0)
-        axes.set_title(f"peak {formatted(self.peak_bytes)} in {self.peak_stage}", fontsize=10, pad=34)
+        axes.set_title(
+            f"peak {formatted(self.peak_bytes)} in {self.peak_stage}", fontsize=10, pad=34
+        )
         figure.legend(loc="outside right upper", fontsize=8)
         figure.savefig(target)
         return target

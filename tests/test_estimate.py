@@ -71,7 +71,9 @@ def with_lora(model: Any) -> Any:
     ],
 )
 def test_the_peak_is_that_of_a_real_step(tuning, dtype, options, tokens):
-    estimated = fxseek.estimate(small(), tokens, 2, tuning=tuning, dtype=dtype, device="cpu", **options)
+    estimated = fxseek.estimate(
+        small(), tokens, 2, tuning=tuning, dtype=dtype, device="cpu", **options
+    )
     torch._dynamo.reset()
     model = AutoModelForCausalLM.from_config(small(), dtype=dtype).train()
     if tuning == "lora":
@@ -125,9 +127,7 @@ def test_the_bytes_of_a_large_model():
 )
 def test_published_models(name, tuning):
     found = fxseek.estimate(llama_3(name), 4096, tuning=tuning, device="hopper")
-    everything = fxseek.estimate(
-        llama_3(name), 4096, tuning=tuning, device="hopper", ordinary=True
-    )
+    everything = fxseek.estimate(llama_3(name), 4096, tuning=tuning, device="hopper", ordinary=True)
     assert found.parameters == everything.parameters
     assert found.parameters == pytest.approx(float(name[10:-1]) * 1e9, rel=0.3)
     assert found.peak_bytes < everything.peak_bytes
