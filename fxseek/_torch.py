@@ -146,7 +146,7 @@ def sdpa_backend(
                 for size, few in zip(attn_mask.shape[-2:], (rows, columns), strict=True)
             ]
             options["attn_mask"] = torch.zeros(*attn_mask.shape[:-2], *shape, dtype=attn_mask.dtype)
-        return SDPBackend(torch._fused_sdp_choice(*copies, **options))
+        return SDPBackend(torch.ops.aten._fused_sdp_choice(*copies, **options))
 
 
 def is_item(operation: Any) -> bool:

@@ -272,7 +272,7 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
     """Linear layers but the head, in place, as bitsandbytes stores them in NF4."""
     try:
         from bitsandbytes.functional import QuantState
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
     except ImportError as error:
         raise ConfigError(
             "tuning='qlora' needs bitsandbytes, which is not installed: "
@@ -282,6 +282,7 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
     def empty(count: int, kind: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=kind, device="meta")
 
+    kind: dict[str, Any] = {"quant_type": "nf4", "bnb_quantized": True}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for path, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear or layer is head:
@@ -302,11 +303,13 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
             offset=empty(1, torch.float32)[0], state2=inner,
         )  # fmt: skip
         packed = empty(-(-layer.weight.numel() // 2), torch.uint8).unsqueeze(1)
-        new.weight = Params4bit(
-            packed, quant_state=state, quant_type="nf4", module=new, bnb_quantized=True
-        )
-        new.bias = layer.bias
-        new.quant_state = state
+        attributes: dict[str, Any] = {
+            "weight": Params4bit(packed, **{**kind, "quant_state": state, "module": new}),
+            "bias": layer.bias,
+            "quant_state": state,
+        }
+        for name, value in attributes.items():
+            setattr(new, name, value)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
     for parameter in model.parameters():
