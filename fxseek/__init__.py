@@ -18,7 +18,9 @@ from fxseek.errors import (
     InputError,
     ScoreError,
 )
+from fxseek.estimate import Estimate, estimate
 from fxseek.explain import Explanation, Fallback, explain
+from fxseek.profile import Profile, profile
 from fxseek.scoring import ScoreInputs
 from fxseek.step import compile, report, resume, uncompile
 
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "ConfigError",
+    "Estimate",
     "Explanation",
     "Fallback",
     "FxseekError",
@@ -37,6 +40,7 @@ __all__ = [
     "GradientMismatch",
     "GraphError",
     "InputError",
+    "Profile",
     "ScoreError",
     "ScoreInputs",
     "SeekCallback",
@@ -44,7 +48,9 @@ __all__ = [
     "StepReport",
     "check_gradients",
     "compile",
+    "estimate",
     "explain",
+    "profile",
     "report",
     "resume",
     "uncompile",

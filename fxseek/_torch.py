@@ -11,14 +11,17 @@ import gc
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend
+
+_Chunk = TypeVar("_Chunk")
 
 
 def size_expression(size: int | torch.SymInt) -> sympy.Expr:
@@ -115,7 +118,7 @@ def faked(inputs: Sequence[Any]) -> tuple[AbstractContextManager[Any], tuple[Any
     `FakeTensorMode` is what torch.compile itself uses and is public nowhere. In it, parameters of
     modules are taken as they are.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
     return mode, tuple(fakes)
 
@@ -149,6 +152,61 @@ def mutable_operation(target: Any) -> str | None:
     """
     schema = getattr(target, "_schema", None)
     return schema.name if schema is not None and schema.is_mutable else None
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which tensors have shapes, strides and storages, and no memory.
+
+    Meta tensors alone cannot leave for the CPU, as offloaded keys and values do, and know only
+    the operations that have a meta kernel.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def few(chunks: Sequence[_Chunk], like: torch.Tensor | None) -> Iterable[_Chunk]:
+    """The chunks of a loop to run: all, but of a fake tensor the first two and the last.
+
+    What the others do is the same over again, and a step of a million tokens has millions.
+    """
+    if like is None or not is_fake(like) or len(chunks) <= 3:
+        return chunks
+    return (chunks[0], chunks[1], chunks[-1])
+
+
+def sdpa_backend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    **options: Any,
+) -> SDPBackend:
+    """Which kernel `scaled_dot_product_attention` takes for tensors like these on the CPU.
+
+    It asks `_fused_sdp_choice`, as no public function does, with real tensors of few tokens: for
+    fake ones the answer is always the plain kernel, and the number of tokens does not matter.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    def short(x: torch.Tensor) -> torch.Tensor:
+        tokens = 4 if x.shape[-2] == query.shape[-2] else 8
+        real = torch.zeros(*x.shape[:-2], tokens, x.shape[-1], dtype=x.dtype)
+        return real.requires_grad_(x.requires_grad)
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        copies = [short(x) for x in (query, key, value)]
+        if attn_mask is not None:
+            rows, columns = copies[0].shape[-2], copies[1].shape[-2]
+            shape = [
+                size if size == 1 else few
+                for size, few in zip(attn_mask.shape[-2:], (rows, columns), strict=True)
+            ]
+            options["attn_mask"] = torch.zeros(*attn_mask.shape[:-2], *shape, dtype=attn_mask.dtype)
+        return SDPBackend(torch.ops.aten._fused_sdp_choice(*copies, **options))
+
+
+def is_item(operation: Any) -> bool:
+    """Whether a dispatched operation reads a number out of a tensor (`Tensor.item`, `bool`)."""
+    return operation is torch.ops.aten._local_scalar_dense.default
 
 
 def outer_saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:

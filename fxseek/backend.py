@@ -124,7 +124,7 @@ def _step(program: Program, recorder: Recorder) -> Callable[..., Any]:
     def step(*inputs: Any) -> Any:
         index = recorder.step
         timings: dict[str, float] | None = {} if recorder.timed else None
-        with nullcontext() if timings is None else _timing(module, timings):
+        with nullcontext() if timings is None else stage_seconds(module, timings):
             outputs, selection, scores = module(inputs, positions, index, recorder.padding_mask)
         recorder.step += 1
         recorder.program = program
@@ -136,7 +136,7 @@ def _step(program: Program, recorder: Recorder) -> Callable[..., Any]:
 
 
 @contextmanager
-def _timing(module: fx.GraphModule, timings: dict[str, float]) -> Iterator[None]:
+def stage_seconds(module: fx.GraphModule, timings: dict[str, float]) -> Iterator[None]:
     """Seconds of each stage of a step, by hooks on the stages' modules."""
     accelerator = torch.accelerator.is_available()
 

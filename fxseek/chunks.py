@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxseek import _torch
 from fxseek.lowering import run_boxed
 from fxseek.passes.ditch import StageGraph
 from fxseek.passes.facts import Rows, RowsLike
@@ -47,7 +48,7 @@ class ChunkedRegion(nn.Module):
         tokens = given.shape[rows.row]
         batch = 1 if rows.batch is None else given.shape[rows.batch] // rows.heads
         found: list[Tensor] = []
-        for start in range(0, tokens, self.size):
+        for start in _torch.few(range(0, tokens, self.size), given):
             length = min(self.size, tokens - start)
             values = list(arguments)
             for at, where in self.rows_at.items():

@@ -118,11 +118,13 @@ def explain(model: nn.Module, /, **batch: Any) -> Explanation:
     step = step_of(model)
     if step is None:
         raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
-    program, inputs = _capture(step, batch)
+    program, inputs = capture(step, batch)
     return _explain(program, inputs)
 
 
-def _capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[Any]]:
+def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[Any]]:
+    """The program of a training step for this batch, and its inputs; nothing is run."""
+
     def wrap(program: Program) -> Callable[..., Any]:
         def stop(*inputs: Any) -> Any:
             raise _Captured(program, inputs)

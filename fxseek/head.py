@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.loss import mean_of_parts
 from fxseek.lowering import piece
@@ -52,7 +53,7 @@ class ChunkedHead(nn.Module):
         chunks = self.chunks(*weights.shape)
         run = self.run_again if self.recompute or len(chunks) > 1 else self.run
         parts = []
-        for chunk in chunks:
+        for chunk in _torch.few(chunks, weights):
             sliced = given if len(chunks) == 1 else self.sliced(given, chunk)
             parts.append(run(*sliced))
         total, labelled = parts[0]

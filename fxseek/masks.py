@@ -119,7 +119,7 @@ def attend_all(
     if tokens <= step:
         return attend(query, key, value, slice(0, tokens))
     parts = []
-    for start in range(0, tokens, step):
+    for start in _torch.few(range(0, tokens, step), query):
         queries = slice(start, min(start + step, tokens))
         given = (query[..., queries, :], key, value, queries)
         if torch.is_grad_enabled():

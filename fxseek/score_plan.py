@@ -284,7 +284,7 @@ def _context_of_softmax(
         chunk = max(1, min(tokens, chunk_bytes // max(1, 2 * batch * tokens * entry)))
         total: Tensor | None = None
         with torch.no_grad():
-            for start in range(0, tokens, chunk):
+            for start in _torch.few(range(0, tokens, chunk), valid):
                 kept = torch.arange(start, min(start + chunk, tokens), device=valid.device)
                 kept = kept.expand(batch, -1)
                 arguments = [

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._torch import few
 from .errors import ScoreError
 from .masks import MaskRows
 
@@ -113,7 +114,7 @@ def attention_column_sums(
     index = torch.arange(tokens, device=query.device)
     with _no_autocast(query.device.type):
         for b, h, rows in _chunks(
-            batch, kv_heads, groups, tokens, keys, chunk_bytes // entry_bytes
+            batch, kv_heads, groups, tokens, keys, chunk_bytes // entry_bytes, query
         ):
             reach = min(rows.stop, keys) if is_causal else keys
             part = query[b, h, :, rows]
@@ -141,7 +142,13 @@ def attention_column_sums(
 
 
 def _chunks(
-    batch: int, kv_heads: int, groups: int, tokens: int, keys: int, entries: int
+    batch: int,
+    kv_heads: int,
+    groups: int,
+    tokens: int,
+    keys: int,
+    entries: int,
+    like: Tensor | None = None,
 ) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of (batch, key heads, queries): at most ``entries`` of the map, or one row."""
     wanted = min(tokens, _FEWEST_ROWS)
@@ -151,9 +158,9 @@ def _chunks(
         if row_step >= wanted:
             break
     row_step = max(1, min(row_step, _MOST_ROWS))
-    for b in range(0, batch, batch_step):
-        for h in range(0, kv_heads, head_step):
-            for row in range(0, tokens, row_step):
+    for b in few(range(0, batch, batch_step), like):
+        for h in few(range(0, kv_heads, head_step), like):
+            for row in few(range(0, tokens, row_step), like):
                 yield (
                     slice(b, min(b + batch_step, batch)),
                     slice(h, min(h + head_step, kv_heads)),

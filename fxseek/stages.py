@@ -270,7 +270,8 @@ class Score(nn.Module):
         total = supervised.sum().clamp(min=1)
         slope = torch.zeros_like(end)
         loss = torch.zeros((), dtype=torch.float64, device=end.device)
-        for chunk in self.chunked.chunks(*kept.shape) if kept.numel() else ():
+        chunks = self.chunked.chunks(*kept.shape) if kept.numel() else []
+        for chunk in _torch.few(chunks, kept):
             stage = selecting.Selection(kept[:, chunk], weights[:, chunk])
             rows = gather_rows(end, stage.kept, *where).requires_grad_()
             values = []
@@ -310,7 +311,7 @@ class Score(nn.Module):
         leaves = {node: value.detach().requires_grad_() for node, value in cuts.items()}
         slopes = [torch.zeros_like(value) for value in leaves.values()]
         loss = supervised.new_zeros((), dtype=torch.float64)
-        for start in range(0, tokens, chunk):
+        for start in _torch.few(range(0, tokens, chunk), supervised):
             length = min(chunk, tokens - start)
             kept = torch.arange(start, start + length, device=supervised.device)
             # the weights turn the chunk's own mean into its share of the mean over all tokens

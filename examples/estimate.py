@@ -1,0 +1,80 @@
+"""Which fine-tuning fits: the peak memory of a step of Llama models, as a table.
+
+    python examples/estimate.py
+    python examples/estimate.py --models Llama-3.1-8B --tunings lora,qlora --tokens 8k,128k
+
+Nothing is downloaded and no GPU is needed; a row takes from half a minute to some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+
+import transformers
+from transformers import LlamaConfig
+
+import fxseek
+
+# width, feed-forward width, layers, heads, head width, whether the head is the embedding
+LLAMA_3 = {
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 64, True),
+    "Llama-3.2-3B": (3072, 8192, 28, 24, 128, True),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 128, False),
+    "Llama-3.1-70B": (8192, 28672, 80, 64, 128, False),
+}
+
+
+def llama_3(name: str) -> LlamaConfig:
+    """The configuration of a published model, written out: no access to a hub is needed."""
+    width, ffn, layers, heads, head_dim, tied = LLAMA_3[name]
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, head_dim=head_dim,
+        tie_word_embeddings=tied, max_position_embeddings=131072,
+    )  # fmt: skip
+
+
+def tokens_of(text: str) -> int:
+    """``"32k"`` is 32768, ``"1M"`` is 1048576."""
+    scale = {"k": 1 << 10, "M": 1 << 20}.get(text[-1], 1)
+    return int(text[:-1] if scale > 1 else text) * scale
+
+
+def row(name: str, tuning: str, tokens: str, arguments: argparse.Namespace) -> str:
+    start = time.perf_counter()
+    common = {"tuning": tuning, "device": arguments.device}
+    count = tokens_of(tokens)
+    found = fxseek.estimate(llama_3(name), count, ratio=arguments.ratio, **common)
+    everything = fxseek.estimate(llama_3(name), count, ordinary=True, **common)
+    fixed = sum(found.largest[x] for x in ("parameters", "gradients", "optimiser state"))
+    cells = [fixed, found.largest["K/V"], found.largest["activations"], found.peak_bytes]
+    figures = " | ".join(f"{cell / 2**30:.1f}" for cell in [*cells, everything.peak_bytes])
+    seconds = time.perf_counter() - start
+    return f"| {name} | {tuning} | {tokens} | {figures} | {found.peak_stage} | {seconds:.0f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--models", default="Llama-3.2-1B,Llama-3.1-8B")
+    parser.add_argument("--tunings", default="full,lora,qlora")
+    parser.add_argument("--tokens", default="8k,32k")
+    parser.add_argument("--ratio", type=float, default=0.1)
+    parser.add_argument("--device", default="hopper", help="cuda, hopper or cpu")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    transformers.logging.set_verbosity_error()
+    print("| model | tuning | tokens | weights, gradients, AdamW | K/V | activations | peak "
+          "| peak without fxseek | peak in | seconds |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name in arguments.models.split(","):
+        for tuning in arguments.tunings.split(","):
+            for tokens in arguments.tokens.split(","):
+                print(row(name, tuning, tokens, arguments), flush=True)
+
+
+if __name__ == "__main__":
+    main()

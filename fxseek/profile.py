@@ -1,0 +1,177 @@
+"""`fxseek.profile`: where the time and the memory of a training step go, measured."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxseek.backend import stage_seconds
+from fxseek.errors import InputError
+from fxseek.explain import capture
+from fxseek.memory import (
+    StepMemory,
+    Tracker,
+    following,
+    formatted,
+    loss_of,
+    module_tensors,
+)
+from fxseek.pipeline import Program, positions_of
+from fxseek.step import step_of
+
+__all__ = ["Profile", "profile"]
+
+
+@dataclass(frozen=True)
+class Profile(StepMemory):
+    """Time and memory of one training step; print it, or `plot` it. See `StepMemory` for memory.
+
+    `seconds`: of each stage (prefill, score, select, gather, learn) and of the backward.
+    `saved_bytes`: what autograd kept for the backward, as in `StepReport`. `allocated_bytes`: the
+    peak that the device's allocator saw by itself in an unfollowed step, None on the CPU.
+    `tokens` and `kept` of each of `batch` rows; `device`: its type.
+    """
+
+    seconds: dict[str, float]
+    saved_bytes: int
+    allocated_bytes: int | None
+    tokens: int
+    kept: int
+    batch: int
+    device: str
+
+    def __str__(self) -> str:
+        """A page for a person."""
+        total = sum(self.seconds.values())
+        rows = f"{self.batch} row{'s' if self.batch > 1 else ''} of {self.tokens} tokens"
+        lines = [
+            f"fxseek profile: {rows}, {self.kept} kept, on {self.device}",
+            f"  {total:.3f} s, peak {formatted(self.peak_bytes)} in {self.peak_stage}",
+            "",
+            f"  {'':10}{'seconds':>10}{'share':>8}{'peak':>12}",
+        ]
+        for name, seconds in self.seconds.items():
+            share, peak = f"{seconds / total:.0%}", formatted(self.stage_peaks[name])
+            lines.append(f"  {name:10}{seconds:>10.4f}{share:>8}{peak:>12}")
+        lines += ["", *self._table()]
+        lines.append(f"\n  saved for backward: {formatted(self.saved_bytes)}")
+        if self.allocated_bytes is not None:
+            lines.append(f"  peak of the device's allocator: {formatted(self.allocated_bytes)}")
+        return "\n".join(lines)
+
+
+def profile(model: nn.Module, /, **batch: Any) -> Profile:
+    """Run a training step of a compiled model and measure it; no optimiser steps.
+
+    The step, forward and backward, runs twice: followed tensor by tensor for its memory, which
+    takes longer, and once more for its time. Gradients, the step counter, the report and the
+    random generators are as before afterwards; buffers that a forward updates are not. Gradients
+    that the model has already, and the optimiser's state, are not in the memory.
+
+    Args:
+        model: a model compiled by `fxseek.compile`, in training mode or not.
+        batch: the arguments of a training step.
+
+    Raises:
+        InputError: the model is not compiled by fxseek, or computes no loss.
+        CaptureError, GraphError: as the training step would.
+    """
+    step = step_of(model)
+    if step is None:
+        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    if step.config.backend != "eager":
+        raise InputError(
+            f"backend={step.config.backend!r}: the tensors inside of compiled stages cannot be "
+            'followed. Compile the model with backend="eager" to profile it'
+        )
+    program, inputs = capture(step, batch)
+    mask = batch.get("decoder_attention_mask" if step.seq2seq else "attention_mask")
+    plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
+    run = _Run(model, program, tuple(inputs), step.recorder.step, mask if plain else None)
+    tensors = [x for x in batch.values() if isinstance(x, Tensor)]
+    tracker = Tracker(tensors[0].device.type)
+    tracker.hold(module_tensors(model), "parameters")
+    tracker.hold((x for x in inputs if isinstance(x, nn.Parameter)), "parameters")
+    tracker.hold(tensors, "constants")
+    with _as_before(model, inputs):
+        kept = run.followed(tracker)
+    with _as_before(model, inputs):
+        seconds, allocated = run.timed()  # warm by now
+    learn: Any = run.module.get_submodule("learn")
+    return Profile(
+        **tracker.result(),
+        seconds=seconds,
+        saved_bytes=learn.saved_bytes,
+        allocated_bytes=allocated,
+        tokens=run.tokens,
+        kept=kept.shape[1],
+        batch=kept.shape[0],
+        device=tracker.device,
+    )
+
+
+class _Run:
+    """Runs of the one step that is measured."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        program: Program,
+        inputs: tuple[Any, ...],
+        index: int,
+        padding_mask: Tensor | None,
+    ) -> None:
+        assert program.module is not None
+        self.model = model
+        self.program = program
+        self.module = program.module
+        self.arguments = (inputs, positions_of(program.graph), index, padding_mask)
+        self.tokens = 0
+
+    def timed(self) -> tuple[dict[str, float], int | None]:
+        """Seconds of each stage, and the allocator's peak in bytes."""
+        accelerator = torch.accelerator.is_available()
+        if accelerator:
+            torch.accelerator.reset_peak_memory_stats()
+        seconds: dict[str, float] = {}
+        with stage_seconds(self.module, seconds):
+            outputs, _, scores = self.module(*self.arguments)
+        self.tokens = scores.valid.shape[1]
+        del scores
+        start = time.perf_counter()
+        loss_of(outputs).backward()
+        if accelerator:
+            torch.accelerator.synchronize()
+        seconds["backward"] = time.perf_counter() - start
+        return seconds, torch.accelerator.max_memory_allocated() if accelerator else None
+
+    def followed(self, tracker: Tracker) -> Tensor:
+        """Memory into the tracker; returns the positions that were kept."""
+        with tracker, following(self.program, tracker):
+            outputs, selection, _ = self.module(*self.arguments)
+            tracker.stage("backward")
+            loss_of(outputs).backward()
+            tracker.label((p.grad for p in self.model.parameters()), "gradients")
+            tracker.stop()
+        return selection.kept
+
+
+@contextlib.contextmanager
+def _as_before(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Gradients and random generators are put back; meanwhile there are no gradients."""
+    leaves = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
+    gradients = [(leaf, leaf.grad) for leaf in {id(x): x for x in leaves}.values()]
+    for leaf, _ in gradients:
+        leaf.grad = None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for leaf, gradient in gradients:
+            leaf.grad = gradient

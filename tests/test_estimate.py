@@ -1,0 +1,227 @@
+"""Estimates: the peak of a real step, known byte counts, large models, bad arguments."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peaks import training_peak
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import fxseek
+from fxseek.memory import CATEGORIES, module_tensors
+
+pytestmark = pytest.mark.filterwarnings(
+    # transformers' and peft's own
+    "ignore:.*:UserWarning",
+    "ignore:.*:FutureWarning",
+    "ignore:.*should not be instantiated:DeprecationWarning",
+)
+
+LLAMA_3 = {
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 64, True),
+    "Llama-3.2-3B": (3072, 8192, 28, 24, 128, True),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 128, False),
+    "Llama-3.1-70B": (8192, 28672, 80, 64, 128, False),
+}
+
+
+def llama_3(name: str, depth: int | None = None) -> LlamaConfig:
+    width, ffn, layers, heads, head_dim, tied = LLAMA_3[name]
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=width, intermediate_size=ffn,
+        num_hidden_layers=depth or layers, num_attention_heads=heads, num_key_value_heads=8,
+        head_dim=head_dim, tie_word_embeddings=tied, max_position_embeddings=131072,
+    )  # fmt: skip
+
+
+def small(**options: Any) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 1031, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return LlamaConfig(**(sizes | options))
+
+
+def rows(tokens: int, batch: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 1031, (batch, tokens))
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+def with_lora(model: Any) -> Any:
+    import peft
+
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("tokens", [101, 512])
+@pytest.mark.parametrize(
+    ("tuning", "dtype", "options"),
+    [
+        ("full", torch.float32, {}),
+        ("full", torch.bfloat16, {"score": "random"}),
+        ("full", torch.float32, {"ratio": 0.5, "score": "context"}),
+        ("full", torch.float32, {"ordinary": True}),
+        ("lora", torch.bfloat16, {"ratio": 0.3}),
+        ("lora", torch.bfloat16, {"ordinary": True}),
+    ],
+)
+def test_the_peak_is_that_of_a_real_step(tuning, dtype, options, tokens):
+    estimated = fxseek.estimate(
+        small(), tokens, 2, tuning=tuning, dtype=dtype, device="cpu", **options
+    )
+    torch._dynamo.reset()
+    model = AutoModelForCausalLM.from_config(small(), dtype=dtype).train()
+    if tuning == "lora":
+        model = with_lora(model)
+    options = dict(options)
+    if not options.pop("ordinary", False):
+        fxseek.compile(model, **options)
+    peak = training_peak(model, rows(tokens), optimise=True)
+    assert estimated.peak_bytes == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("tokens", [256, pytest.param(1024, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("ordinary", [False, True])
+def test_the_peak_of_a_pretrained_model(smollm2_folder: Path, tokens: int, ordinary: bool):
+    from common import find_model, load_model
+
+    model = load_model(find_model(str(smollm2_folder)), torch.float32).train()
+    estimated = fxseek.estimate(
+        model, tokens, optimizer=None, device="cpu", dtype=torch.float32, ordinary=ordinary
+    )
+    torch._dynamo.reset()
+    if not ordinary:
+        fxseek.compile(model, 0.1)
+    peak = training_peak(model, rows(tokens, 1), optimise=False)
+    print(f"{tokens} tokens: {estimated.peak_bytes} estimated, {peak} measured")
+    assert estimated.peak_bytes == pytest.approx(peak, rel=0.1)
+
+
+def test_the_bytes_of_a_large_model():
+    """Two blocks of an 8B model: what is known beforehand."""
+    found = fxseek.estimate(llama_3("Llama-3.1-8B", 2), 8192, tuning="lora", device="hopper")
+    weights = 2 * (2 * 128256 * 4096 + 2 * (4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)))
+    assert found.largest["parameters"] == pytest.approx(weights, rel=0.02)
+    assert found.largest["gradients"] == pytest.approx(4 * found.trainable, rel=1e-3)
+    assert found.largest["optimiser state"] == pytest.approx(8 * found.trainable, rel=1e-3)
+    keys_and_values = 2 * 2 * 8 * 128 * 8192 * 2
+    assert keys_and_values <= found.largest["K/V"] <= 2 * keys_and_values
+    assert sum(found.at_peak.values()) == found.peak_bytes
+    assert set(found.at_peak) == set(CATEGORIES)
+    assert (found.tokens, found.kept, found.batch) == (8192, 820, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "tuning"),
+    [
+        pytest.param(name, tuning, marks=pytest.mark.sweep)
+        for name in LLAMA_3
+        for tuning in ("full", "lora", "qlora")
+    ],
+)
+def test_published_models(name, tuning):
+    found = fxseek.estimate(llama_3(name), 4096, tuning=tuning, device="hopper")
+    everything = fxseek.estimate(llama_3(name), 4096, tuning=tuning, device="hopper", ordinary=True)
+    assert found.parameters == everything.parameters
+    assert found.parameters == pytest.approx(float(name[10:-1]) * 1e9, rel=0.3)
+    assert found.peak_bytes < everything.peak_bytes
+    assert found.largest["activations"] < 0.25 * everything.largest["activations"]
+
+
+def test_a_million_tokens_are_quick():
+    config = small(num_hidden_layers=2, max_position_embeddings=1 << 20)
+    found = fxseek.estimate(config, 1 << 20, ratio=0.01, device="hopper")
+    assert found.largest["K/V"] >= 2 * 2 * 2 * 16 * 2**20 * 2
+
+
+def test_qlora_stores_what_bitsandbytes_stores(tmp_path):
+    import transformers
+
+    AutoModelForCausalLM.from_config(small(), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    quantisation = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantisation, dtype=torch.bfloat16
+    )
+    model = with_lora(model)
+    held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in module_tensors(model)}
+    found = fxseek.estimate(small(), 101, tuning="qlora", device="cpu")
+    assert found.largest["parameters"] == pytest.approx(sum(held.values()), rel=0.01)
+    given = fxseek.estimate(model, 101, device="cpu")
+    assert given.peak_bytes == pytest.approx(found.peak_bytes, rel=0.01)
+    assert (given.parameters, given.trainable) == (found.parameters, found.trainable)
+    assert all(x.device.type == "cpu" for x in module_tensors(model))
+
+
+def test_a_module_is_left_as_it_is():
+    model = AutoModelForCausalLM.from_config(small(), dtype=torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    by_module = fxseek.estimate(model, 101, device="cpu", tuning="lora")
+    by_config = fxseek.estimate(small(), 101, device="cpu", tuning="lora", dtype=torch.float32)
+    assert by_module.changes == by_config.changes
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    fxseek.compile(model, 0.3)  # a compiled model can be estimated too
+    assert fxseek.estimate(model, 101, device="cpu", optimizer=None).kept == 11
+
+
+def test_an_optimiser_of_ones_own():
+    def momentum(trained: list[torch.Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+
+    none = fxseek.estimate(small(), 101, optimizer=None, device="cpu")
+    own = fxseek.estimate(small(), 101, optimizer=momentum, device="cpu")
+    adam = fxseek.estimate(small(), 101, device="cpu")
+    state = [x.largest["optimiser state"] for x in (none, own, adam)]
+    assert state[0] == 0
+    assert state[1] == own.largest["gradients"]
+    assert state[2] == pytest.approx(2 * state[1], rel=0.01)
+    assert "optimiser" not in none.stage_peaks
+
+
+def test_a_mask_for_grouped_heads_costs_maps_where_cudnn_is_missing():
+    """Torch's own efficient kernel takes no mask together with fewer key heads."""
+    plain = fxseek.estimate(small(), 1024, device="cuda")
+    fused = fxseek.estimate(small(), 1024, device="hopper")
+    assert plain.largest["activations"] >= fused.largest["activations"]
+
+
+def test_it_prints_and_plots(tmp_path):
+    found = fxseek.estimate(small(), 128)
+    text = str(found)
+    assert "llama, full, ratio 0.1, 1 row of 128 tokens, 13 kept, on cuda" in text
+    assert f"in {found.peak_stage}" in text
+    assert "optimiser state" in text
+    assert found.fits(found.peak_bytes)
+    assert not found.fits(found.peak_bytes - 1)
+    assert found.plot(tmp_path / "step.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 1}, "tokens=1 must be an integer of at least 2"),
+        ({"batch": 0}, "batch=0 must be an integer of at least 1"),
+        ({"tuning": "lore"}, "tuning='lore' must be one of 'full', 'lora', 'qlora'"),
+        ({"device": "tpu"}, "device='tpu' must be one of"),
+        ({"optimizer": "adam"}, "optimizer='adam' must be 'adamw', None, or a function"),
+        ({"backend": "inductor"}, "backend='inductor' cannot be estimated"),
+        ({"ratios": 0.1}, "did you mean 'ratio'"),
+        ({"config_or_model": 7}, "config_or_model is a int"),
+        ({"config_or_model": torch.nn.Linear(3, 3)}, "Linear.forward takes input"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    given: dict[str, Any] = {"config_or_model": small(), "tokens": 101, **arguments}
+    with pytest.raises(fxseek.ConfigError, match=message):
+        fxseek.estimate(**given)
