@@ -32,7 +32,9 @@ class HostTensor:
         self._fetched: tuple[Tensor, torch.Event] | None = None
         self._written: torch.Event | None = None
         self._host = owned(tensor)
-        if self.device.type != "cpu":
+        if _torch.is_fake(tensor):
+            self._host = tensor.to("cpu")
+        elif self.device.type != "cpu":
             self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._written = torch.Event(self.device)
@@ -41,7 +43,7 @@ class HostTensor:
     def fetch(self, backward: bool) -> Tensor:
         """The tensor on its device; those that will be asked for next start to come too."""
         if self._written is None:
-            return self._host
+            return self._host.to(self.device)
         self._taken_in.add(backward)
         self._start()
         assert self._fetched is not None
