@@ -1,0 +1,206 @@
+"""What is kept for backward, and where: block recomputation, chunks, offloading, masks by rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import TinyConfig, TinyDecoder, batch, double_throughout, tiny_llama, tiny_lora
+from test_stages import shapes_of, stages
+from torch import Tensor, nn
+
+import fxseek
+from fxseek.masks import MaskRows, attend_all
+from fxseek.rows import attend_folded
+
+VOCAB, TOKENS, HEADS = 211, 67, 3
+CONFIG = TinyConfig(vocab=VOCAB, heads=HEADS, kv_heads=1, depth=3)
+LEAN: dict[str, dict[str, Any]] = {
+    "block": {"recompute": "block"},
+    "offload": {"recompute": "block", "kv": "offload"},
+    "chunks": {"prefill_chunk": 13, "chunk_bytes": 1 << 12},
+    "all": {"recompute": "block", "kv": "offload", "prefill_chunk": 13, "chunk_bytes": 1 << 12},
+    "block_aot": {"recompute": "block", "backend": "aot_eager"},
+    "chunks_aot": {"chunk_bytes": 1 << 12, "backend": "aot_eager"},
+}
+
+
+@pytest.mark.parametrize("options", LEAN.values(), ids=LEAN)
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_causal", "sdpa_float", "eager"])
+def test_exact(options: dict[str, Any], attention: str):
+    config = TinyConfig(vocab=VOCAB, attention=attention, depth=3)
+    model = TinyDecoder(config).double().train()
+    fxseek.compile(model, 0.2, **options)
+    padding = None if attention == "sdpa_causal" else "left"
+    inputs = batch(VOCAB, tokens=TOKENS, padding=padding or "none", labels="some")
+    assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
+@pytest.mark.parametrize("options", LEAN.values(), ids=LEAN)
+def test_exact_lora(options: dict[str, Any]):
+    with double_throughout():
+        model = tiny_lora(tiny_llama()).double().train()
+        fxseek.compile(model, 0.2, **options)
+        inputs = batch(37, tokens=29, padding="right", labels="some")
+        assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor], **context: Any) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(context.get("autocast"))):
+        loss = model(**inputs)["loss"]
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["dropout", "autocast"])
+def test_recomputation_repeats_the_forward(kind: str):
+    torch.manual_seed(0)
+    options = {"lora_dropout": 0.5} if kind == "dropout" else {}
+    model = tiny_lora(tiny_llama(), **options).train()
+    inputs = batch(37, tokens=29)
+    found = []
+    for recompute in ("none", "block"):
+        fxseek.compile(model, 0.3, score="random", recompute=recompute)
+        found.append(gradients(model, inputs, autocast=kind == "autocast"))
+        fxseek.uncompile(model)
+    assert found[0].keys() == found[1].keys() and found[0]
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
+def test_backward_twice():
+    model = fxseek.compile(TinyDecoder(CONFIG).double().train(), 0.2, recompute="block")
+    loss = model(**batch(VOCAB, tokens=TOKENS))["loss"]
+    loss.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 2 * once[name])
+
+
+def test_weights_changed_before_backward_are_an_error():
+    model = fxseek.compile(TinyDecoder(CONFIG).train(), 0.2, recompute="block")
+    loss = model(**batch(VOCAB, tokens=TOKENS))["loss"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def saved_bytes(**options: Any) -> int:
+    model = fxseek.compile(TinyDecoder(CONFIG).train(), 0.2, score="random", **options)
+    model(**batch(VOCAB, batch=1, tokens=TOKENS))["loss"].backward()
+    return fxseek.report(model).saved_bytes
+
+
+def test_a_block_keeps_its_inputs_alone():
+    kept = fxseek.SeekConfig(0.2)
+    assert kept.recompute == "none"
+    rows = -(-TOKENS // 5)
+    width, depth = CONFIG.width, CONFIG.depth
+    keys_and_values = 2 * depth * TOKENS * CONFIG.kv_heads * CONFIG.head_dim * 4
+    inputs = (depth + 1) * rows * width * 4
+    constants = rows * (TOKENS + 64 + 4 * depth * CONFIG.head_dim * 4) + TOKENS * 8
+    lean = saved_bytes(recompute="block")
+    assert keys_and_values < lean <= keys_and_values + inputs + constants
+    on_host = saved_bytes(recompute="block", kv="offload")
+    assert on_host == lean - keys_and_values
+    assert saved_bytes() > 2 * (lean - keys_and_values) + keys_and_values
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_no_stage_makes_a_mask_of_all_tokens(padding: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fxseek.masks._CHUNK_BYTES", 4 * TOKENS * 2 * 8)
+    monkeypatch.setattr("fxseek.masks._COMPARED_ROWS", 8)
+    model = fxseek.compile(tiny_llama().train(), 0.2, chunk_bytes=1 << 12)
+    inputs = batch(37, tokens=TOKENS, padding=padding)
+    model(**inputs)["loss"].backward()
+    module = stages(model)
+    for name in ("prefill", "score", "gather", "learn"):
+        made = shapes_of(module.get_submodule(name), lambda: model(**inputs))
+        assert made
+        assert not any(shape[-2:] == (TOKENS, TOKENS) for shape in made), name
+
+
+def test_the_prefill_holds_a_chunk_of_the_mlp():
+    model = fxseek.compile(TinyDecoder(CONFIG).train(), 0.2, score="random", prefill_chunk=16)
+    inputs = batch(VOCAB, batch=1, tokens=TOKENS)
+    model(**inputs)
+    made = shapes_of(stages(model).prefill, lambda: model(**inputs))
+    inner = [shape for shape in made if len(shape) > 1 and shape[-1] == CONFIG.ffn]
+    assert inner and max(shape[-2] for shape in inner) == 16
+
+
+def test_the_head_holds_a_chunk_of_logits():
+    model = fxseek.compile(TinyDecoder(CONFIG).train(), 0.5, score="random", chunk_bytes=VOCAB * 40)
+    inputs = batch(VOCAB, batch=1, tokens=TOKENS)
+    model(**inputs)
+    made = shapes_of(stages(model).learn, lambda: model(**inputs))
+    logits = [shape for shape in made if len(shape) > 1 and shape[-1] == VOCAB]
+    assert logits and all(shape[-2] <= 10 or shape[-2] == CONFIG.width for shape in logits)
+
+
+# ---- masks by rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", ["causal", "padded", "window"])
+def test_attention_on_chunks_of_queries(kind: str, groups: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fxseek.masks._CHUNK_BYTES", 4 * 7 * 11 * 2)
+    at = torch.arange(11)
+    mask = (at[None] <= at[:, None]).expand(2, 1, 11, 11).clone()
+    if kind == "padded":
+        mask[1, :, :, :4] = False
+        mask[1, :, at, at] = True
+    if kind == "window":
+        mask &= at[:, None] - at[None] < 3
+    q = torch.randn(2, 2 * groups, 11, 5, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, 11, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    rows = MaskRows.of(mask)
+    assert rows.causal(11, q.device) == (kind == "causal")
+    found = attend_all(q, k, v, rows, enable_gqa=True)
+    torch.testing.assert_close(found, wanted)
+    upstream = torch.randn_like(wanted)
+    for got, want in zip(
+        torch.autograd.grad(found, (q, k, v), upstream),
+        torch.autograd.grad(wanted, (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 7), (1, 1, 5, 7), (2, 6, 5, 7), (5, 7), (2, 1, 1, 7)])
+def test_groups_as_further_queries(shape: tuple[int, ...]):
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, 5, 3, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, 7, 3, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(*shape) > 0.3
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, scale=0.3)
+    torch.testing.assert_close(attend_folded(q, k, v, mask, scale=0.3), wanted)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recompute": "blocks"}, r"recompute='blocks'.*did you mean 'block'"),
+        ({"kv": "host"}, r"kv='host'.*'device', 'offload'"),
+        ({"kv": "offload"}, r"kv='offload'.*use recompute='block'"),
+        ({"kv": "offload", "recompute": "block", "backend": "inductor"}, r"backend='eager'"),
+        ({"prefill_chunk": 0}, r"prefill_chunk=0"),
+        ({"prefill_chunk": 1.5}, r"prefill_chunk=1.5"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str):
+    with pytest.raises(fxseek.ConfigError, match=message):
+        fxseek.SeekConfig(0.1, **options)
