@@ -80,6 +80,9 @@ class SeekConfig:
             ``recompute="block"`` and ``backend="eager"``. Default ``"device"``.
         prefill_chunk: Tokens of a row for which the pass over all tokens computes what lies between
             two attentions at a time (norms, linear layers); None for all of them. Default None.
+        memory_budget_bytes: Peak bytes of a training step (weights, gradients and activations,
+            without optimiser state) for which the ratio is picked, the largest of
+            ``ratio_bounds`` whose predicted peak fits; ``ratio`` is then not read. Default None.
         outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None),
             ``"selected"`` (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at
             the selected ones). Default ``"loss"``.
@@ -110,6 +113,7 @@ class SeekConfig:
     recompute: str = "none"
     kv: str = "device"
     prefill_chunk: int | None = None
+    memory_budget_bytes: int | None = None
     outputs: str = "loss"
     chunk_bytes: int = 64 * 1024 * 1024
     loss: Callable[..., Any] | None = None
@@ -126,7 +130,7 @@ class SeekConfig:
         object.__setattr__(self, "ratio_bounds", tuple(map(float, self.ratio_bounds)))
         for name in ("alpha", "beta", "uniform"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("seed", "chunk_bytes", "token_dim", "prefill_chunk"):
+        for name in ("seed", "chunk_bytes", "token_dim", "prefill_chunk", "memory_budget_bytes"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
 
@@ -267,8 +271,14 @@ def _problems(config: SeekConfig) -> list[str]:
         *_integer("chunk_bytes", config.chunk_bytes, 1, None),
         *_integer("token_dim", config.token_dim, 1, None),
     ]
-    if config.prefill_chunk is not None:
-        lines += _integer("prefill_chunk", config.prefill_chunk, 1, None)
+    for name in ("prefill_chunk", "memory_budget_bytes"):
+        if getattr(config, name) is not None:
+            lines += _integer(name, getattr(config, name), 1, None)
+    if config.memory_budget_bytes is not None and isinstance(config.ratio, str):
+        lines.append(
+            f"ratio={_shown(config.ratio)} with memory_budget_bytes={config.memory_budget_bytes}: "
+            f"either of them picks the ratio; leave one out"
+        )
     if config.kv == "offload" and (config.recompute, config.backend) != ("block", "eager"):
         lines.append(
             f"kv='offload' with recompute={_shown(config.recompute)} and "

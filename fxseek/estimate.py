@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ from fxseek.memory import (
     saved_as_activations,
 )
 from fxseek.pipeline import Program, positions_of
+from fxseek.stages import Select
 from fxseek.step import compile as compile_step
 from fxseek.step import step_of
 
@@ -152,6 +155,35 @@ def estimate(
     program, arguments = capture(step, inputs)
     kept = run.selective(model, program, arguments, inputs)
     return Estimate(**run.tracker.result(), kept=kept, **about)
+
+
+def peak_of_ratios(
+    model: nn.Module, config: SeekConfig, tokens: int, batch: int, *, device: str
+) -> Callable[[float], int]:
+    """A function from a ratio to the peak bytes of a step, without optimiser state.
+
+    The model is captured once; each call runs the stages on fake tensors.
+    """
+    model = _on_meta(model, torch.float32).train()
+    inputs = _batch(model, tokens, batch)
+    compile_step(model, config)
+    step = step_of(model)
+    assert step is not None
+    program, arguments = capture(step, inputs)
+    assert program.module is not None
+    select = program.module.get_submodule("select")
+    assert isinstance(select, Select)
+
+    def peak(ratio: float) -> int:
+        select.config = dataclasses.replace(config, ratio=ratio)
+        run = _Run(device, None)
+        run.selective(model, program, arguments, inputs)
+        return Estimate(
+            **run.tracker.result(), tokens=tokens, kept=0, batch=batch, parameters=0, trainable=0,
+            device=device, description="",
+        ).peak_bytes  # fmt: skip
+
+    return peak
 
 
 def _check(
@@ -401,6 +433,9 @@ class _Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
+        if func is Tensor.backward:  # the mode is off in it, and blocks may run again there
+            with patch.object(torch.nn.functional, "scaled_dot_product_attention", self.attend):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 

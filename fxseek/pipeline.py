@@ -39,7 +39,7 @@ from fxseek.passes.facts import (
 )
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.head import Head, attach_head, find_head
-from fxseek.passes.hoist import hoist_gathers
+from fxseek.passes.hoist import hoist_gathers, share_masks
 from fxseek.passes.inline import inline
 from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.normalise import normalise
@@ -185,6 +185,8 @@ def _ditch(program: Program, full_outputs: bool) -> None:
         program.learn, program.gathers = hoist_gathers(stage)
     results = list(program.learn.graph.output_node().args[0])  # type: ignore[arg-type]
     program.learn.graph.output_node().args = (_fill(program_outputs[0], results),)
+    if program.config.recompute == "none" and program.config.backend == "eager":
+        share_masks(program.learn)
     if program.config.kv == "offload":
         program.on_host = take_from_host(program.learn)
 

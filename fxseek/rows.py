@@ -20,6 +20,7 @@ __all__ = [
     "owned",
     "put_rows_",
     "scatter_rows",
+    "shared_mask",
 ]
 
 
@@ -156,9 +157,9 @@ def attend_rows(
             shape = [1] * query.dim()
             shape[batch_dim] = causal.shape[0]
             mask = causal.view(*shape[:-2], *causal.shape[-2:])
-    # Of the fused kernels only the CPU's takes a mask and grouped heads; elsewhere keys and
-    # values would be repeated and the map of kept × keys made
-    if enable_gqa and mask is not None and query.dim() == 4 and query.device.type != "cpu":
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        mask = mask.to(query.dtype)  # shared by layers of other precision
+    if mask is not None and _folds(query, enable_gqa):
         return attend_folded(query, key, value, mask, dropout_p=dropout_p, scale=scale)
     return F.scaled_dot_product_attention(
         query,
@@ -171,28 +172,52 @@ def attend_rows(
     )
 
 
+def _folds(query: Tensor, enable_gqa: bool) -> bool:
+    """Whether grouped heads become further queries.
+
+    Of the fused kernels only the CPU's takes a mask and grouped heads; elsewhere keys and values
+    would be repeated, and a map of kept × keys made for each head.
+    """
+    return enable_gqa and query.dim() == 4 and query.device.type != "cpu"
+
+
+def shared_mask(mask: Tensor, query: Tensor, key: Tensor, *, enable_gqa: bool = False) -> Tensor:
+    """A boolean mask as the kernels of all layers want it.
+
+    They make an additive one of their own in each call, and autograd keeps every one of them.
+    """
+    mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    return _folded(mask, query, key.shape[1]) if _folds(query, enable_gqa) else mask
+
+
+def _folded(mask: Tensor, query: Tensor, kv_heads: int) -> Tensor:
+    """A mask for queries of which each key head has its whole group."""
+    groups = (kv_heads, query.shape[1] // kv_heads)
+    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask.expand(-1, -1, query.shape[2], -1)
+    if mask.shape[1] == 1:
+        return mask.unsqueeze(2).expand(-1, -1, groups[1], -1, -1).flatten(2, 3)
+    return mask.unflatten(1, groups).flatten(2, 3)
+
+
 def attend_folded(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
 ) -> Tensor:
     """Grouped-query attention whose groups are further queries of their key head.
 
     Shapes: query [batch, heads, kept, width]; key, value [batch, kv_heads, keys, width]; mask
-    broadcastable to [batch, heads, kept, keys] → [batch, heads, kept, width].
+    broadcastable to [batch, heads, kept, keys], or folded already → [batch, heads, kept, width].
     """
     heads, kept = query.shape[1:3]
     kv_heads = key.shape[1]
     groups = (kv_heads, heads // kv_heads)
-    mask = mask[(None,) * (4 - mask.dim())]
-    mask = mask.expand(-1, -1, kept, -1)
-    if mask.shape[1] == 1:
-        mask = mask.unsqueeze(2).expand(-1, -1, groups[1], -1, -1)
-    else:
-        mask = mask.unflatten(1, groups)
+    if mask.dim() < 4 or mask.shape[2] != groups[1] * kept:
+        mask = _folded(mask, query, kv_heads)
     found = F.scaled_dot_product_attention(
         query.unflatten(1, groups).flatten(2, 3),
         key,
         value,
-        attn_mask=mask.flatten(2, 3),
+        attn_mask=mask,
         **options,
     )
     return found.unflatten(2, (groups[1], kept)).flatten(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import warnings
@@ -145,6 +146,7 @@ class SeekStep:
         self.recorder = Recorder()
         self.signature = inspect.signature(model.forward)
         self._restore: list[Callable[[], None]] = []
+        self._largest = 0
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.token_inputs = DECODER_INPUTS if self.seq2seq else None
         self.use_backend(
@@ -199,6 +201,8 @@ class SeekStep:
         if self._takes_use_cache(batch):
             batch["use_cache"] = False
         marked = self._marked(batch)
+        if self.config.memory_budget_bytes is not None and not self.shapes_only:
+            self._fit_budget(batch)
         mask = batch.get("decoder_attention_mask" if self.seq2seq else "attention_mask")
         plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
         self.recorder.padding_mask = mask if plain else None
@@ -241,12 +245,16 @@ class SeekStep:
             parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
         )
 
+    def _primary_names(self, batch: dict[str, Any]) -> list[str]:
+        """Arguments that may count the tokens, the likeliest first."""
+        names = [name for name in PRIMARY_INPUTS if isinstance(batch.get(name), Tensor)]
+        dim = self.config.token_dim
+        return names or [k for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > dim]
+
     def _marked(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with dynamic token and batch dimensions, on aliases of its tensors."""
         dim = self.config.token_dim
-        names = [name for name in PRIMARY_INPUTS if isinstance(batch.get(name), Tensor)]
-        if not names:
-            names = [k for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > dim]
+        names = self._primary_names(batch)
         if not names:
             given = ", ".join(sorted(batch)) or "nothing"
             raise InputError(
@@ -284,6 +292,26 @@ class SeekStep:
             return view
 
         return {name: alias(value) for name, value in batch.items()}
+
+    def _fit_budget(self, batch: dict[str, Any]) -> None:
+        """Pick the ratio for the first batch, and for one that is larger than all before."""
+        from fxseek.budget import ratio_within  # it estimates with a step of this class
+
+        primary = next(batch[name] for name in self._primary_names(batch))
+        rows, tokens = primary.shape[0], primary.shape[self.config.token_dim]
+        if rows * tokens <= self._largest:
+            return
+        ratio = ratio_within(self.model, self.config, tokens, rows)
+        self._largest = rows * tokens
+        self.config = dataclasses.replace(self.config, ratio=ratio)
+        self.use_backend(
+            make_backend(
+                self.config,
+                self.recorder,
+                full_outputs=False,
+                token_inputs=self.token_inputs,
+            )
+        )
 
     def _check_extent(self, primary: Tensor, name: str) -> None:
         """There must be rows, values, and tokens to choose from."""

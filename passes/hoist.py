@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fxseek.passes.ditch import StageGraph, StageInput
-from fxseek.rows import gather_rows
+from fxseek.rows import attend_rows, gather_rows, shared_mask
 
 
 def hoist_gathers(
@@ -71,3 +71,35 @@ def hoist_gathers(
     alive = set(graph.nodes)
     compact = {node: made for node, made in stage.compact.items() if made in alive}
     return StageGraph(graph, inputs, stage.outputs, stage.general, compact), gathers
+
+
+def share_masks(stage: StageGraph) -> None:
+    """Let the attentions of a learn stage share one additive mask (in place).
+
+    Before::
+
+        o1 = attend_rows(q1, k1, v1, kept, mask=mask_rows)       # boolean
+        o2 = attend_rows(q2, k2, v2, kept, mask=mask_rows)
+
+    After::
+
+        mask = shared_mask(mask_rows, q1, k1)
+        o1 = attend_rows(q1, k1, v1, kept, mask=mask); o2 = attend_rows(..., mask=mask)
+    """
+    made: dict[Any, Any] = {}
+    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
+    kinds = dict(zip(placeholders, stage.inputs, strict=True))
+    for node in list(stage.graph.nodes):
+        mask = node.kwargs.get("mask") if node.target is attend_rows else None
+        item = kinds.get(mask)
+        if mask is None or item is None or item.node is None or item.kind != "gathered":
+            continue
+        if item.node.meta["example_value"].dtype != torch.bool:
+            continue
+        grouped = node.kwargs.get("enable_gqa", False)
+        if (mask, grouped) not in made:
+            with stage.graph.inserting_before(node):
+                made[mask, grouped] = stage.graph.call_function(
+                    shared_mask, (mask, *node.args[:2]), {"enable_gqa": grouped}
+                )
+        node.update_kwarg("mask", made[mask, grouped])
