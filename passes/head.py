@@ -55,9 +55,11 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
     if entry is None or loss is None or not isinstance(rows, Rows):
         return None
     between = (descendants([entry]) & ancestors([loss])) - {entry}
-    carrying = {node for node in between if node in facts.stream}
-    if any(node not in facts.plans for node in carrying):
+    if any(node in facts.stream and node not in facts.plans for node in between):
         return None
+    carrying = _trained_before(loss, entry, facts)
+    if any(facts.token_sized(node) for node in carrying - between):
+        return None  # a part of the stream goes past the entry
     stage = ditch(loss.graph, facts, carrying=carrying, outputs=[("value", loss)], given=[entry])
     if any(item.kind == "rows" and item.node is not entry for item in stage.inputs):
         return None
@@ -80,6 +82,19 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
         str(reduction),
         call.arg(4, "ignore_index", -100),
     )
+
+
+def _trained_before(loss: fx.Node, entry: fx.Node, facts: Facts) -> set[fx.Node]:
+    """What the loss is made of on the way from the entry, and from trained weights."""
+    found: set[fx.Node] = set()
+    queue = [loss]
+    while queue:
+        node = queue.pop()
+        if node not in found and node is not entry and node.op != "placeholder":
+            if node in facts.stream:
+                found.add(node)
+                queue.extend(node.all_input_nodes)
+    return found
 
 
 def logit_bytes(logits: fx.Node) -> int:

@@ -29,6 +29,10 @@ def test_defaults():
         "uniform": 0.5,
         "seed": 0,
         "backend": "eager",
+        "recompute": "none",
+        "kv": "device",
+        "prefill_chunk": None,
+        "memory_budget_bytes": None,
         "outputs": "loss",
         "chunk_bytes": 64 * 2**20,
         "loss": None,
@@ -58,6 +62,10 @@ def test_numbers_are_stored_as_plain_numbers():
 
 
 BAD = [
+    ("recompute", "blocks", ["recompute='blocks'", "did you mean 'block'"]),
+    ("kv", "host", ["kv='host'", "'device', 'offload'"]),
+    ("prefill_chunk", 0, ["prefill_chunk=0", "at least 1"]),
+    ("memory_budget_bytes", -1, ["memory_budget_bytes=-1", "at least 1"]),
     ("ratio", 0.0, ["ratio=0.0", "(0, 1]", "0.1"]),
     ("ratio", 1.5, ["ratio=1.5", "(0, 1]"]),
     ("ratio", -0.1, ["ratio=-0.1", "(0, 1]"]),

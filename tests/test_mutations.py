@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fxseek
 from fxseek.loss import cross_entropy_parts
+from fxseek.masks import MaskRows
 from fxseek.rows import gather_rows
 
 
@@ -63,7 +64,7 @@ def test_constants_gathered_at_the_wrong_place(attention, inputs, monkeypatch):
         check(compiled(attention=attention), inputs)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "sdpa_float", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa_float", "eager"])
 def test_mask_rows_of_the_first_positions(attention, inputs, monkeypatch):
     def first_rows(x: Tensor, kept: Tensor, *where: Any) -> Tensor:
         if x.dim() == 4 and x.shape[-1] == x.shape[-2]:
@@ -73,6 +74,17 @@ def test_mask_rows_of_the_first_positions(attention, inputs, monkeypatch):
     monkeypatch.setattr("fxseek.stages.gather_rows", first_rows)
     with pytest.raises(fxseek.GradientMismatch):
         check(compiled(attention=attention), inputs)
+
+
+def test_rows_of_a_boolean_mask_of_the_first_positions(inputs, monkeypatch):
+    rows_of = MaskRows.rows
+
+    def first_rows(self: MaskRows, kept: Tensor) -> Tensor:
+        return rows_of(self, torch.arange(kept.shape[1]).expand_as(kept))
+
+    monkeypatch.setattr(MaskRows, "rows", first_rows)
+    with pytest.raises(fxseek.GradientMismatch):
+        check(compiled(attention="sdpa"), inputs)
 
 
 def test_the_causal_flag_as_if_selected_tokens_were_neighbours(inputs, monkeypatch):
