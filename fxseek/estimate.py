@@ -36,6 +36,7 @@ from fxseek.memory import (
     saved_as_activations,
 )
 from fxseek.pipeline import Program, positions_of
+from fxseek.rows import STANDS_FOR
 from fxseek.stages import Select
 from fxseek.step import compile as compile_step
 from fxseek.step import step_of
@@ -614,8 +615,12 @@ class _Run:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        with self.tracker, _Kernels(self.device):
-            yield
+        stands_for = STANDS_FOR.set("cpu" if self.device == "cpu" else "cuda")
+        try:
+            with self.tracker, _Kernels(self.device):
+                yield
+        finally:
+            STANDS_FOR.reset(stands_for)
 
     def _finish(
         self, loss: Tensor, trained: Iterable[Tensor], optimiser: torch.optim.Optimizer | None

@@ -90,10 +90,10 @@ def _trained_before(loss: fx.Node, entry: fx.Node, facts: Facts) -> set[fx.Node]
     queue = [loss]
     while queue:
         node = queue.pop()
-        if node not in found and node is not entry and node.op != "placeholder":
-            if node in facts.stream:
-                found.add(node)
-                queue.extend(node.all_input_nodes)
+        if node in found or node is entry or node.op == "placeholder" or node not in facts.stream:
+            continue
+        found.add(node)
+        queue.extend(node.all_input_nodes)
     return found
 
 
