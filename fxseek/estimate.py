@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxseek import _torch
+from fxseek import _torch, rows
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.explain import capture
@@ -36,7 +36,6 @@ from fxseek.memory import (
     saved_as_activations,
 )
 from fxseek.pipeline import Program, positions_of
-from fxseek.rows import STANDS_FOR
 from fxseek.stages import Select
 from fxseek.step import compile as compile_step
 from fxseek.step import step_of
@@ -615,12 +614,9 @@ class _Run:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        stands_for = STANDS_FOR.set("cpu" if self.device == "cpu" else "cuda")
-        try:
-            with self.tracker, _Kernels(self.device):
-                yield
-        finally:
-            STANDS_FOR.reset(stands_for)
+        grouped = ("cpu", "meta") if self.device == "cpu" else ("cpu",)  # what meta stands for
+        with patch.object(rows, "GROUPED_KERNELS", grouped), self.tracker, _Kernels(self.device):
+            yield
 
     def _finish(
         self, loss: Tensor, trained: Iterable[Tensor], optimiser: torch.optim.Optimizer | None

@@ -7,7 +7,6 @@ batch dimension (None: the batch is 1), which repeats each row of the batch `hea
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -173,8 +172,8 @@ def attend_rows(
     )
 
 
-STANDS_FOR: ContextVar[str] = ContextVar("stands_for", default="")
-"""The device that tensors without memory stand for; empty: the one they say."""
+GROUPED_KERNELS: tuple[str, ...] = ("cpu",)
+"""Devices with a fused kernel for a mask together with grouped heads."""
 
 
 def _folds(query: Tensor, enable_gqa: bool) -> bool:
@@ -183,8 +182,7 @@ def _folds(query: Tensor, enable_gqa: bool) -> bool:
     Of the fused kernels only the CPU's takes a mask and grouped heads; elsewhere keys and values
     would be repeated, and a map of kept × keys made for each head.
     """
-    device = STANDS_FOR.get() or query.device.type
-    return enable_gqa and query.dim() == 4 and device != "cpu"
+    return enable_gqa and query.dim() == 4 and query.device.type not in GROUPED_KERNELS
 
 
 def shared_mask(mask: Tensor, query: Tensor, key: Tensor, *, enable_gqa: bool = False) -> Tensor:

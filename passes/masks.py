@@ -65,7 +65,8 @@ def use_mask_rows(stage: StageGraph, sizes: Sizes, whole: Iterable[fx.Node] = ()
         with stage.graph.inserting_after(placeholders[-1] if mask in kinds else mask):
             made = stage.graph.create_node("call_module", name, tuple(rows.leaves))
         made.meta["fxseek"] = ("masks", mask.name)
-        for user in (*users, *(() if mask.name in keep else (output,))):
+        captured = mask.meta.get("fxseek", ("", mask.name))[1]
+        for user in (*users, *(() if captured in keep else (output,))):
             user.replace_input_with(mask, made)
     for node in reversed(list(stage.graph.nodes)):  # lint knows no modules of a stage to be
         if (

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
 from models import TinyConfig, TinyDecoder, batch, double_throughout, tiny_llama, tiny_lora
 from test_stages import shapes_of, stages
 from torch import Tensor, nn
@@ -45,6 +46,39 @@ def test_exact_lora(options: dict[str, Any]):
         fxseek.compile(model, 0.2, **options)
         inputs = batch(37, tokens=29, padding="right", labels="some")
         assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
+@pytest.mark.parametrize("family", ["gemma3", "t5", "gpt2", "bloom"])
+def test_exact_families(family: str):
+    with double_throughout():
+        model = FAMILIES[family].make(FAMILIES[family].attentions[0]).double()
+        fxseek.compile(model, 0.3, **LEAN["all"])
+        fxseek.check_gradients(model, 1e-9, **FAMILIES[family].batch())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_weights_that_are_computed_in_the_head(backend: str):
+    class Scaled(TinyDecoder):
+        """Its vocabulary's weights are a product of two trained ones."""
+
+        def __init__(self) -> None:
+            super().__init__(CONFIG)
+            self.scale = nn.Parameter(torch.full((1,), 1.5))
+            self.mixed = nn.Linear(VOCAB, VOCAB, bias=False)
+
+        def forward(self, input_ids: Tensor, labels: Tensor, **rest: Any) -> Any:  # type: ignore[override]
+            logits = super().forward(input_ids, **rest).logits
+            assert logits is not None
+            logits = F.linear(logits, self.mixed.weight * self.scale)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            return {"loss": loss}
+
+    model = Scaled().double().train()
+    inputs = batch(VOCAB, tokens=31, labels="some")
+    fxseek.compile(model, 0.3, recompute="block", backend=backend)
+    model(**inputs)["loss"].backward()
+    assert model.scale.grad is not None and model.scale.grad.abs().item() > 0
+    fxseek.check_gradients(model, 1e-9, **inputs)
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor], **context: Any) -> dict[str, Tensor]:
