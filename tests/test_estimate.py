@@ -58,7 +58,7 @@ def with_lora(model: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("tokens", [101, 512])
+@pytest.mark.parametrize("tokens", [101, pytest.param(512, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize(
     ("tuning", "dtype", "options"),
     [
