@@ -121,13 +121,15 @@ def _likeness(module: fx.GraphModule) -> tuple[Any, ...]:
         number[node] = index
         target = node.target if node.op in ("call_function", "call_method") else None
         if node.op == "get_attr":
-            target = id(operator.attrgetter(str(node.target))(module))
+            value = operator.attrgetter(str(node.target))(module)
+            target = _likeness(value) if isinstance(value, fx.GraphModule) else id(value)
         found.append((node.op, target, plain(node.args), plain(node.kwargs)))
     return tuple(found)
 
 
 def _compiled(module: fx.GraphModule, backend: str, recompute: str) -> Callable[..., Any]:
     """A function of the segment's inputs, compiled when it is first called."""
+    _restore_functions(module)
     compiled = torch.compile(module, backend=BACKENDS[backend], dynamic=True, fullgraph=True)
     keep_inputs = recompute == "block"
 
@@ -147,6 +149,68 @@ def _compiled(module: fx.GraphModule, backend: str, recompute: str) -> Callable[
                 ) from error
 
     return call
+
+
+def _restore_functions(module: fx.GraphModule) -> None:
+    """Turn captured autograd functions into autograd functions again (in place).
+
+    Dynamo captures ``Function.apply`` as an operator on two graphs, and does not trace that.
+    """
+    for node in module.graph.nodes:
+        if getattr(node.target, "__name__", "") != "autograd_function_apply":
+            continue
+        forward, backward = (
+            _traceable(module.get_submodule(str(body.target))) for body in node.args[:2]
+        )
+        name = f"applied_{node.name}"
+        fixed = node.kwargs.get("non_differentiable_idx", ())
+        module.add_submodule(name, _Applied(forward, backward, fixed))
+        with module.graph.inserting_before(node):
+            made = module.graph.call_module(name, node.args[2:])
+        node.replace_all_uses_with(made)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _traceable(body: Any) -> nn.Module:
+    """A body without ``x.data``, which Dynamo captures as a call that it cannot capture."""
+    for node in body.graph.nodes:
+        if getattr(node.target, "__name__", "") == "_get_data_attr":
+            node.target = torch.detach
+    body.recompile()
+    return body
+
+
+class _Applied(nn.Module):
+    """An autograd function of a graph ``operands → (results, saved)`` and a backward graph."""
+
+    def __init__(self, forward: nn.Module, backward: nn.Module, fixed: Sequence[int]) -> None:
+        super().__init__()
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *operands: Any) -> Any:
+                results, saved = forward(*operands)
+                ctx.tensors = [isinstance(x, Tensor) for x in saved]
+                ctx.save_for_backward(*[x for x in saved if isinstance(x, Tensor)])
+                ctx.numbers = [x for x in saved if not isinstance(x, Tensor)]
+                if fixed:
+                    each = results if isinstance(results, (tuple, list)) else (results,)
+                    ctx.mark_non_differentiable(*[each[index] for index in fixed])
+                return results
+
+            @staticmethod
+            def backward(ctx: Any, *slopes: Any) -> Any:
+                tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
+                saved = [next(tensors if tensor else numbers) for tensor in ctx.tensors]
+                return backward(*slopes, *saved)
+
+        self.function = Function
+
+    def forward(self, *operands: Any) -> Any:
+        """Apply it."""
+        return self.function.apply(*operands)
 
 
 def _saved_by_functions(outputs: Any, exclude: tuple[Any, ...]) -> int:

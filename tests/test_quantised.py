@@ -258,12 +258,42 @@ def test_one_token(body):
     assert fxseek.report(model).selected.shape[1] == 1
 
 
-@pytest.mark.xfail(
-    reason="Dynamo, which lowers a stage, cannot trace autograd_function_apply a second time",
-    raises=fxseek.GraphError,
+class Signs(torch.autograd.Function):
+    """One of the results has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        signs = x.sign()
+        ctx.mark_non_differentiable(signs)
+        return x.square(), signs
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, _: Tensor | None) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 2 * slope * x
+
+
+def test_a_result_without_gradient():
+    for backend in ("eager", "aot_eager"):
+        model = model_of(lambda m, x: (lambda a, b: a * b)(*Signs.apply(x)))  # type: ignore[misc]
+        assert_exact(model, backend=backend)
+
+
+LOWERED = ("one after the other", "two results", "squeeze")
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        pytest.param(name, recompute, marks=() if name in LOWERED else pytest.mark.sweep)
+        for name in (*PER_TOKEN, *GENERAL)
+        for recompute in ("none", "block")
+    ],
 )
-def test_lowered():
-    assert_exact(model_of(PER_TOKEN["one after the other"]), backend="aot_eager")
+def test_lowered(name, recompute):
+    model = model_of((PER_TOKEN | GENERAL)[name])
+    assert_exact(model, backend="aot_eager", recompute=recompute)
 
 
 class WritesToItsArgument(Doubles):
@@ -400,6 +430,14 @@ def test_qlora(saved, kind, compute):
     adapters = [p for name, p in model.named_parameters() if "lora" in name]
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapters)
     assert all(p.grad is None for name, p in model.named_parameters() if "lora" not in name)
+
+
+@pytest.mark.parametrize("kind", ["nf4+", pytest.param("int8", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_qlora_lowered(saved, kind, recompute):
+    model = _qlora(saved("llama"), kind, torch.float32)
+    fxseek.compile(model, 0.4, score="random", backend="aot_eager", recompute=recompute)
+    fxseek.check_gradients(model, tolerance=1e-5, **batch(37, batch=3, tokens=13, padding="right"))
 
 
 @pytest.mark.parametrize("kind", ["nf4+", "int8"])
