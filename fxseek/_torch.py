@@ -173,6 +173,13 @@ def few(chunks: Sequence[_Chunk], like: torch.Tensor | None) -> Iterable[_Chunk]
     return (chunks[0], chunks[1], chunks[-1])
 
 
+def all_of(parts: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """The results of `count` chunks, where `few` of them were run."""
+    if len(parts) == count:
+        return parts
+    return [parts[0], *[parts[1]] * (count - 2), parts[-1]]
+
+
 def sdpa_backend(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
 
-__all__ = ["MaskMaker", "MaskRows", "attend_all", "queries_of"]
+__all__ = ["MaskMaker", "MaskRows", "attend_all", "attend_in_chunks", "queries_of"]
 
 _COMPARED_ROWS = 256
 """Rows of a mask that are compared with the causal mask's at a time."""
 
 _CHUNK_BYTES = 64 << 20
-"""The largest part of a mask, as float32 entries, that an attention of all tokens is given."""
+"""The largest part of a mask, as float32 entries, that one call of an attention is given."""
 
 
 def queries_of(x: Tensor, kept: Tensor) -> Tensor:
@@ -48,6 +48,11 @@ class MaskRows:
         return cls(
             lambda kept, whole: queries_of(whole, kept), (mask,), mask.shape[-1] == mask.shape[-2]
         )
+
+    def large(self, kept: Tensor) -> bool:
+        """Whether the rows of these queries are more than an attention is given at once."""
+        batch, _, _, keys = self.rows(kept[:, :1]).shape
+        return 4 * batch * kept.shape[1] * keys > _CHUNK_BYTES
 
     def part(self, queries: slice, device: torch.device) -> Tensor:
         """The rows of consecutive queries."""
@@ -110,20 +115,40 @@ def attend_all(
     tokens = query.shape[-2]
     if attn_mask.causal(tokens, query.device):
         return F.scaled_dot_product_attention(query, key, value, **{**options, "is_causal": True})
+    at = torch.arange(tokens, device=query.device)[None]
+    return attend_in_chunks(
+        F.scaled_dot_product_attention, query, key, value, at, attn_mask, **options
+    )
+
+
+def attend_in_chunks(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    mask: MaskRows,
+    **options: Any,
+) -> Tensor:
+    """`attend` with queries at positions `kept` and its `attn_mask` on chunks of them.
+
+    The mask of a chunk is made for it, and in backward anew, with the attention.
+    """
+    count = kept.shape[1]
     step = max(1, _CHUNK_BYTES // (4 * key.shape[-2] * max(1, query.shape[0])))
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, queries: slice) -> Tensor:
-        mask = attn_mask.part(queries, query.device)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    def part(query: Tensor, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
+        return attend(query, key, value, attn_mask=mask.rows(kept), **options)
 
-    if tokens <= step:
-        return attend(query, key, value, slice(0, tokens))
+    if count <= step:
+        return part(query, key, value, kept)
     parts = []
-    for start in _torch.few(range(0, tokens, step), query):
-        queries = slice(start, min(start + step, tokens))
-        given = (query[..., queries, :], key, value, queries)
+    starts = range(0, count, step)
+    for start in _torch.few(starts, query):
+        chunk = slice(start, min(start + step, count))
+        given = (query[..., chunk, :], key, value, kept[:, chunk])
         if torch.is_grad_enabled():
-            parts.append(checkpoint(attend, *given, use_reentrant=False))
+            parts.append(checkpoint(part, *given, use_reentrant=False))
         else:
-            parts.append(attend(*given))
-    return torch.cat(parts, dim=-2)
+            parts.append(part(*given))
+    return torch.cat(_torch.all_of(parts, len(starts)), dim=-2)

@@ -39,7 +39,7 @@ from fxseek.passes.facts import (
 )
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.head import Head, attach_head, find_head
-from fxseek.passes.hoist import hoist_gathers, share_masks
+from fxseek.passes.hoist import hoist_gathers, masks_of_attentions, share_masks
 from fxseek.passes.inline import inline
 from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.normalise import normalise
@@ -66,6 +66,7 @@ class Program:
     chunked: ChunkedHead | None = None
     learn: StageGraph | None = None
     gathers: list[tuple[StageInput, tuple[Any, ...]]] = field(default_factory=list)
+    masks: set[StageInput] = field(default_factory=set)
     on_host: list[fx.Node] = field(default_factory=list)
     score: ScorePlan | None = None
     prefill: StageGraph | None = None
@@ -185,8 +186,10 @@ def _ditch(program: Program, full_outputs: bool) -> None:
         program.learn, program.gathers = hoist_gathers(stage)
     results = list(program.learn.graph.output_node().args[0])  # type: ignore[arg-type]
     program.learn.graph.output_node().args = (_fill(program_outputs[0], results),)
-    if program.config.recompute == "none" and program.config.backend == "eager":
-        share_masks(program.learn)
+    if program.config.backend == "eager":  # Dynamo takes tensors only
+        program.masks = masks_of_attentions(program.learn)
+        if program.config.recompute == "none":
+            share_masks(program.learn)
     if program.config.kv == "offload":
         program.on_host = take_from_host(program.learn)
 
@@ -280,7 +283,7 @@ def _assemble(program: Program) -> None:
     root.add_module("prefill", Prefill(prefill, bases, program.on_host))
     root.add_module("score", Score(score, program.config, program.chunked))
     root.add_module("select", Select(program.config))
-    root.add_module("gather", Gather(program.gathers))
+    root.add_module("gather", Gather(program.gathers, program.masks))
     root.add_module("learn", Learn(learn, partial(_lower, program)))
     graph = fx.Graph()
     inputs = graph.placeholder("inputs")

@@ -7,11 +7,14 @@ batch dimension (None: the batch is 1), which repeats each row of the batch `hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fxseek.masks import MaskRows, attend_in_chunks
 
 __all__ = [
     "attend_folded",
@@ -136,7 +139,7 @@ def attend_rows(
     value: Tensor,
     kept: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | MaskRows | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -146,8 +149,8 @@ def attend_rows(
     """`scaled_dot_product_attention` of selected queries over all keys.
 
     Shapes: query [..., kept, width]; key, value [..., keys, width]; mask broadcastable to
-    [..., kept, keys]. The causal flag becomes the kept rows of the causal mask (aligned at the
-    top left, as torch's own flag is).
+    [..., kept, keys], or made by rows, on chunks of queries. The causal flag becomes the kept rows
+    of the causal mask (aligned at the top left, as torch's own flag is).
     """
     if is_causal:
         causal = kept.unsqueeze(-1) >= torch.arange(key.shape[-2], device=key.device)
@@ -157,19 +160,17 @@ def attend_rows(
             shape = [1] * query.dim()
             shape[batch_dim] = causal.shape[0]
             mask = causal.view(*shape[:-2], *causal.shape[-2:])
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+    if mask is not None and _folds(query, enable_gqa):
+        attend = attend_folded
+    else:
+        options["enable_gqa"] = enable_gqa
+    if isinstance(mask, MaskRows):
+        return attend_in_chunks(attend, query, key, value, kept, mask, **options)
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         mask = mask.to(query.dtype)  # shared by layers of other precision
-    if mask is not None and _folds(query, enable_gqa):
-        return attend_folded(query, key, value, mask, dropout_p=dropout_p, scale=scale)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout_p,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )
+    return attend(query, key, value, attn_mask=mask, **options)
 
 
 GROUPED_KERNELS: tuple[str, ...] = ("cpu",)
@@ -185,11 +186,16 @@ def _folds(query: Tensor, enable_gqa: bool) -> bool:
     return enable_gqa and query.dim() == 4 and query.device.type not in GROUPED_KERNELS
 
 
-def shared_mask(mask: Tensor, query: Tensor, key: Tensor, *, enable_gqa: bool = False) -> Tensor:
+def shared_mask(
+    mask: Tensor | MaskRows, query: Tensor, key: Tensor, *, enable_gqa: bool = False
+) -> Tensor | MaskRows:
     """A boolean mask as the kernels of all layers want it.
 
-    They make an additive one of their own in each call, and autograd keeps every one of them.
+    They make an additive one of their own in each call, and autograd keeps every one of them. Each
+    makes its own of one by rows.
     """
+    if isinstance(mask, MaskRows):
+        return mask
     mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     return _folded(mask, query, key.shape[1]) if _folds(query, enable_gqa) else mask
 
@@ -205,23 +211,23 @@ def _folded(mask: Tensor, query: Tensor, kv_heads: int) -> Tensor:
 
 
 def attend_folded(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any
 ) -> Tensor:
     """Grouped-query attention whose groups are further queries of their key head.
 
-    Shapes: query [batch, heads, kept, width]; key, value [batch, kv_heads, keys, width]; mask
+    Shapes: query [batch, heads, kept, width]; key, value [batch, kv_heads, keys, width]; attn_mask
     broadcastable to [batch, heads, kept, keys], or folded already → [batch, heads, kept, width].
     """
     heads, kept = query.shape[1:3]
     kv_heads = key.shape[1]
     groups = (kv_heads, heads // kv_heads)
-    if mask.dim() < 4 or mask.shape[2] != groups[1] * kept:
-        mask = _folded(mask, query, kv_heads)
+    if attn_mask.dim() < 4 or attn_mask.shape[2] != groups[1] * kept:
+        attn_mask = _folded(attn_mask, query, kv_heads)
     found = F.scaled_dot_product_attention(
         query.unflatten(1, groups).flatten(2, 3),
         key,
         value,
-        attn_mask=mask,
+        attn_mask=attn_mask,
         **options,
     )
     return found.unflatten(2, (groups[1], kept)).flatten(1, 2)

@@ -7,7 +7,7 @@ frame keeps a layer's keys and values alive after the learn stage has taken them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -461,11 +461,17 @@ class Select(nn.Module):
 
 
 class Gather(nn.Module):
-    """The rows of constants that the learn stage reads: masks, positions, targets."""
+    """The rows of constants that the learn stage reads: masks, positions, targets.
 
-    def __init__(self, reads: Sequence[tuple[StageInput, tuple[Any, ...]]]) -> None:
+    `masks`: those that attentions alone read, which take large ones in chunks of rows.
+    """
+
+    def __init__(
+        self, reads: Sequence[tuple[StageInput, tuple[Any, ...]]], masks: Container[StageInput]
+    ) -> None:
         super().__init__()
         self.reads = tuple(reads)
+        self.masks = masks
 
     def forward(
         self,
@@ -473,16 +479,17 @@ class Gather(nn.Module):
         positions: dict[fx.Node, int],
         values: Values,
         kept: Tensor,
-    ) -> dict[StageInput, Tensor]:
+    ) -> dict[StageInput, Tensor | MaskRows]:
         """One gather per read."""
-        rows: dict[StageInput, Tensor] = {}
+        rows: dict[StageInput, Tensor | MaskRows] = {}
         with torch.no_grad():
             for key, (unsqueezed, *where) in self.reads:
                 node = key.node
                 assert node is not None
                 value = inputs[positions[node]] if node in positions else values[node]
                 if isinstance(value, MaskRows):
-                    rows[key] = value.rows(kept)
+                    chunks = key in self.masks and value.large(kept)
+                    rows[key] = value if chunks else value.rows(kept)
                     continue
                 for _ in range(unsqueezed):
                     value = value.unsqueeze(0)
@@ -505,7 +512,7 @@ class Learn(nn.Module):
         inputs: tuple[Any, ...],
         positions: dict[fx.Node, int],
         values: Values,
-        rows: dict[StageInput, Tensor],
+        rows: dict[StageInput, Tensor | MaskRows],
         selection: selecting.Selection,
     ) -> tuple[Any, ...]:
         """The captured graph's outputs, for the selection."""

@@ -73,6 +73,20 @@ def hoist_gathers(
     return StageGraph(graph, inputs, stage.outputs, stage.general, compact), gathers
 
 
+def masks_of_attentions(stage: StageGraph) -> set[StageInput]:
+    """The gathered inputs of a learn stage that attentions alone read, as their masks."""
+    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
+    return {
+        item
+        for node, item in zip(placeholders, stage.inputs, strict=True)
+        if item.kind == "gathered"
+        and all(
+            user.target is attend_rows and user.kwargs.get("mask") is node and node not in user.args
+            for user in node.users
+        )
+    }
+
+
 def share_masks(stage: StageGraph) -> None:
     """Let the attentions of a learn stage share one additive mask (in place).
 

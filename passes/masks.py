@@ -49,10 +49,14 @@ def use_mask_rows(stage: StageGraph, sizes: Sizes, whole: Iterable[fx.Node] = ()
             continue
         given = _arguments(node)
         mask = given.get("attn_mask")
-        if isinstance(mask, fx.Node) and _square(mask, sizes) and example(mask).dtype == torch.bool:
+        if _square(mask, sizes):
+            assert isinstance(mask, fx.Node)
             masks.setdefault(mask, []).append(node)
             node.target, node.args, node.kwargs = attend_all, (), given
     output = stage.graph.output_node()
+    for captured, made in zip(stage.outputs, output.args[0], strict=True):  # type: ignore[arg-type]
+        if isinstance(made, fx.Node) and _masks_attention(captured, sizes):
+            masks.setdefault(made, [])  # of an attention that only later stages run
     placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
     kinds = {node: x.kind for node, x in zip(placeholders, stage.inputs, strict=True)}
     for mask, users in masks.items():
@@ -81,8 +85,18 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _square(mask: fx.Node, sizes: Sizes) -> bool:
-    shape = sizes.shape(example(mask)) if is_tensor(mask) else ()
+def _masks_attention(node: fx.Node, sizes: Sizes) -> bool:
+    return _square(node, sizes) and any(
+        operation(user) == "scaled_dot_product_attention"
+        and _arguments(user).get("attn_mask") is node
+        for user in node.users
+    )
+
+
+def _square(mask: Any, sizes: Sizes) -> bool:
+    if not is_tensor(mask) or example(mask).dtype != torch.bool:
+        return False
+    shape = sizes.shape(example(mask))
     return len(shape) == 4 and shape[-2] == sizes.tokens and sizes.has_tokens(shape[-1])
 
 

@@ -222,6 +222,32 @@ def test_attention_on_chunks_of_queries(kind: str, groups: int, monkeypatch: pyt
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("groups", [False, True], ids=["kernel", "folded"])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "tiny"])
+def test_learn_on_chunks_of_queries(
+    family: str, recompute: Any, groups: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Queries of selected tokens 3 at a time, with the rows of the mask made for them."""
+    monkeypatch.setattr("fxseek.masks._CHUNK_BYTES", 4 * TOKENS * 2 * 3)
+    if groups:
+        monkeypatch.setattr("fxseek.rows.GROUPED_KERNELS", ())
+    with double_throughout():
+        if family == "tiny":
+            model = TinyDecoder(CONFIG).double().train()
+        else:
+            model = FAMILIES[family].make("sdpa").double().train()
+        fxseek.compile(model, 0.2, recompute=recompute)
+        inputs = batch(37, tokens=TOKENS, padding="left", labels="some")
+        assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+        made = shapes_of(stages(model).learn, lambda: model(**inputs)["loss"].backward())
+    kept = int(fxseek.report(model).selected.shape[1])
+    rows = [shape for shape in made if len(shape) > 1 and shape[-1] == TOKENS]
+    if family != "tiny":  # its mask is not by rows
+        assert any(shape[-2] == 3 for shape in rows)
+        assert not any(shape[-2:] == (kept, TOKENS) for shape in rows)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 5, 7), (1, 1, 5, 7), (2, 6, 5, 7), (5, 7), (2, 1, 1, 7)])
 def test_groups_as_further_queries(shape: tuple[int, ...]):
     torch.manual_seed(0)
