@@ -173,7 +173,7 @@ def few(chunks: Sequence[_Chunk], like: torch.Tensor | None) -> Iterable[_Chunk]
     return (chunks[0], chunks[1], chunks[-1])
 
 
-def all_of(parts: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+def all_of(parts: list[_Chunk], count: int) -> list[_Chunk]:
     """The results of `count` chunks, where `few` of them were run."""
     if len(parts) == count:
         return parts

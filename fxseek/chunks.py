@@ -1,19 +1,20 @@
-"""Regions of the prefill that run on chunks of tokens."""
+"""Regions of the prefill, and of the score stage, that run on chunks of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
 from fxseek.lowering import run_boxed
 from fxseek.passes.ditch import StageGraph
 from fxseek.passes.facts import Rows, RowsLike
 
-__all__ = ["ChunkedRegion"]
+__all__ = ["ChunkedRegion", "RowsRegion"]
 
 
 class ChunkedRegion(nn.Module):
@@ -69,3 +70,55 @@ class ChunkedRegion(nn.Module):
 def _whole(part: Tensor, rows: Rows, tokens: int) -> Tensor:
     sizes = [tokens if dim == rows.row else size for dim, size in enumerate(part.shape)]
     return part.new_empty(sizes)
+
+
+class RowsRegion:
+    """Per-token operations of the score stage: rows of `entries` → rows of `results`.
+
+    `rows`: where the tokens of either are; `size`: tokens of each row at a time.
+    """
+
+    def __init__(
+        self,
+        stage: StageGraph,
+        entries: Sequence[fx.Node],
+        rows: Mapping[fx.Node, Rows],
+        size: int,
+    ) -> None:
+        self.stage = stage
+        self.graph_module = stage.module("Rows")
+        self.entries = tuple(entries)
+        self.results = tuple(stage.outputs)
+        self.rows = rows
+        self.size = size
+
+    def run(
+        self, read: Callable[[fx.Node], Any], kept: Tensor, *entries: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The rows at positions `kept`, from those of the entries."""
+        given = dict(zip(self.entries, entries, strict=True))
+        values: list[Any] = []
+        for item in self.stage.inputs:
+            if item.kind == "rows":
+                values.append(given[item.node])  # type: ignore[index]
+            else:
+                values.append(kept if item.node is None else read(item.node))
+        return tuple(run_boxed(self.graph_module, values))
+
+    def forward(
+        self, read: Callable[[fx.Node], Any], entry: Tensor, batch: int
+    ) -> dict[fx.Node, Tensor]:
+        """The results for all tokens; what they are made of is made again in backward."""
+        where = self.rows[self.entries[0]].row
+        positions = torch.arange(entry.shape[where], device=entry.device).expand(batch, -1)
+        split = entry.split(self.size, where), positions.split(self.size, 1)
+        chunks = list(zip(*split, strict=True))
+        found = [
+            checkpoint(self.run, read, kept, rows, use_reentrant=False)
+            for rows, kept in _torch.few(chunks, entry)
+        ]
+        parts = zip(*_torch.all_of(found, len(chunks)), strict=True)
+        return {
+            node: torch.cat(part, dim=self.rows[node].row)
+            for node, part in zip(self.results, parts, strict=True)
+        }

@@ -166,13 +166,14 @@ def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
     assert facts and learn and score and prefill and structure
     stages = {"prefill": _counts(prefill.graph)}
     stages["score"] = Counter()
-    for part in (score.block, score.head):
+    regions = [part.stage for part in (score.lead, score.tail) if part is not None]
+    for part in (score.block, score.head, *regions):
         if part is not None:
             stages["score"] += _counts(part.graph)
     stages["gather"] = Counter({"gather_rows": len(program.gathers)})
     stages["learn"] = _counts(learn.graph)
     notes = []
-    if program.config.score in ("gradient", "tokenseek") and score.head is None:
+    if program.config.score in ("gradient", "tokenseek") and score.head is score.exit is None:
         notes.append(
             "score: head and loss are not per-token after the last attention, so their gradient "
             "is taken on all tokens at once, not in chunks"

@@ -46,7 +46,7 @@ from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.segments import block_inputs
 from fxseek.passes.structure import Structure, find_structure
-from fxseek.passes.tokens import find_tokens
+from fxseek.passes.tokens import find_tokens, made_from_rows
 from fxseek.passes.unshift import unshift
 from fxseek.score_plan import plan_scores
 from fxseek.stages import Gather, Learn, Prefill, Score, ScorePlan, Select
@@ -171,18 +171,24 @@ def _ditch(program: Program, full_outputs: bool) -> None:
 
     program_outputs.append(map_arg(output.args[0], want))
     carrying = {node for node in program.graph.nodes if needs_grad(node)}
+    constants = made_from_rows(program.graph, facts)
     program.head = head = find_head(facts, structure)
     if head is not None:
         program.chunked = ChunkedHead(head, program.config)
     if head is not None and program.chunked is not None and _ends(head, wanted):
         entry = [("rows", head.entry)]
         stage = ditch(
-            program.graph, facts, carrying=carrying, outputs=entry + wanted, given=[head.loss]
+            program.graph,
+            facts,
+            carrying=carrying,
+            outputs=entry + wanted,
+            given=[head.loss],
+            constants=constants,
         )
         program.learn, program.gathers = hoist_gathers(stage)
         attach_head(program.learn, head, program.chunked)
     else:
-        stage = ditch(program.graph, facts, carrying=carrying, outputs=wanted)
+        stage = ditch(program.graph, facts, carrying=carrying, outputs=wanted, constants=constants)
         program.learn, program.gathers = hoist_gathers(stage)
     results = list(program.learn.graph.output_node().args[0])  # type: ignore[arg-type]
     program.learn.graph.output_node().args = (_fill(program_outputs[0], results),)
@@ -237,6 +243,7 @@ def _prefill(program: Program) -> None:
         if item.kind in ("value", "gathered") and item.node is not None
     }
     made = set() if score.block is None else set(score.block.outputs)
+    made |= set() if score.lead is None else set(score.lead.results)
     places = [place.position for place in score.required]
     positions = [place for place in places if isinstance(place, fx.Node)]
     for node in (score.target, score.mask, score.ids, score.primary, score.hidden, *positions):
@@ -244,7 +251,8 @@ def _prefill(program: Program) -> None:
             reads[node] = None
     scored = [*score.context_reads]
     ending = None if score.exit is None or program.head is None else program.head.stage
-    for stage in (score.block, score.head, ending):
+    regions = [part.stage for part in (score.lead, score.tail) if part is not None]
+    for stage in (score.block, score.head, ending, *regions):
         scored += [
             item.node
             for item in (() if stage is None else stage.inputs)

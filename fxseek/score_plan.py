@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from fxseek import _torch, scoring
+from fxseek.chunks import RowsRegion
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
 from fxseek.loss import selected_cross_entropy
 from fxseek.lowering import run_boxed
 from fxseek.masks import MaskRows
-from fxseek.passes.ditch import StageGraph, ditch
+from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
     PRIMARY_INPUTS,
@@ -30,6 +31,7 @@ from fxseek.passes.head import Head, logit_bytes
 from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.rules import Call, operation
 from fxseek.passes.structure import Structure
+from fxseek.passes.tokens import per_token
 from fxseek.stages import ScorePlan
 
 Context = Callable[[dict[fx.Node, Any], Tensor, int], Tensor]
@@ -79,7 +81,8 @@ def plan_scores(
             "from the tokens to the last attention (the model is no residual stream). Use "
             'score="context", "random" or a callable.'
         )
-    plan.update(_gradient(graph, facts, structure, plan.get("context_reads", ()), head))
+    reads = plan.get("context_reads", ())
+    plan.update(_gradient(graph, facts, structure, reads, head, config.prefill_chunk))
     return ScorePlan(**plan)
 
 
@@ -132,23 +135,30 @@ def _gradient(
     structure: Structure,
     reads: tuple[fx.Node, ...],
     ending: Head | None,
+    size: int | None,
 ) -> dict[str, Any]:
     """The last block on all tokens, and the rest of the model on chunks of them.
 
     The two meet at `cuts`: the block's exit, or, where attention is spelled out as matmul,
-    softmax, matmul, its operands, so that the map of tokens × tokens is made in chunks too.
+    softmax, matmul, its operands, so that the map of tokens × tokens is made in chunks too. With
+    chunks of `size` tokens, what is per-token in the block before and after its attention is run
+    on such chunks, and in backward once more: what remains is the attention.
     """
     start, loss = structure.block_input, structure.objective
     assert start is not None and loss is not None
     after = descendants([start])
     spelled_out = operation(structure.attentions[-1]) == "softmax"
-    head = exit = None
+    head = exit = lead = tail = None
     cuts: list[fx.Node] = []
     if structure.loss is not None and spelled_out:
         head = _head(facts, structure, loss)
     elif ending is not None:
         exit = ending.entry
         cuts = [exit]
+        regions = None if size is None else _per_token(facts, start, exit, reads, size)
+        if regions is not None:
+            lead, tail = regions
+            cuts = list(tail.entries)
     if head is not None:
         cuts = [
             item.node
@@ -157,21 +167,72 @@ def _gradient(
             and item.node in after
             and example(item.node).is_floating_point()
         ]
+    given = [start] if lead is None else [start, *lead.results]
     made = [node for node in cuts if node is not start] if cuts else [loss]
-    made += [node for node in reads if node in after and node not in made and node is not start]
+    made += [node for node in reads if node in after and node not in (*made, *given)]
     constants = _constants_before(made, start, after)
-    block = extract(graph, made, given=[start, *constants], grad_modes=True)
+    block = extract(graph, made, given=[*given, *constants], grad_modes=True)
     use_mask_rows(block, facts.sizes)
     last = structure.attentions[-1]
     return {
         "hidden": start,
+        "lead": lead,
         "block": block,
         "exit": exit,
+        "tail": tail,
         "head": head,
         "cuts": tuple(cuts),
         "logit_bytes": 0 if head is None else logit_bytes(Call(loss, facts).arg(0, "input")),
         "map_bytes": _map_bytes(last) if spelled_out else 0,
     }
+
+
+def _per_token(
+    facts: Facts, start: fx.Node, exit: fx.Node, reads: tuple[fx.Node, ...], size: int
+) -> tuple[RowsRegion, RowsRegion] | None:
+    """What is per-token in the block from `start` to `exit`: before its attention, and after.
+
+    None where the two leave nothing out, or where they read what they cannot be given.
+    """
+    after = descendants([start])
+    inside = [node for node in start.graph.nodes if node in after & ancestors([exit, *reads])]
+    inside.remove(start)
+    mixing = [node for node in inside if not per_token(node, facts)]
+    before = ancestors(mixing) & set(inside)
+    first: set[fx.Node] = set()
+    for node in inside:
+        operands = set(node.all_input_nodes) & after
+        if node in before and node not in mixing and operands <= {*first, start}:
+            first.add(node)
+    middle = before - first
+    results = [n for n in inside if n in first and (n in reads or not middle.isdisjoint(n.users))]
+    rest = set(inside) - before
+    entries = [n for n in inside if n in middle and not rest.isdisjoint(n.users)]
+    carrying = {node for node in inside if node not in mixing}
+    lead = _region(facts, carrying, [start], results, size)
+    tail = _region(facts, carrying, [start, *entries], [exit], size)
+    return None if lead is None or tail is None else (lead, tail)
+
+
+def _region(
+    facts: Facts, carrying: set[fx.Node], given: list[fx.Node], results: list[fx.Node], size: int
+) -> RowsRegion | None:
+    """The operations of `carrying` from `given` to `results`, or None where rows are not enough."""
+    rows = {node: facts.rows.get(node) for node in (*given, *results)}
+    known = {node: x for node, x in rows.items() if isinstance(x, Rows) and not x.packed}
+    if not results or len(known) < len(rows):
+        return None
+    outputs = [("rows", node) for node in results]
+    stage = ditch(given[0].graph, facts, carrying=carrying, outputs=outputs, given=given)
+    after = descendants(given[:1])
+    if stage.general or any(
+        item.kind not in ("input", "value", "rows", "kept")
+        or (item.kind == "value" and item.node in after)
+        for item in stage.inputs
+    ):
+        return None
+    used = [node for node in given if StageInput("rows", node) in stage.inputs]
+    return RowsRegion(stage, used, known, size) if used else None
 
 
 def _map_bytes(attention: fx.Node) -> int:

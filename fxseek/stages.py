@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxseek import _torch, scoring, selecting
+from fxseek.chunks import RowsRegion
 from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
-from fxseek.head import ChunkedHead
+from fxseek.head import ChunkedHead, chunks_of
 from fxseek.lowering import Run, run_boxed
 from fxseek.masks import MaskRows
 from fxseek.offload import HostTensor, link
@@ -93,12 +94,17 @@ class ScorePlan:
     """Where the tokens of `hidden` are."""
     block: StageGraph | None = None
     """block input → the cuts (or the loss), and values that the context part reads."""
+    lead: RowsRegion | None = None
+    """block input → what the block takes instead of it; None where the block begins there."""
     exit: fx.Node | None = None
     """The value that the model's head starts from, where there is one; see `passes.head`."""
+    tail: RowsRegion | None = None
+    """cuts → the exit, on chunks of tokens; None where the block ends there."""
     head: StageGraph | None = None
     """cuts → loss, on chunks of tokens, where attention is spelled out and `exit` is not."""
     cuts: tuple[fx.Node, ...] = ()
-    """Values that `head` takes over from the block. Without either the block ends in the loss."""
+    """Values that `head`, or `tail`, takes over from the block; `exit` where there is neither of
+    them, and none where the block ends in the loss."""
     logit_bytes: int = 0
     """Bytes of one token's logits in one row of the batch."""
     map_bytes: int = 0
@@ -159,6 +165,11 @@ class Score(nn.Module):
             supervised = targets != plan.ignore_index
         context = gradient = full_loss = None
         kind = config.score
+
+        def frozen(node: fx.Node) -> Any:
+            value = read(node)
+            return value.detach() if isinstance(value, Tensor) else value
+
         generator = scoring.step_generator(config.seed, step)
         if callable(kind):
             given = scoring.ScoreInputs(
@@ -181,7 +192,7 @@ class Score(nn.Module):
             )
         else:
             if kind in ("gradient", "tokenseek"):
-                context, gradient, full_loss = self._by_gradient(read, valid, supervised)
+                context, gradient, full_loss = self._by_gradient(frozen, valid, supervised)
             else:
                 reads = {node: read(node) for node in plan.context_reads}
                 assert plan.context is not None
@@ -210,22 +221,24 @@ class Score(nn.Module):
     def _by_gradient(
         self, read: Callable[[fx.Node], Any], valid: Tensor, supervised: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Gradient of the full-token loss at the input of the last block, and its loss."""
+        """Gradient of the full-token loss at the input of the last block, and its loss.
+
+        `read` answers values without gradient.
+        """
         plan, config = self.plan, self.config
         assert plan.block is not None and self.block is not None and plan.hidden is not None
 
-        def frozen(node: fx.Node) -> Any:
-            value = read(node)
-            return value.detach() if isinstance(value, Tensor) else value
-
-        hidden = frozen(plan.hidden).requires_grad_()
+        hidden = read(plan.hidden).requires_grad_()
+        given = {plan.hidden: hidden}
         with torch.enable_grad():
+            if plan.lead is not None:
+                given.update(plan.lead.forward(read, hidden, valid.shape[0]))
             found = run_boxed(
                 self.block,
-                [hidden if i.node is plan.hidden else frozen(i.node) for i in plan.block.inputs],  # type: ignore[arg-type]
+                [given[i.node] if i.node in given else read(i.node) for i in plan.block.inputs],  # type: ignore[arg-type]
             )
-        made = dict(zip(plan.block.outputs, found, strict=True))
-        del found
+        made = given | dict(zip(plan.block.outputs, found, strict=True))
+        del found, given
         context = None
         if plan.context is not None:
             reads = {
@@ -234,46 +247,78 @@ class Score(nn.Module):
             }
             context = plan.context(reads, valid, config.chunk_bytes)
             del reads
+        ends = {node: made[node] for node in plan.cuts}
         if plan.exit is not None:
             assert supervised is not None
-            end = hidden if plan.exit is plan.hidden else made[plan.exit]
-            slope, full_loss = self._slope_of_rows(read, end.detach(), supervised)
-            if end is not hidden:
-                (slope,) = torch.autograd.grad(end, hidden, slope)
-        elif self.head is None:
-            (loss,) = (value for node, value in made.items() if node not in plan.context_reads)
-            (slope,) = torch.autograd.grad(loss, hidden)
+            slopes, full_loss = self._slopes_of_rows(read, ends, supervised)
+        elif self.head is not None:
+            assert supervised is not None
+            slopes, full_loss = self._head_in_chunks(read, ends, supervised)
+        else:
+            end = plan.block.outputs[0]
+            loss = made[end]
+            ends, slopes = {end: loss}, [torch.ones_like(loss)]
             full_loss = loss.detach()
             if plan.sums:
                 assert supervised is not None
                 full_loss = full_loss / supervised.sum().clamp(min=1)
-        else:
-            cuts = {node: hidden if node is plan.hidden else made[node] for node in plan.cuts}
-            assert supervised is not None
-            slopes, full_loss = self._head_in_chunks(read, cuts, supervised)
-            pairs = [
-                (y, dy) for y, dy in zip(cuts.values(), slopes, strict=True) if y.requires_grad
-            ]
-            (slope,) = torch.autograd.grad([y for y, _ in pairs], hidden, [dy for _, dy in pairs])
+        del made
+        pairs = [(y, dy) for y, dy in zip(ends.values(), slopes, strict=True) if y.requires_grad]
+        (slope,) = torch.autograd.grad([y for y, _ in pairs], hidden, [dy for _, dy in pairs])
         slope = _batch_major(slope, plan.hidden_rows, valid)
         return context, scoring.gradient_magnitude(slope, config.gradient_norm), full_loss
 
-    def _slope_of_rows(
-        self, read: Callable[[fx.Node], Any], end: Tensor, supervised: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """∂ loss / ∂ end, and the loss, with the model's head on chunks of labelled tokens."""
-        assert self.chunked is not None
-        head = self.chunked.head
-        where = (head.rows.row, head.rows.batch, head.rows.packed, head.rows.heads)
+    def _slopes_of_rows(
+        self, read: Callable[[fx.Node], Any], ends: dict[fx.Node, Tensor], supervised: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """∂ loss / ∂ each end, and the loss, with what follows on chunks of labelled tokens."""
+        plan = self.plan
+        assert self.chunked is not None and plan.exit is not None
         kept = _labelled_first(supervised)
         weights = supervised.gather(1, kept).to(torch.float32)
         total = supervised.sum().clamp(min=1)
-        slope = torch.zeros_like(end)
-        loss = torch.zeros((), dtype=torch.float64, device=end.device)
-        chunks = self.chunked.chunks(*kept.shape) if kept.numel() else []
+        rows_of = {plan.exit: self.chunked.head.rows} if plan.tail is None else plan.tail.rows
+        slopes = [torch.zeros_like(end) for end in ends.values()]
+        loss = torch.zeros((), dtype=torch.float64, device=kept.device)
+        chunks: list[slice] = []
+        if kept.numel():
+            most = self.chunked.chunks(*kept.shape)
+            chunks = most if plan.tail is None else chunks_of(kept.shape[1], plan.tail.size)
         for chunk in _torch.few(chunks, kept):
+            places = kept[:, chunk]
+            rows = {
+                node: gather_rows(end.detach(), places, *rows_of[node].where).requires_grad_()
+                for node, end in ends.items()
+            }
+            starts = tuple(rows.values())
+            with torch.enable_grad():
+                (entry,) = starts if plan.tail is None else plan.tail.run(read, places, *starts)
+            share = weights[:, chunk]
+            found, part = self._slope_of_head(read, entry.detach(), places, share, total)
+            parts = torch.autograd.grad(entry, starts, found, allow_unused=True)
+            for node, slope, dx in zip(ends, slopes, parts, strict=True):
+                if dx is not None:
+                    put_rows_(slope, dx, places, *rows_of[node].where)
+            loss += part
+        return slopes, loss.to(torch.promote_types(slopes[0].dtype, torch.float32))
+
+    def _slope_of_head(
+        self,
+        read: Callable[[fx.Node], Any],
+        entry: Tensor,
+        kept: Tensor,
+        weights: Tensor,
+        total: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """∂ loss / ∂ the rows `entry` of the positions `kept`, and their part of the loss."""
+        assert self.chunked is not None
+        head = self.chunked.head
+        slope = torch.zeros_like(entry)
+        loss = torch.zeros((), dtype=torch.float64, device=entry.device)
+        places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        for chunk in _torch.few(self.chunked.chunks(*kept.shape), kept):
             stage = selecting.Selection(kept[:, chunk], weights[:, chunk])
-            rows = gather_rows(end, stage.kept, *where).requires_grad_()
+            rows = gather_rows(entry, places[:, chunk], *head.rows.where).requires_grad_()
             values = []
             for item in head.stage.inputs:
                 if item.kind == "rows":
@@ -281,15 +326,14 @@ class Score(nn.Module):
                 elif item.node is None:
                     values.append(getattr(stage, item.kind))
                 else:
-                    value = read(item.node)
-                    values.append(value.detach() if isinstance(value, Tensor) else value)
+                    values.append(read(item.node))
             with torch.enable_grad():
                 part, _ = self.chunked.run(*values)
                 part = part / total
             (found,) = torch.autograd.grad(part, rows)
-            put_rows_(slope, found, stage.kept, *where)
+            put_rows_(slope, found, places[:, chunk], *head.rows.where)
             loss += part.detach()
-        return slope, loss.to(torch.promote_types(end.dtype, torch.float32))
+        return slope, loss
 
     def _head_in_chunks(
         self,
@@ -324,8 +368,7 @@ class Score(nn.Module):
                 elif item.node in leaves:
                     values.append(leaves[item.node])
                 else:
-                    value = read(item.node)
-                    values.append(value.detach() if isinstance(value, Tensor) else value)
+                    values.append(read(item.node))
             with torch.enable_grad():
                 (part,) = run_boxed(self.head, values)
             parts = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)

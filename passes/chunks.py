@@ -25,8 +25,7 @@ from fxseek.chunks import ChunkedRegion
 from fxseek.errors import GraphError
 from fxseek.passes.ditch import StageGraph, ditch
 from fxseek.passes.facts import Facts, Rows, is_tensor
-from fxseek.passes.rules import Full, Plan
-from fxseek.passes.rules.registry import wants_of
+from fxseek.passes.tokens import per_token
 
 
 def chunk_tokens(prefill: StageGraph, source: fx.Graph, facts: Facts, size: int) -> int:
@@ -60,19 +59,11 @@ def _regions(source: fx.Graph, facts: Facts, present: set[fx.Node]) -> list[set[
         level[node] = max(before, default=0)
         if node.op == "placeholder":
             continue
-        if _per_token(node, facts):
+        if per_token(node, facts):
             regions.setdefault(level[node], set()).add(node)
         else:
             level[node] += 1
     return list(regions.values())
-
-
-def _per_token(node: fx.Node, facts: Facts) -> bool:
-    plan = facts.plans.get(node)
-    if not isinstance(plan, Plan) or plan.rows is None:
-        return False
-    wholes = [want.node for want in wants_of(plan) if isinstance(want, Full)]
-    return not any(x in facts.stream and facts.token_sized(x) for x in wholes)
 
 
 def _replace(

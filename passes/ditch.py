@@ -15,7 +15,8 @@ After (kept tokens; `_full` values come from the prefill)::
     o = attend_rows(q, k, v, kept)
 
 Values that carry no gradient (or, in the score stage, lie before its start) are constants:
-they come from the prefill, and are gathered where a compact operation reads them.
+they come from the prefill, and are gathered where a compact operation reads them. What the inputs
+of a token alone decide (its embedding) is made anew instead: no full value waits for that.
 """
 
 from __future__ import annotations
@@ -124,23 +125,32 @@ def ditch(
     carrying: Iterable[fx.Node],
     outputs: Sequence[tuple[str, fx.Node]],
     given: Iterable[fx.Node] = (),
+    constants: Iterable[fx.Node] = (),
 ) -> StageGraph:
     """Replay the nodes of `carrying` that `outputs` need, on selected rows.
 
     `outputs` are pairs: ``("rows", node)`` the compact value, ``("full", node)`` the value of
     all tokens with gradient at the selected ones, ``("value", node)`` whatever the node is.
-    `given` are compact values that the caller provides. The result's outputs are in that order.
+    `given` are compact values that the caller provides. `constants` are made anew where rows of
+    them are wanted, and come from the prefill where they are wanted whole. The result's outputs are
+    in that order.
     """
-    return _Ditch(source, facts, set(carrying), set(given)).run(outputs)
+    return _Ditch(source, facts, set(carrying), set(given), set(constants)).run(outputs)
 
 
 class _Ditch:
     def __init__(
-        self, source: fx.Graph, facts: Facts, carrying: set[fx.Node], given: set[fx.Node]
+        self,
+        source: fx.Graph,
+        facts: Facts,
+        carrying: set[fx.Node],
+        given: set[fx.Node],
+        constants: set[fx.Node],
     ) -> None:
         self.source = source
         self.facts = facts
-        self.carrying = carrying - given
+        self.constants = constants
+        self.carrying = (carrying | constants) - given
         self.given = given
         self.graph = fx.Graph(owning_module=source.owning_module)
         self.inputs: dict[StageInput, fx.Node] = {}
@@ -198,13 +208,14 @@ class _Ditch:
         plan = self.facts.plans.get(node)
         if plan is not None and self._follows(plan):
             made = self._emit(node, plan.target, self._place(plan.args), self._place(plan.kwargs))
+            made = self._without_gradient(node, made)
             table = self.whole if plan.rows is None else self.compact
             table[node] = made
             return
-        made = self._copy(node)
+        made = self._without_gradient(node, self._copy(node))
         rows = self.facts.rows.get(node)
         costly = self.facts.token_sized(node) or any(
-            self.facts.token_sized(operand) and operand in self.carrying
+            self.facts.token_sized(operand) and operand in self.carrying - self.constants
             for operand in node.all_input_nodes
         )
         if costly and not self.facts.shared(node):
@@ -213,6 +224,12 @@ class _Ditch:
             self.compact[node] = self._gather(node, made, rows)
         else:
             self.whole[node] = made
+
+    def _without_gradient(self, node: fx.Node, made: fx.Node) -> fx.Node:
+        """The copy of a node that the graph kept from a gradient, as ``no_grad`` does, has none."""
+        if is_tensor(node) and _kept_from_gradient(node):
+            return self._stamp(self.graph.call_method("detach", (made,)), node)
+        return made
 
     def _follows(self, plan: Plan) -> bool:
         """Whether an element's tuple was itself made compact (always so for other plans)."""
@@ -272,7 +289,7 @@ class _Ditch:
             assert isinstance(rows, Rows)
             self._rows_of(node, rows, example(node).dim())
             return self._scatter(node, rows)
-        if node in self.carrying and node.op != "placeholder":
+        if node in self.carrying - self.constants and node.op != "placeholder":
             rows = self.facts.rows.get(node)
             assert node in self.compact and isinstance(rows, Rows), node.format_node()
             if self._only_layout(node):
@@ -353,8 +370,7 @@ class _Ditch:
         return made
 
     def _gather(self, origin: fx.Node, value: fx.Node, rows: Rows) -> fx.Node:
-        where = (rows.row, rows.batch, rows.packed, rows.heads)
-        args = (value, self._input(StageInput("kept")), *where)
+        args = (value, self._input(StageInput("kept")), *rows.where)
         made = self.graph.create_node(
             "call_function", gather_rows, args, name=f"{origin.name}_rows"
         )
@@ -364,8 +380,7 @@ class _Ditch:
         base = self._input(StageInput("value", node))
         kept = self._input(StageInput("kept"))
         filled = self._input(StageInput("filled"))
-        where = (rows.row, rows.batch, rows.packed, rows.heads)
-        args = (base, self.compact[node], kept, *where, filled)
+        args = (base, self.compact[node], kept, *rows.where, filled)
         made = self.graph.create_node("call_function", scatter_rows, args, name=f"{node.name}_all")
         return self._stamp(made, node)
 
@@ -428,6 +443,14 @@ class _Ditch:
                     if size == length:
                         return self.graph.call_method("size", (self._full(node), dim))
         raise GraphError(f"no input has the length {length}")
+
+
+def _kept_from_gradient(node: fx.Node) -> bool:
+    if needs_grad(node) or not any(x.is_floating_point() for x in tensors_of(example(node))):
+        return False
+    return any(
+        needs_grad(x) or (not is_tensor(x) and _kept_from_gradient(x)) for x in node.all_input_nodes
+    )
 
 
 def _marker() -> None:

@@ -56,6 +56,11 @@ class Rows:
         return self.moved(lambda dim: dim - sum(other < dim for other in gone))
 
     @property
+    def where(self) -> tuple[int, int | None, bool, int]:
+        """As `fxseek.rows` takes them."""
+        return self.row, self.batch, self.packed, self.heads
+
+    @property
     def dims(self) -> tuple[int, ...]:
         """Every dimension that an operation must leave alone to be per-token."""
         return (self.row,) if self.batch is None else (self.row, self.batch)

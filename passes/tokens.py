@@ -109,6 +109,41 @@ def _settle_element(node: fx.Node, facts: Facts) -> None:
     facts.rows[node] = Call(node, facts).guessed(node) if is_tensor(node) else None
 
 
+def per_token(node: fx.Node, facts: Facts) -> bool:
+    """Whether each token's part of a value is made of the same token's parts of the stream."""
+    plan = facts.plans.get(node)
+    if not isinstance(plan, Plan) or plan.rows is None:
+        return False
+    wholes = [want.node for want in wants_of(plan) if isinstance(want, Full)]
+    return not any(x in facts.stream and facts.token_sized(x) for x in wholes)
+
+
+def made_from_rows(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
+    """Constants of the stream that follow from the same tokens' inputs: embeddings, a first norm.
+
+    Nothing random is among them, nor what the graph keeps from a gradient that it would have.
+    """
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or node not in facts.stream or not facts.token_sized(node):
+            continue
+        rule = find_rule(node)
+        operands = node.all_input_nodes
+        if (
+            per_token(node, facts)
+            and not needs_grad(node)
+            and not any(map(needs_grad, operands))
+            and (rule is None or rule.family != "random")
+            and all(
+                x in found or x.op == "placeholder" or not facts.token_sized(x)
+                for x in operands
+                if x in facts.stream
+            )
+        ):
+            found.add(node)
+    return found
+
+
 class Element:
     """The tuple operand of an element's plan: taken as its own plan makes it."""
 
@@ -175,4 +210,4 @@ def _reads_rows(plan: Plan, region: set[fx.Node]) -> bool:
     return not any(isinstance(want, Full) and want.node in region for want in wants_of(plan))
 
 
-__all__ = ["Element", "find_tokens"]
+__all__ = ["Element", "find_tokens", "made_from_rows", "per_token"]

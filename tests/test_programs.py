@@ -97,6 +97,13 @@ def set_features(s: Step, x: Tensor, mark: Mark) -> Tensor:
     return y
 
 
+def without_grad(s: Step, x: Tensor, mark: Mark) -> Tensor:
+    with torch.no_grad():
+        gate = F.linear(x, s.weight).sigmoid()
+        more = gate.split(3, -1)[0]
+    return x * gate + F.linear(x, s.weight) * more[..., :1]
+
+
 OPERATIONS: dict[str, Callable[[Step, Tensor, Mark], Tensor]] = {
     "linear": lambda s, x, mark: F.linear(x, s.weight, s.bias),
     "gated": lambda s, x, mark: F.silu(F.linear(x, s.weight)) * (x @ s.more[0]),
@@ -105,6 +112,8 @@ OPERATIONS: dict[str, Callable[[Step, Tensor, Mark], Tensor]] = {
     "swap": lambda s, x, mark: torch.cat(x.chunk(2, -1)[::-1], -1) * s.bias,
     "einsum": lambda s, x, mark: torch.einsum("btc,cd->btd", x, s.weight),
     "softmax": lambda s, x, mark: (x * s.bias).softmax(-1),
+    "no grad": without_grad,
+    "detached": lambda s, x, mark: x.detach() * s.bias + x,
     "attention": attention,
     "heads": heads,
     "keys first": transposed_heads,
@@ -159,7 +168,7 @@ def reference(program: Program, ids: Tensor, labels: Tensor) -> dict[str, Tensor
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if program.shift else labels
     losses = F.cross_entropy(logits.mT, targets, reduction="none") * weights
     kept = (chosen & (targets != -100)).sum().clamp(min=1)
-    named = list(program.named_parameters())
+    named = [(name, p) for name, p in program.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(
         losses.sum() / kept, [p for _, p in named], allow_unused=True, materialize_grads=True
     )
@@ -167,16 +176,28 @@ def reference(program: Program, ids: Tensor, labels: Tensor) -> dict[str, Tensor
 
 
 def assert_exact(
-    names: list[str], *, rows: int, tokens: int, ratio: float, select: str, shift: bool, seed: int
+    names: list[str],
+    *,
+    rows: int,
+    tokens: int,
+    ratio: float,
+    select: str,
+    shift: bool,
+    seed: int,
+    frozen: int = 0,
+    **options: Any,
 ) -> None:
+    """`frozen`: so many steps, and the embedding, have no trained weights."""
     torch._dynamo.reset()
     torch.manual_seed(seed)
     program = Program(names, shift=shift).double().train()
+    for part in [program.embed, *program.steps][: frozen and frozen + 1]:
+        part.requires_grad_(False)
     ids = torch.randint(0, VOCAB, (rows, tokens))
     labels = ids.masked_fill(torch.rand(rows, tokens) < 0.3, -100)
-    fxseek.compile(program, ratio, score="random", select=select, seed=seed)
+    fxseek.compile(program, ratio, score="random", select=select, seed=seed, **options)
     program(input_ids=ids, labels=labels)["loss"].backward()
-    gradients = {name: p.grad for name, p in program.named_parameters()}
+    gradients = {name: p.grad for name, p in program.named_parameters() if p.requires_grad}
     found = compare(gradients, reference(program, ids, labels))
     assert found.error <= 1e-9, f"gradient of {found.name} is off by {found.error:.2e}"
 
@@ -186,6 +207,15 @@ def test_each_operation(name):
     assert_exact(
         [name, "linear"], rows=2, tokens=11, ratio=0.4, select="sample", shift=True, seed=3
     )
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_on_frozen_weights(name):
+    """The embedding and the operation have no gradient; what follows is trained."""
+    assert_exact(
+        [name, "attention", name], rows=2, tokens=11, ratio=0.4, select="topk", shift=True, seed=3,
+        frozen=1,
+    )  # fmt: skip
 
 
 PROGRAMS = st.lists(st.sampled_from(list(OPERATIONS)), min_size=1, max_size=5)
@@ -200,6 +230,10 @@ def random_program(data: st.DataObject) -> None:
         select=data.draw(st.sampled_from(("topk", "sample")), label="select"),
         shift=data.draw(st.booleans(), label="shift"),
         seed=data.draw(st.integers(0, 99), label="seed"),
+        frozen=data.draw(st.integers(0, 3), label="frozen"),
+        recompute=data.draw(st.sampled_from(("none", "block")), label="recompute"),
+        prefill_chunk=data.draw(st.sampled_from((None, 1, 4)), label="prefill_chunk"),
+        chunk_bytes=data.draw(st.sampled_from((1 << 26, 1 << 9)), label="chunk_bytes"),
     )
 
 

@@ -183,6 +183,136 @@ def test_the_prefill_holds_a_chunk_of_the_mlp():
     assert inner and max(shape[-2] for shape in inner) == 16
 
 
+DENSE = ("llama", "qwen3", "gemma3", "olmo2", "phi3", "gpt2", "gpt_neox", "opt", "falcon", "bert")
+FAST = ("llama", "gpt2", "gpt_neox")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, marks=() if x in FAST else pytest.mark.sweep) for x in DENSE]
+)
+def test_scores_on_chunks_of_tokens(family: str):
+    """The last block before and after its attention on chunks, two times: the same scores."""
+    found = []
+    with double_throughout():
+        inputs = batch(37, tokens=TOKENS, padding="left", labels="some")
+        for size in (None, 13):
+            torch.manual_seed(0)
+            model = FAMILIES[family].make("sdpa").double().train()
+            fxseek.compile(model, 0.2, prefill_chunk=size)
+            model(**inputs)
+            found.append(fxseek.report(model))
+            plan = stages(model).score.plan
+            assert (plan.lead is None) == (plan.tail is None) == (size is None)
+    torch.testing.assert_close(found[0].scores, found[1].scores, equal_nan=True)
+    torch.testing.assert_close(found[0].full_loss, found[1].full_loss)
+
+
+class Gated(nn.Module):
+    """A norm with a gate that gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(CONFIG.width, CONFIG.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = self.gate(x).sigmoid()
+        return F.layer_norm(x, x.shape[-1:]) * gate
+
+
+def test_what_the_model_keeps_from_a_gradient_gets_none_on_chunks():
+    found = []
+    inputs = batch(VOCAB, tokens=TOKENS, padding="left", labels="some")
+    for size in (None, 13):
+        torch.manual_seed(0)
+        model = TinyDecoder(CONFIG)
+        model.final_norm = Gated()
+        model.blocks[-1].attention_norm = Gated()
+        fxseek.compile(model.double().train(), 0.2, prefill_chunk=size)
+        assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+        model(**inputs)
+        found.append(fxseek.report(model).scores)
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+def test_scoring_in_chunks_makes_dropout_the_same_in_backward():
+    model = tiny_lora(tiny_llama(), lora_dropout=0.5).train()
+    fxseek.compile(model, 0.2, prefill_chunk=13, score="gradient")
+    inputs = batch(37, tokens=TOKENS)
+    model(**inputs)
+    lead = stages(model).score.plan.lead
+    states: list[Tensor] = []
+    run = lead.run
+
+    def recorded(*args: Any) -> tuple[Tensor, ...]:
+        states.append(torch.get_rng_state())
+        return run(*args)
+
+    lead.run = recorded
+    model(**inputs)
+    chunks = -(-TOKENS // 13)
+    assert len(states) == 2 * chunks
+    forward, backward = states[:chunks], states[chunks:]
+    assert not torch.equal(forward[0], forward[1])
+    assert all(any(torch.equal(x, y) for y in backward) for x in forward)
+
+
+def test_chunks_bound_the_memory_of_scoring():
+    config = tiny_llama(hidden_size=64, intermediate_size=128).config
+    sizes = {"tuning": "lora", "recompute": "block", "device": "cpu", "chunk_bytes": 1 << 14}
+    peaks = [
+        fxseek.estimate(config, 2048, prefill_chunk=size, **sizes).stage_peaks["score"]
+        for size in (None, 128)
+    ]
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+# ---- constants before the first attention --------------------------------------------------------
+
+
+def test_a_token_s_own_constants_are_made_anew():
+    """The prefill hands on keys and values alone, and no embedding: adapters leave it frozen."""
+    model = tiny_lora(tiny_llama()).train()
+    fxseek.compile(model, 0.2, score="random")
+    model(**batch(37, tokens=29))
+    module = stages(model)
+    kept = [node for node in module.prefill.outputs if node in module.prefill.bases]
+    rest = {node for node in module.prefill.outputs if node not in module.prefill.bases}
+    assert len(kept) == 5  # and the labels
+    assert rest <= {item.node for item, _ in module.gather.reads} | {module.score.plan.target}
+    assert not any("embed_tokens" in str(node.meta.get("nn_module_stack")) for node in rest)
+
+
+class Unlearned(nn.Embedding):
+    """An embedding that requires grad and is given none."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(input)
+
+
+class Dropped(nn.Embedding):
+    """A frozen embedding with dropout: keys of the prefill and queries of learn share its mask."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout(super().forward(input), 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", [Unlearned, Dropped])
+def test_constants_that_are_not_made_anew(kind: type[nn.Embedding]):
+    model = TinyDecoder(CONFIG).double().train()
+    model.embed = kind(VOCAB, CONFIG.width, dtype=torch.float64)
+    model.embed.weight.requires_grad_(kind is Unlearned)
+    fxseek.compile(model, 0.2, score="random")
+    inputs = batch(VOCAB, tokens=29)
+    model(**inputs)["loss"].backward()
+    assert model.embed.weight.grad is None
+    module = stages(model)
+    assert not any("dropout" in str(node.target) for node in module.learn.graph_module.graph.nodes)
+    if kind is Unlearned:
+        assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
 def test_the_head_holds_a_chunk_of_logits():
     model = fxseek.compile(TinyDecoder(CONFIG).train(), 0.5, score="random", chunk_bytes=VOCAB * 40)
     inputs = batch(VOCAB, batch=1, tokens=TOKENS)
