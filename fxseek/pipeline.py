@@ -36,6 +36,7 @@ from fxseek.passes.facts import (
     find_sizes,
     is_tensor,
     needs_grad,
+    switches_mode,
 )
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.head import Head, attach_head, find_head
@@ -134,12 +135,7 @@ def _normalise(program: Program, token_inputs: Sequence[str] | None) -> None:
 
 
 def _impure(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", "")
-    return node.op in ("placeholder", "output") or name in (
-        "_set_grad_enabled",
-        "_enter_autocast",
-        "_exit_autocast",
-    )
+    return node.op in ("placeholder", "output") or switches_mode(node)
 
 
 def _find_tokens(program: Program) -> None:

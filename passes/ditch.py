@@ -38,9 +38,12 @@ from fxseek.passes.facts import (
     Facts,
     Rows,
     ancestors,
+    enters_autocast,
     example,
     is_tensor,
+    leaves_autocast,
     needs_grad,
+    switches_mode,
     tensors_of,
 )
 from fxseek.passes.rules import Full, Length, Plan, RowsOf, Stage, find_rule
@@ -91,16 +94,6 @@ class StageGraph:
         made = fx.GraphModule({**constants, **self.modules}, self.graph, class_name=name)
         made.graph.lint()
         return made
-
-
-def enters_autocast(node: fx.Node) -> bool:
-    """Whether a node opens an autocast region."""
-    return getattr(node.target, "__name__", "") == "_enter_autocast"
-
-
-def leaves_autocast(node: fx.Node) -> bool:
-    """Whether a node closes an autocast region."""
-    return getattr(node.target, "__name__", "") == "_exit_autocast"
 
 
 def regions(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -180,7 +173,7 @@ class _Ditch:
         self.graph.output(tuple(results))
         self.graph.erase_node(self.anchor)
         for node in reversed(list(self.graph.nodes)):
-            if not node.users and node.op != "output" and not _keeps(node):
+            if not node.users and node.op != "output" and not switches_mode(node):
                 self.graph.erase_node(node)
         alive = set(self.graph.nodes)
         inputs = [(key, node) for key, node in self.inputs.items() if node in alive]
@@ -457,10 +450,4 @@ def _marker() -> None:
     """Stands before the first operation while a stage is built."""
 
 
-def _keeps(node: fx.Node) -> bool:
-    if leaves_autocast(node):
-        return True
-    return enters_autocast(node)
-
-
-__all__ = ["StageGraph", "StageInput", "ditch", "enters_autocast", "leaves_autocast", "regions"]
+__all__ = ["StageGraph", "StageInput", "ditch", "regions"]

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from fxseek.passes.ditch import StageGraph, StageInput, leaves_autocast, regions
+from fxseek.passes.ditch import StageGraph, StageInput, regions
+from fxseek.passes.facts import leaves_autocast, switches_grad
 
 
 def extract(
@@ -56,8 +57,7 @@ def extract(
         new_of[node].meta = dict(node.meta)
         inputs.append(StageInput(kind, node))
     for node in source.nodes:
-        switches_grad = getattr(node.target, "__name__", "") == "_set_grad_enabled"
-        if switches_grad:
+        if switches_grad(node):
             if grad_modes:
                 graph.node_copy(node)
             continue

@@ -214,6 +214,26 @@ def needs_grad(node: fx.Node) -> bool:
     return any(tensor.requires_grad for tensor in tensors_of(example(node)))
 
 
+def enters_autocast(node: fx.Node) -> bool:
+    """Whether a node opens an autocast region."""
+    return getattr(node.target, "__name__", "") == "_enter_autocast"
+
+
+def leaves_autocast(node: fx.Node) -> bool:
+    """Whether a node closes an autocast region."""
+    return getattr(node.target, "__name__", "") == "_exit_autocast"
+
+
+def switches_grad(node: fx.Node) -> bool:
+    """Whether a node switches the grad mode."""
+    return getattr(node.target, "__name__", "") == "_set_grad_enabled"
+
+
+def switches_mode(node: fx.Node) -> bool:
+    """Whether a node has no value that counts, and decides how others are run."""
+    return enters_autocast(node) or leaves_autocast(node) or switches_grad(node)
+
+
 def where(node: fx.Node) -> str:
     """The user's own source line of a node, for messages: the innermost one outside torch."""
     trace = node.meta.get("stack_trace") or ""

@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.errors import GraphError
-from fxseek.passes.facts import example, is_tensor, needs_grad, tensors_of, where
+from fxseek.passes.facts import example, is_tensor, needs_grad, switches_grad, tensors_of, where
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -298,7 +298,7 @@ def functionalise(graph: fx.Graph) -> fx.Graph:
         return made
 
     for node in graph.nodes:
-        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
+        if switches_grad(node):
             tracks = bool(node.args[0])
         if _leaves_as_it_is(node):
             new_of[node] = new_of[node.args[0]]  # type: ignore[index]

@@ -27,8 +27,8 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxseek.masks import MaskMaker, attend_all, queries_of
-from fxseek.passes.ditch import StageGraph, enters_autocast, leaves_autocast
-from fxseek.passes.facts import Sizes, example, is_tensor
+from fxseek.passes.ditch import StageGraph
+from fxseek.passes.facts import Sizes, example, is_tensor, switches_mode
 from fxseek.passes.rules import find_rule, operation
 from fxseek.passes.rules.pointwise import binary, convert, unary
 
@@ -73,11 +73,7 @@ def use_mask_rows(stage: StageGraph, sizes: Sizes, whole: Iterable[fx.Node] = ()
         for user in (*users, *(() if captured in keep else (output,))):
             user.replace_input_with(mask, made)
     for node in reversed(list(stage.graph.nodes)):  # lint knows no modules of a stage to be
-        if (
-            not node.users
-            and node.op in _CALLS
-            and not (enters_autocast(node) or leaves_autocast(node))
-        ):
+        if not node.users and node.op in _CALLS and not switches_mode(node):
             stage.graph.erase_node(node)
 
 

@@ -13,8 +13,10 @@ from test_stages import shapes_of, stages
 from torch import Tensor, nn
 
 import fxseek
+from fxseek.config import SeekConfig
 from fxseek.masks import MaskRows, attend_all
 from fxseek.rows import attend_folded
+from fxseek.scoring import gradient_magnitude
 
 VOCAB, TOKENS, HEADS = 211, 67, 3
 CONFIG = TinyConfig(vocab=VOCAB, heads=HEADS, kv_heads=1, depth=3)
@@ -220,19 +222,23 @@ class Gated(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) * gate
 
 
-def test_what_the_model_keeps_from_a_gradient_gets_none_on_chunks():
-    found = []
+@pytest.mark.parametrize("size", [None, 13])
+def test_what_the_model_keeps_from_a_gradient_gets_none(size: int | None):
+    """In the last block and in what follows it, on chunks or not: scores and gradients."""
     inputs = batch(VOCAB, tokens=TOKENS, padding="left", labels="some")
-    for size in (None, 13):
-        torch.manual_seed(0)
-        model = TinyDecoder(CONFIG)
-        model.final_norm = Gated()
-        model.blocks[-1].attention_norm = Gated()
-        fxseek.compile(model.double().train(), 0.2, prefill_chunk=size)
-        assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
-        model(**inputs)
-        found.append(fxseek.report(model).scores)
-    torch.testing.assert_close(*found, equal_nan=True)
+    model = TinyDecoder(CONFIG)
+    model.final_norm = Gated()
+    model.blocks[-1].attention_norm = Gated()
+    model.double().train()
+    entries: list[Tensor] = []
+    hook = model.blocks[-1].register_forward_pre_hook(lambda _, given: entries.append(given[0]))
+    (slope,) = torch.autograd.grad(model(**inputs)["loss"], entries)
+    hook.remove()
+    fxseek.compile(model, 0.2, score="gradient", prefill_chunk=size)
+    model(**inputs)
+    wanted = gradient_magnitude(slope, SeekConfig.make(0.2).gradient_norm)
+    torch.testing.assert_close(fxseek.report(model).gradient, wanted)
+    assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
 
 
 def test_scoring_in_chunks_makes_dropout_the_same_in_backward():
