@@ -79,7 +79,8 @@ class SeekConfig:
             ``"offload"``, in (pinned) host memory; they come back block by block. Needs
             ``recompute="block"`` and ``backend="eager"``. Default ``"device"``.
         prefill_chunk: Tokens of a row for which the pass over all tokens computes what lies between
-            two attentions at a time (norms, linear layers); None for all of them. Default None.
+            two attentions at a time (norms, linear layers), and scoring what lies in the last
+            block before and after its attention; None for all of them. Default None.
         memory_budget_bytes: Peak bytes of a training step (weights, gradients and activations,
             without optimiser state) for which the ratio is picked, the largest of
             ``ratio_bounds`` whose predicted peak fits; ``ratio`` is then not read. Default None.
