@@ -135,6 +135,21 @@ def test_published_models(name, tuning):
     assert found.largest["activations"] < 0.25 * everything.largest["activations"]
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("name", "tuning", "tokens", "batch", "options", "most"),
+    [
+        ("Llama-3.2-3B", "qlora", 4096, 2, {}, 4.6 * 2**30),
+        ("Llama-3.2-1B", "lora", 32768, 1, {}, 6.9 * 2**30),
+        ("Llama-3.1-8B", "qlora", 200_000, 1, {"kv": "offload"}, 24e9),
+    ],
+)
+def test_what_the_documentation_promises_fits(name, tuning, tokens, batch, options, most):
+    options = {"recompute": "block", "prefill_chunk": 2048, **options}
+    found = fxseek.estimate(llama_3(name), tokens, batch, tuning=tuning, **options)
+    assert found.peak_bytes < most
+
+
 def test_a_million_tokens_are_quick():
     config = small(num_hidden_layers=2, max_position_embeddings=1 << 20)
     found = fxseek.estimate(config, 1 << 20, ratio=0.01, device="hopper")
