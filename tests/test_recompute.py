@@ -52,6 +52,15 @@ def test_exact(options: dict[str, Any], attention: str):
     assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_exact_compiled_by_inductor(recompute: str):
+    model = TinyDecoder(CONFIG).double().train()
+    fxseek.compile(model, 0.2, backend="inductor", recompute=recompute)
+    inputs = batch(VOCAB, tokens=TOKENS, padding="left", labels="some")
+    assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
 @pytest.mark.parametrize("options", LEAN.values(), ids=LEAN)
 def test_exact_lora(options: dict[str, Any]):
     with double_throughout():
