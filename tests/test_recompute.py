@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,11 +223,18 @@ class Gated(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) * gate
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("trained", ["", "head"])
 @pytest.mark.parametrize("size", [None, 13])
-def test_what_the_model_keeps_from_a_gradient_gets_none(size: int | None):
-    """In the last block and in what follows it, on chunks or not: scores and gradients."""
+def test_what_the_model_keeps_from_a_gradient_gets_none(
+    size: int | None, trained: str, attention: str
+):
+    """In the last block and in what follows it, on chunks or not: scores and gradients.
+
+    Scoring asks for a gradient of values that have none in training, where weights are frozen.
+    """
     inputs = batch(VOCAB, tokens=TOKENS, padding="left", labels="some")
-    model = TinyDecoder(CONFIG)
+    model = TinyDecoder(replace(CONFIG, attention=attention))
     model.final_norm = Gated()
     model.blocks[-1].attention_norm = Gated()
     model.double().train()
@@ -234,6 +242,8 @@ def test_what_the_model_keeps_from_a_gradient_gets_none(size: int | None):
     hook = model.blocks[-1].register_forward_pre_hook(lambda _, given: entries.append(given[0]))
     (slope,) = torch.autograd.grad(model(**inputs)["loss"], entries)
     hook.remove()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
     fxseek.compile(model, 0.2, score="gradient", prefill_chunk=size)
     model(**inputs)
     wanted = gradient_magnitude(slope, SeekConfig.make(0.2).gradient_norm)
