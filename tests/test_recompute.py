@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES
-from models import TinyConfig, TinyDecoder, batch, double_throughout, tiny_llama, tiny_lora
+from models import (
+    Attention,
+    TinyConfig,
+    TinyDecoder,
+    batch,
+    double_throughout,
+    tiny_llama,
+    tiny_lora,
+)
 from test_stages import shapes_of, stages
 from torch import Tensor, nn
 
@@ -392,6 +400,40 @@ def test_learn_on_chunks_of_queries(
     if family != "tiny":  # its mask is not by rows
         assert any(shape[-2] == 3 for shape in rows)
         assert not any(shape[-2:] == (kept, TOKENS) for shape in rows)
+
+
+def test_layers_of_other_groups_share_no_folded_mask(monkeypatch: pytest.MonkeyPatch):
+    """Each layer may have its own number of key heads."""
+    monkeypatch.setattr("fxseek.rows.GROUPED_KERNELS", ())
+    model = TinyDecoder(replace(CONFIG, heads=6, kv_heads=3, repeat="gqa"))
+    for block, kv_heads in zip(model.blocks, (3, 2, 3), strict=True):
+        block.attention = Attention(replace(model.config, kv_heads=kv_heads))
+    fxseek.compile(model.double().train(), 0.2)
+    inputs = batch(VOCAB, tokens=TOKENS, padding="left", labels="some")
+    assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
+class Sighted(Attention):
+    """Attention whose mask is made of what it reads: some tokens see all before, some a window."""
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        assert mask is not None
+        at = torch.arange(x.shape[1])
+        far = (x.mean(-1) > 0)[:, None, :, None]
+        return super().forward(x, mask & (far | (at[None, :] > at[:, None] - 5)), rotary)
+
+
+@pytest.mark.parametrize("size", [None, 13])
+def test_masks_made_of_the_stream(size: int | None):
+    torch.manual_seed(0)
+    model = TinyDecoder(CONFIG)
+    for block in model.blocks:
+        block.attention = Sighted(CONFIG)
+    fxseek.compile(model.double().train(), 0.2, prefill_chunk=size)
+    inputs = batch(VOCAB, tokens=TOKENS, labels="some")
+    assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 7), (1, 1, 5, 7), (2, 6, 5, 7), (5, 7), (2, 1, 1, 7)])
