@@ -436,6 +436,38 @@ def test_masks_made_of_the_stream(size: int | None):
     assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
 
 
+class Viewing(TinyDecoder):
+    """Its mask is made of a view of what it is given."""
+
+    def _mask(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None):
+        assert attention_mask is not None
+        at = torch.arange(x.shape[1])
+        return (at[None, :] <= at[:, None])[None, None] & attention_mask[:, None, None, :]
+
+
+def test_a_mask_written_to_before_backward(monkeypatch: pytest.MonkeyPatch):
+    """Backward would make other rows of it; where they are kept, the write does no harm."""
+    gradients = []
+    for size in (64 << 20, 4 * TOKENS * 2 * 3):
+        monkeypatch.setattr("fxseek.masks._CHUNK_BYTES", size)
+        model = fxseek.compile(Viewing(CONFIG).double().train(), 0.2, score="random")
+        inputs = batch(VOCAB, tokens=TOKENS, padding="left")
+        inputs["attention_mask"] = inputs["attention_mask"].bool()
+        for written in (False, True):
+            fxseek.resume(model, 0)
+            model.zero_grad()
+            loss = model(**inputs)["loss"]
+            if written:
+                inputs["attention_mask"].fill_(True)
+            if written and gradients[2:]:
+                with pytest.raises(fxseek.InputError, match="between forward and backward"):
+                    loss.backward()
+                continue
+            loss.backward()
+            gradients.append(model.embed.weight.grad.clone())  # type: ignore[union-attr]
+    torch.testing.assert_close(gradients, gradients[:1] * 3)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 5, 7), (1, 1, 5, 7), (2, 6, 5, 7), (5, 7), (2, 1, 1, 7)])
 def test_groups_as_further_queries(shape: tuple[int, ...]):
     torch.manual_seed(0)
