@@ -107,6 +107,14 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def versions(values: Iterable[Any]) -> tuple[int, ...]:
+    """How often each of the tensors among the values was written to (`Tensor._version`).
+
+    Autograd compares these counts for what it saves itself, and has no public name for them.
+    """
+    return tuple(x._version for x in values if isinstance(x, torch.Tensor) and not x.is_inference())
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values (`FakeTensor` is public nowhere)."""
     return isinstance(tensor, FakeTensor)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
+from fxseek.errors import InputError
 
 __all__ = ["MaskMaker", "MaskRows", "attend_all", "attend_in_chunks", "queries_of"]
 
@@ -40,6 +41,7 @@ class MaskRows:
         self._make = make
         self._leaves = leaves
         self._square = square
+        self._versions = _torch.versions(leaves)
         self._causal: bool | None = None
 
     @classmethod
@@ -59,7 +61,16 @@ class MaskRows:
         return self.rows(torch.arange(queries.start, queries.stop, device=device)[None])
 
     def rows(self, kept: Tensor) -> Tensor:
-        """The rows of these query positions."""
+        """The rows of these query positions.
+
+        Raises:
+            InputError: what they are made of was written to since, between forward and backward.
+        """
+        if _torch.versions(self._leaves) != self._versions:
+            raise InputError(
+                "what the attention mask is made of was written to in place between forward and "
+                "backward, which makes its rows again. Write to a copy of the attention mask."
+            )
         return self._make(kept, *self._leaves)
 
     def causal(self, tokens: int, device: torch.device) -> bool:

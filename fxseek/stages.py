@@ -167,8 +167,7 @@ class Score(nn.Module):
         kind = config.score
 
         def frozen(node: fx.Node) -> Any:
-            value = read(node)
-            return value.detach() if isinstance(value, Tensor) else value
+            return _constant(read(node))
 
         generator = scoring.step_generator(config.seed, step)
         if callable(kind):
@@ -242,7 +241,7 @@ class Score(nn.Module):
         context = None
         if plan.context is not None:
             reads = {
-                node: made[node].detach() if node in made else read(node)
+                node: _constant(made[node]) if node in made else read(node)
                 for node in plan.context_reads
             }
             context = plan.context(reads, valid, config.chunk_bytes)
@@ -377,6 +376,11 @@ class Score(nn.Module):
                     slope += found
             loss += part.detach()
         return slopes, loss.to(torch.promote_types(slopes[0].dtype, torch.float32))
+
+
+def _constant(value: Any) -> Any:
+    """A value without gradient; a mask by rows has none."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _labelled_first(supervised: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ from fxseek.passes.facts import (
     is_tensor,
     leaves_autocast,
     needs_grad,
+    switches_grad,
     switches_mode,
     tensors_of,
 )
@@ -111,6 +112,18 @@ def regions(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
     return found
 
 
+def without_grad(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the graph runs under ``no_grad``."""
+    found: set[fx.Node] = set()
+    recorded = True
+    for node in graph.nodes:
+        if switches_grad(node):
+            recorded = bool(node.args[0])
+        elif not recorded:
+            found.add(node)
+    return found
+
+
 def ditch(
     source: fx.Graph,
     facts: Facts,
@@ -154,6 +167,9 @@ class _Ditch:
         self.lengths: dict[sympy.Expr, Any] = {}
         self.general: list[fx.Node] = []
         self.regions = regions(source)
+        # Scoring asks for a gradient of values that had none when they were captured, where weights
+        # are frozen: what the graph keeps from it is not seen in its operands then.
+        self.unrecorded = without_grad(source) & carrying
         self.entered: dict[fx.Node, fx.Node] = {}
 
     # ---- the walk ------------------------------------------------------------------------
@@ -220,9 +236,17 @@ class _Ditch:
 
     def _without_gradient(self, node: fx.Node, made: fx.Node) -> fx.Node:
         """The copy of a node that the graph kept from a gradient, as ``no_grad`` does, has none."""
-        if is_tensor(node) and _kept_from_gradient(node):
+        if is_tensor(node) and (_kept_from_gradient(node) or self._unrecorded(node)):
             return self._stamp(self.graph.call_method("detach", (made,)), node)
         return made
+
+    def _unrecorded(self, node: fx.Node) -> bool:
+        """Whether ``no_grad`` keeps a node from a gradient of what is given."""
+        if not any(x.is_floating_point() for x in tensors_of(example(node))):
+            return False
+        return node in self.unrecorded or any(
+            not is_tensor(x) and self._unrecorded(x) for x in node.all_input_nodes
+        )
 
     def _follows(self, plan: Plan) -> bool:
         """Whether an element's tuple was itself made compact (always so for other plans)."""

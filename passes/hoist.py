@@ -17,8 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxseek.passes.ditch import StageGraph, StageInput
+from fxseek.passes.facts import example
+from fxseek.passes.rules import argument
 from fxseek.rows import attend_rows, gather_rows, shared_mask
 
 
@@ -111,9 +114,18 @@ def share_masks(stage: StageGraph) -> None:
         if item.node.meta["example_value"].dtype != torch.bool:
             continue
         grouped = node.kwargs.get("enable_gqa", False)
-        if (mask, grouped) not in made:
+        key = (mask, grouped, _heads(item.node.graph, node) if grouped else None)
+        if key not in made:
             with stage.graph.inserting_before(node):
-                made[mask, grouped] = stage.graph.call_function(
+                made[key] = stage.graph.call_function(
                     shared_mask, (mask, *node.args[:2]), {"enable_gqa": grouped}
                 )
-        node.update_kwarg("mask", made[mask, grouped])
+        node.update_kwarg("mask", made[key])
+
+
+def _heads(captured: fx.Graph, attention: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """How many heads queries and keys of an attention of the learn stage have."""
+    name = attention.meta["fxseek"][1]
+    origin = next(node for node in captured.nodes if node.name == name)
+    operands = (argument(origin, 0, "query"), argument(origin, 1, "key"))
+    return tuple(example(x).shape[-3] for x in operands if isinstance(x, fx.Node))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES
-from models import TinyConfig, TinyDecoder, batch, double_throughout, tiny_llama, tiny_lora
+from models import (
+    Attention,
+    TinyConfig,
+    TinyDecoder,
+    batch,
+    double_throughout,
+    tiny_llama,
+    tiny_lora,
+)
 from test_stages import shapes_of, stages
 from torch import Tensor, nn
 
@@ -231,11 +240,18 @@ class Gated(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) * gate
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("trained", ["", "head"])
 @pytest.mark.parametrize("size", [None, 13])
-def test_what_the_model_keeps_from_a_gradient_gets_none(size: int | None):
-    """In the last block and in what follows it, on chunks or not: scores and gradients."""
+def test_what_the_model_keeps_from_a_gradient_gets_none(
+    size: int | None, trained: str, attention: str
+):
+    """In the last block and in what follows it, on chunks or not: scores and gradients.
+
+    Scoring asks for a gradient of values that have none in training, where weights are frozen.
+    """
     inputs = batch(VOCAB, tokens=TOKENS, padding="left", labels="some")
-    model = TinyDecoder(CONFIG)
+    model = TinyDecoder(replace(CONFIG, attention=attention))
     model.final_norm = Gated()
     model.blocks[-1].attention_norm = Gated()
     model.double().train()
@@ -243,6 +259,8 @@ def test_what_the_model_keeps_from_a_gradient_gets_none(size: int | None):
     hook = model.blocks[-1].register_forward_pre_hook(lambda _, given: entries.append(given[0]))
     (slope,) = torch.autograd.grad(model(**inputs)["loss"], entries)
     hook.remove()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
     fxseek.compile(model, 0.2, score="gradient", prefill_chunk=size)
     model(**inputs)
     wanted = gradient_magnitude(slope, SeekConfig.make(0.2).gradient_norm)
@@ -391,6 +409,72 @@ def test_learn_on_chunks_of_queries(
     if family != "tiny":  # its mask is not by rows
         assert any(shape[-2] == 3 for shape in rows)
         assert not any(shape[-2:] == (kept, TOKENS) for shape in rows)
+
+
+def test_layers_of_other_groups_share_no_folded_mask(monkeypatch: pytest.MonkeyPatch):
+    """Each layer may have its own number of key heads."""
+    monkeypatch.setattr("fxseek.rows.GROUPED_KERNELS", ())
+    model = TinyDecoder(replace(CONFIG, heads=6, kv_heads=3, repeat="gqa"))
+    for block, kv_heads in zip(model.blocks, (3, 2, 3), strict=True):
+        block.attention = Attention(replace(model.config, kv_heads=kv_heads))
+    fxseek.compile(model.double().train(), 0.2)
+    inputs = batch(VOCAB, tokens=TOKENS, padding="left", labels="some")
+    assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
+class Sighted(Attention):
+    """Attention whose mask is made of what it reads: some tokens see all before, some a window."""
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        assert mask is not None
+        at = torch.arange(x.shape[1])
+        far = (x.mean(-1) > 0)[:, None, :, None]
+        return super().forward(x, mask & (far | (at[None, :] > at[:, None] - 5)), rotary)
+
+
+@pytest.mark.parametrize("size", [None, 13])
+def test_masks_made_of_the_stream(size: int | None):
+    torch.manual_seed(0)
+    model = TinyDecoder(CONFIG)
+    for block in model.blocks:
+        block.attention = Sighted(CONFIG)
+    fxseek.compile(model.double().train(), 0.2, prefill_chunk=size)
+    inputs = batch(VOCAB, tokens=TOKENS, labels="some")
+    assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
+class Viewing(TinyDecoder):
+    """Its mask is made of a view of what it is given."""
+
+    def _mask(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None):
+        assert attention_mask is not None
+        at = torch.arange(x.shape[1])
+        return (at[None, :] <= at[:, None])[None, None] & attention_mask[:, None, None, :]
+
+
+def test_a_mask_written_to_before_backward(monkeypatch: pytest.MonkeyPatch):
+    """Backward would make other rows of it; where they are kept, the write does no harm."""
+    gradients = []
+    for size in (64 << 20, 4 * TOKENS * 2 * 3):
+        monkeypatch.setattr("fxseek.masks._CHUNK_BYTES", size)
+        model = fxseek.compile(Viewing(CONFIG).double().train(), 0.2, score="random")
+        inputs = batch(VOCAB, tokens=TOKENS, padding="left")
+        inputs["attention_mask"] = inputs["attention_mask"].bool()
+        for written in (False, True):
+            fxseek.resume(model, 0)
+            model.zero_grad()
+            loss = model(**inputs)["loss"]
+            if written:
+                inputs["attention_mask"].fill_(True)
+            if written and gradients[2:]:
+                with pytest.raises(fxseek.InputError, match="between forward and backward"):
+                    loss.backward()
+                continue
+            loss.backward()
+            gradients.append(model.embed.weight.grad.clone())  # type: ignore[union-attr]
+    torch.testing.assert_close(gradients, gradients[:1] * 3)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 7), (1, 1, 5, 7), (2, 6, 5, 7), (5, 7), (2, 1, 1, 7)])
