@@ -141,6 +141,16 @@ def test_a_million_tokens_are_quick():
     assert found.largest["K/V"] >= 2 * 2 * 2 * 16 * 2**20 * 2
 
 
+@pytest.mark.parametrize("device", ["cuda", "hopper", "cpu"], ids="on {}".format)
+def test_attention_on_chunks_of_queries(device):
+    """Backward runs the chunks again by the kernels of the device."""
+    config = small(num_hidden_layers=2, max_position_embeddings=1 << 14, num_key_value_heads=4)
+    found = fxseek.estimate(config, 1 << 14, device=device)
+    whole = 4 * found.kept * found.tokens
+    assert whole > 64 << 20
+    assert found.largest["transients"] < 2 * whole
+
+
 def test_qlora_stores_what_bitsandbytes_stores(tmp_path):
     import transformers
 
