@@ -135,6 +135,10 @@ def test_published_models(name, tuning):
     assert found.largest["activations"] < 0.25 * everything.largest["activations"]
 
 
+def test_a_ratio_by_mass_is_the_most_that_it_may_come_to():
+    assert fxseek.estimate(small(), 101, ratio="mass:0.9", ratio_bounds=(0.1, 0.4)).kept == 41
+
+
 def test_a_million_tokens_are_quick():
     config = small(num_hidden_layers=2, max_position_embeddings=1 << 20)
     found = fxseek.estimate(config, 1 << 20, ratio=0.01, device="hopper")
@@ -220,6 +224,7 @@ def test_it_prints_and_plots(tmp_path):
         ({"device": "tpu"}, "device='tpu' must be one of"),
         ({"optimizer": "adam"}, "optimizer='adam' must be 'adamw', None, or a function"),
         ({"backend": "inductor"}, "backend='inductor' cannot be estimated"),
+        ({"memory_budget_bytes": 1 << 30}, "leave the budget out"),
         ({"ratios": 0.1}, "did you mean 'ratio'"),
         ({"config_or_model": 7}, "config_or_model is a int"),
         ({"config_or_model": torch.nn.Linear(3, 3)}, "Linear.forward takes input"),
