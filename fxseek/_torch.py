@@ -124,10 +124,16 @@ def faked(inputs: Sequence[Any]) -> tuple[AbstractContextManager[Any], tuple[Any
     """A mode that computes shapes without values, and the inputs as tensors of it.
 
     `FakeTensorMode` is what torch.compile itself uses and is public nowhere. In it, parameters of
-    modules are taken as they are.
+    modules are taken as they are. Numbers on the CPU keep their value: a graph that Dynamo has
+    captured for several values of a Python float takes it as a tensor, and asks for its item.
     """
     mode = fake_mode()
-    fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+
+    def fake(x: torch.Tensor) -> torch.Tensor:
+        number = x.dim() == 0 and x.device.type == "cpu"
+        return mode.fake_tensor_converter.from_real_tensor(mode, x, make_constant=number)
+
+    fakes = [fake(x) if isinstance(x, torch.Tensor) else x for x in inputs]
     return mode, tuple(fakes)
 
 

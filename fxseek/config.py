@@ -78,16 +78,18 @@ class SeekConfig:
         kv: Where keys and values of all tokens wait between their use: ``"device"``, or
             ``"offload"``, in (pinned) host memory; they come back block by block. Needs
             ``recompute="block"`` and ``backend="eager"``. Default ``"device"``.
-        prefill_chunk: Tokens of a row for which the pass over all tokens computes what lies between
-            two attentions at a time (norms, linear layers), and scoring what lies in the last
-            block before and after its attention; None for all of them. Default None.
+        prefill_chunk: Tokens of a row for which the passes over all tokens compute what lies between
+            two attentions at a time (norms, linear layers): the prefill, and the last block in
+            the score stage, which computes it once more in its backward. None for all of them.
+            Default None.
         memory_budget_bytes: Peak bytes of a training step (weights, gradients and activations,
             without optimiser state) for which the ratio is picked, the largest of
             ``ratio_bounds`` whose predicted peak fits; ``ratio`` is then not read. Default None.
         outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None),
             ``"selected"`` (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at
             the selected ones). Default ``"loss"``.
-        chunk_bytes: Largest transient tensor of the score stage, in bytes. Default 64 MiB.
+        chunk_bytes: Most bytes of logits, and of the attention maps that scores read, that exist
+            at once. Default 64 MiB.
         loss: ``loss(outputs, batch) -> scalar tensor``, for models that are given no labels.
             Default None.
         token_dim: Which dimension of the model's inputs counts tokens. Default 1.

@@ -95,7 +95,7 @@ def estimate(
     config_or_model: Any,
     tokens: int,
     batch: int = 1,
-    ratio: float | SeekConfig = 0.1,
+    ratio: float | str | SeekConfig = 0.1,
     *,
     tuning: str = "full",
     optimizer: str | Optimiser | None = "adamw",
@@ -113,7 +113,8 @@ def estimate(
             input_ids and labels.
         tokens: tokens of a row. All rows are full, without padding.
         batch: rows.
-        ratio: share of tokens to keep, or a `SeekConfig`.
+        ratio: share of tokens to keep, or a `SeekConfig`. A ratio such as ``"mass:0.9"`` stands for
+            the most that ``ratio_bounds`` lets a row keep.
         tuning: ``"full"`` trains what requires grad, ``"lora"`` puts adapters on all linear layers
             but the head (peft), ``"qlora"`` also stores those layers in 4 bits (bitsandbytes NF4
             with double quantisation).
@@ -124,7 +125,7 @@ def estimate(
         ordinary: estimate training on all tokens, without fxseek, instead.
         device: whose attention kernels, and whose rounding: ``"cuda"``, ``"hopper"`` (CUDA on
             compute capability 9.0 and 10.0, where cuDNN's attention comes first) or ``"cpu"``.
-        options: fields of `SeekConfig`.
+        options: fields of `SeekConfig`, but for ``memory_budget_bytes``.
 
     Raises:
         ConfigError: an argument is out of range or of the wrong type, or a package that it needs
@@ -133,6 +134,8 @@ def estimate(
     """
     config = SeekConfig.make(ratio, **options)
     _check(config, tokens, batch, tuning, optimizer, lora_rank, device)
+    if config.mass_share is not None:
+        config = dataclasses.replace(config, ratio=config.ratio_bounds[1])
     model = _tuned(_on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
     inputs = _batch(model, tokens, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -212,6 +215,12 @@ def _check(
         problems.append(
             f"optimizer={optimizer!r} must be 'adamw', None, or a function of the trained "
             "parameters that makes an optimiser"
+        )
+    if config.memory_budget_bytes is not None:
+        problems.append(
+            f"memory_budget_bytes={config.memory_budget_bytes!r} picks the ratio of a step, and an "
+            "estimate is of a ratio that is given: leave the budget out, and ask fits() of the "
+            "result"
         )
     if config.backend != "eager":
         problems.append(

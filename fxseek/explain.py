@@ -131,11 +131,12 @@ def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[An
 
         return stop
 
-    trial = SeekStep(step.model, step.config)
+    config = step.config_for(batch)
+    trial = SeekStep(step.model, config)
     trial.shapes_only = True
     trial.use_backend(
         make_backend(
-            step.config,
+            config,
             trial.recorder,
             full_outputs=False,
             token_inputs=trial.token_inputs,

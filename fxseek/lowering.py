@@ -68,7 +68,9 @@ def lower(
         if part.graph.find_nodes(op="call_module", target="head"):
             continue  # it sees to itself
         key = name if backend == "eager" else _likeness(part)
-        setattr(module, name, _Called(alike.setdefault(key, piece(part, backend, recompute))))
+        if key not in alike:
+            alike[key] = piece(part, backend, recompute)
+        setattr(module, name, _Called(alike[key]))
     return _interpreted(module) if backend == "eager" else _counted(module)
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fxseek import _torch
 from fxseek.errors import InputError
 
-__all__ = ["MaskMaker", "MaskRows", "attend_all", "attend_in_chunks", "queries_of"]
+__all__ = ["MaskMaker", "MaskRows", "attend", "attend_all", "attend_in_chunks", "queries_of"]
 
 _COMPARED_ROWS = 256
 """Rows of a mask that are compared with the causal mask's at a time."""
@@ -109,6 +109,14 @@ class MaskMaker(nn.Module):
         return MaskRows(self.make, leaves, self.square)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """`scaled_dot_product_attention` as it is at each call, in backward too.
+
+    `fxseek.estimate` replaces torch's own meanwhile.
+    """
+    return F.scaled_dot_product_attention(query, key, value, **options)
+
+
 def attend_all(
     query: Tensor,
     key: Tensor,
@@ -125,15 +133,13 @@ def attend_all(
         attn_mask = MaskRows.of(attn_mask)
     tokens = query.shape[-2]
     if attn_mask.causal(tokens, query.device):
-        return F.scaled_dot_product_attention(query, key, value, **{**options, "is_causal": True})
+        return attend(query, key, value, **{**options, "is_causal": True})
     at = torch.arange(tokens, device=query.device)[None]
-    return attend_in_chunks(
-        F.scaled_dot_product_attention, query, key, value, at, attn_mask, **options
-    )
+    return attend_in_chunks(attend, query, key, value, at, attn_mask, **options)
 
 
 def attend_in_chunks(
-    attend: Callable[..., Tensor],
+    attention: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -141,7 +147,7 @@ def attend_in_chunks(
     mask: MaskRows,
     **options: Any,
 ) -> Tensor:
-    """`attend` with queries at positions `kept` and its `attn_mask` on chunks of them.
+    """`attention` with queries at positions `kept` and its `attn_mask` on chunks of them.
 
     The mask of a chunk is made for it, and in backward anew, with the attention.
     """
@@ -149,7 +155,7 @@ def attend_in_chunks(
     step = max(1, _CHUNK_BYTES // (4 * key.shape[-2] * max(1, query.shape[0])))
 
     def part(query: Tensor, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
-        return attend(query, key, value, attn_mask=mask.rows(kept), **options)
+        return attention(query, key, value, attn_mask=mask.rows(kept), **options)
 
     if count <= step:
         return part(query, key, value, kept)

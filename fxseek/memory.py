@@ -154,7 +154,7 @@ class Tracker(TorchDispatchMode):
         if tensor.device.type != self.device or tensor.layout is not torch.strided:
             return None
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = _torch.storage_key(tensor)
         block = self._live.get(key)
         if block is None:
             block = _Block("transients")

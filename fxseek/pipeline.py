@@ -25,6 +25,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
 from fxseek.head import ChunkedHead
 from fxseek.lowering import Run, lower
+from fxseek.masks import attend_all
 from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.extract import extract
@@ -45,6 +46,7 @@ from fxseek.passes.inline import inline
 from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
+from fxseek.passes.rules import operation
 from fxseek.passes.segments import block_inputs
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens, made_from_rows
@@ -265,18 +267,27 @@ def _prefill(program: Program) -> None:
 
 
 def _read_whole(program: Program) -> Iterator[fx.Node]:
-    """Values that a later stage reads otherwise than as rows of the selected queries."""
-    learn, score = program.learn, program.score
-    assert learn is not None and score is not None
-    for stage in (learn, score.head, None if program.head is None else program.head.stage):
-        for item in () if stage is None else stage.inputs:
-            if item.kind == "value" and item.node is not None:
+    """Values that a later stage reads otherwise than as an attention's mask, or as its rows."""
+    learn, score, structure = program.learn, program.score, program.structure
+    assert learn is not None and score is not None and structure is not None
+    ending = None if program.head is None else program.head.stage
+    for stage in (learn, score.block, score.head, ending):
+        for node, item in () if stage is None else _placeholders(stage):
+            masks = all(user.target is attend_all for user in node.users)
+            if item.kind == "value" and item.node is not None and not (node.users and masks):
                 yield item.node
+    if structure.attentions and operation(structure.attentions[-1]) == "softmax":
+        yield from score.context_reads
     for item, where in program.gathers:
         rank = example(item.node).dim() if item.node is not None else 0
         if where not in ((0, rank - 2, 0, False, 1), (0, rank - 2, None, False, 1)):
             assert item.node is not None
             yield item.node
+
+
+def _placeholders(stage: StageGraph) -> Iterator[tuple[fx.Node, StageInput]]:
+    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
+    return zip(placeholders, stage.inputs, strict=True)
 
 
 def _assemble(program: Program) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxseek.masks import MaskRows, attend_in_chunks
+from fxseek.masks import MaskRows, attend, attend_in_chunks
 
 __all__ = [
     "attend_folded",
@@ -161,16 +161,16 @@ def attend_rows(
             shape[batch_dim] = causal.shape[0]
             mask = causal.view(*shape[:-2], *causal.shape[-2:])
     options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
-    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+    attention: Callable[..., Tensor] = attend
     if mask is not None and _folds(query, enable_gqa):
-        attend = attend_folded
+        attention = attend_folded
     else:
         options["enable_gqa"] = enable_gqa
     if isinstance(mask, MaskRows):
-        return attend_in_chunks(attend, query, key, value, kept, mask, **options)
+        return attend_in_chunks(attention, query, key, value, kept, mask, **options)
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         mask = mask.to(query.dtype)  # shared by layers of other precision
-    return attend(query, key, value, attn_mask=mask, **options)
+    return attention(query, key, value, attn_mask=mask, **options)
 
 
 GROUPED_KERNELS: tuple[str, ...] = ("cpu",)

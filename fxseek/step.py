@@ -201,7 +201,7 @@ class SeekStep:
         if self._takes_use_cache(batch):
             batch["use_cache"] = False
         marked = self._marked(batch)
-        if self.config.memory_budget_bytes is not None and not self.shapes_only:
+        if not self.shapes_only:
             self._fit_budget(batch)
         mask = batch.get("decoder_attention_mask" if self.seq2seq else "attention_mask")
         plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
@@ -295,15 +295,12 @@ class SeekStep:
 
     def _fit_budget(self, batch: dict[str, Any]) -> None:
         """Pick the ratio for the first batch, and for one that is larger than all before."""
-        from fxseek.budget import ratio_within  # it estimates with a step of this class
-
-        primary = next(batch[name] for name in self._primary_names(batch))
-        rows, tokens = primary.shape[0], primary.shape[self.config.token_dim]
-        if rows * tokens <= self._largest:
+        config = self.config_for(batch)
+        if config is self.config:
             return
-        ratio = ratio_within(self.model, self.config, tokens, rows)
-        self._largest = rows * tokens
-        self.config = dataclasses.replace(self.config, ratio=ratio)
+        primary = batch[self._primary_names(batch)[0]]
+        self._largest = primary.shape[0] * primary.shape[config.token_dim]
+        self.config = config
         self.use_backend(
             make_backend(
                 self.config,
@@ -312,6 +309,19 @@ class SeekStep:
                 token_inputs=self.token_inputs,
             )
         )
+
+    def config_for(self, batch: dict[str, Any]) -> SeekConfig:
+        """The configuration, with the ratio that a memory budget allows for such a batch."""
+        names = self._primary_names(batch)
+        if self.config.memory_budget_bytes is None or not names:
+            return self.config
+        from fxseek.budget import ratio_within  # it estimates with a step of this class
+
+        rows, tokens = batch[names[0]].shape[0], batch[names[0]].shape[self.config.token_dim]
+        if rows * tokens <= self._largest:
+            return self.config
+        ratio = ratio_within(self.model, self.config, tokens, rows)
+        return dataclasses.replace(self.config, ratio=ratio)
 
     def _check_extent(self, primary: Tensor, name: str) -> None:
         """There must be rows, values, and tokens to choose from."""

@@ -155,8 +155,8 @@ class _Ditch:
     ) -> None:
         self.source = source
         self.facts = facts
-        self.constants = constants
-        self.carrying = (carrying | constants) - given
+        self.carrying = carrying - constants - given
+        self.replayed = (carrying | constants) - given
         self.given = given
         self.graph = fx.Graph(owning_module=source.owning_module)
         self.inputs: dict[StageInput, fx.Node] = {}
@@ -175,7 +175,7 @@ class _Ditch:
     # ---- the walk ------------------------------------------------------------------------
 
     def run(self, outputs: Sequence[tuple[str, fx.Node]]) -> StageGraph:
-        needed = ancestors(node for _, node in outputs) & self.carrying
+        needed = ancestors(node for _, node in outputs) & self.replayed
         self.anchor = self.graph.call_function(_marker)  # placeholders go in front of it
         inside = {region for node in needed for region in self.regions.get(node, ())}
         for node in self.source.nodes:
@@ -224,7 +224,7 @@ class _Ditch:
         made = self._without_gradient(node, self._copy(node))
         rows = self.facts.rows.get(node)
         costly = self.facts.token_sized(node) or any(
-            self.facts.token_sized(operand) and operand in self.carrying - self.constants
+            self.facts.token_sized(operand) and operand in self.carrying
             for operand in node.all_input_nodes
         )
         if costly and not self.facts.shared(node):
@@ -306,7 +306,7 @@ class _Ditch:
             assert isinstance(rows, Rows)
             self._rows_of(node, rows, example(node).dim())
             return self._scatter(node, rows)
-        if node in self.carrying - self.constants and node.op != "placeholder":
+        if node in self.carrying and node.op != "placeholder":
             rows = self.facts.rows.get(node)
             assert node in self.compact and isinstance(rows, Rows), node.format_node()
             if self._only_layout(node):

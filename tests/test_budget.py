@@ -53,6 +53,16 @@ def test_a_step_takes_it_and_larger_batches_pick_anew(peaks: tuple[int, int]):
     assert fxseek.report(model).selected.shape[1] < -(-31 * 9 // 10)
 
 
+def test_before_the_first_step(peaks: tuple[int, int]):
+    """What is explained and measured is the step that the budget will allow."""
+    model = fxseek.compile(tiny_llama("sdpa", **WIDE).train(), config_for(peaks[1]))
+    inputs = batch(37, batch=3, tokens=61)
+    kept = fxseek.explain(model, **inputs).kept
+    assert fxseek.profile(model, **inputs).kept == kept
+    model(**inputs).loss.backward()
+    assert fxseek.report(model).selected.shape[1] == kept == -(-61 * 9 // 10)
+
+
 def test_out_of_reach(peaks: tuple[int, int]):
     model = fxseek.compile(tiny_llama("sdpa", **WIDE).train(), config_for(peaks[0] // 2))
     inputs = batch(37, batch=3, tokens=61)

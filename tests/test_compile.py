@@ -187,6 +187,15 @@ def test_explain_runs_no_step_and_names_the_stages(model, inputs):
         fxseek.report(model)
 
 
+def test_explain_of_a_second_model():
+    """Dynamo makes a tensor of a Python float (here attention's scale) that changes."""
+    for width in (6, 8):
+        model = fxseek.compile(tiny_llama(head_dim=width), 0.3)
+        inputs = batch(37, tokens=11)
+        model(**inputs).loss.backward()
+        assert fxseek.explain(model, **inputs).predicted_saved_bytes > 0
+
+
 @pytest.mark.parametrize("kind", ["loss", "selected", "full"])
 def test_token_shaped_outputs(kind, model, inputs):
     with torch.no_grad():

@@ -150,10 +150,24 @@ def test_what_the_documentation_promises_fits(name, tuning, tokens, batch, optio
     assert found.peak_bytes < most
 
 
+def test_a_ratio_by_mass_is_the_most_that_it_may_come_to():
+    assert fxseek.estimate(small(), 101, ratio="mass:0.9", ratio_bounds=(0.1, 0.4)).kept == 41
+
+
 def test_a_million_tokens_are_quick():
     config = small(num_hidden_layers=2, max_position_embeddings=1 << 20)
     found = fxseek.estimate(config, 1 << 20, ratio=0.01, device="hopper")
     assert found.largest["K/V"] >= 2 * 2 * 2 * 16 * 2**20 * 2
+
+
+@pytest.mark.parametrize("device", ["cuda", "hopper", "cpu"], ids="on {}".format)
+def test_attention_on_chunks_of_queries(device):
+    """Backward runs the chunks again by the kernels of the device."""
+    config = small(num_hidden_layers=2, max_position_embeddings=1 << 14, num_key_value_heads=4)
+    found = fxseek.estimate(config, 1 << 14, device=device)
+    whole = 4 * found.kept * found.tokens
+    assert whole > 64 << 20
+    assert found.largest["transients"] < 2 * whole
 
 
 def test_qlora_stores_what_bitsandbytes_stores(tmp_path):
@@ -225,6 +239,7 @@ def test_it_prints_and_plots(tmp_path):
         ({"device": "tpu"}, "device='tpu' must be one of"),
         ({"optimizer": "adam"}, "optimizer='adam' must be 'adamw', None, or a function"),
         ({"backend": "inductor"}, "backend='inductor' cannot be estimated"),
+        ({"memory_budget_bytes": 1 << 30}, "leave the budget out"),
         ({"ratios": 0.1}, "did you mean 'ratio'"),
         ({"config_or_model": 7}, "config_or_model is a int"),
         ({"config_or_model": torch.nn.Linear(3, 3)}, "Linear.forward takes input"),

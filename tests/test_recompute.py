@@ -477,6 +477,38 @@ def test_a_mask_written_to_before_backward(monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(gradients, gradients[:1] * 3)
 
 
+class Twice(Attention):
+    """Spelled out, and by torch's own attention: both read one mask, the former as it is."""
+
+    spelled_out_last = False
+
+    def forward(self, x: Tensor, mask: Tensor | None, rotary: Any) -> Tensor:
+        def heads(layer: nn.Linear) -> Tensor:
+            return layer(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+        def fused() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        q, k, v = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
+        assert mask is not None
+        found = fused() if self.spelled_out_last else 0
+        found = found + torch.where(mask, q @ k.mT, -1e9).softmax(-1) @ v
+        found = found if self.spelled_out_last else found + fused()
+        return self.o_proj(found.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("score", ["context", "tokenseek"])
+@pytest.mark.parametrize("spelled_out_last", [True, False])
+def test_a_mask_that_is_read_as_it_is_too(score: str, spelled_out_last: bool):
+    config = TinyConfig(vocab=VOCAB)
+    model = TinyDecoder(config)
+    model.blocks[-1].attention = Twice(config)
+    model.blocks[-1].attention.spelled_out_last = spelled_out_last
+    fxseek.compile(model.double().train(), 0.3, score=score)
+    inputs = batch(VOCAB, tokens=13, padding="left")
+    assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 5, 7), (1, 1, 5, 7), (2, 6, 5, 7), (5, 7), (2, 1, 1, 7)])
 def test_groups_as_further_queries(shape: tuple[int, ...]):
     torch.manual_seed(0)
