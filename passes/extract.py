@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from fxseek.passes.ditch import StageGraph, StageInput, regions
-from fxseek.passes.facts import leaves_autocast, switches_grad
+from fxseek.passes.facts import hooks_gradient, leaves_autocast, switches_grad
 
 
 def extract(
@@ -25,8 +25,8 @@ def extract(
     """The nodes between `given` (and the inputs) and `outputs`, as a graph of their own.
 
     Placeholders of the result stand for inputs of the captured graph (``"input"``) or for
-    given values (``"value"``). `grad_modes` keeps the captured switches of the grad mode; a stage
-    that runs without grad as a whole must not have them.
+    given values (``"value"``). `grad_modes` keeps the captured switches of the grad mode, and hooks
+    on gradients; a stage that runs without grad as a whole must not have them.
     """
     stops = set(given)
     needed: set[fx.Node] = set()
@@ -63,6 +63,9 @@ def extract(
             continue
         closes = leaves_autocast(node) and node.args[0] in inside
         if node in new_of or not (node in needed or node in inside or closes):
+            continue
+        if hooks_gradient(node) and not grad_modes:
+            new_of[node] = new_of[node.args[0]]  # type: ignore[index]
             continue
         new_of[node] = graph.node_copy(node, new_of.__getitem__)
         new_of[node].meta["fxseek"] = ("extract", node.name)

@@ -229,6 +229,11 @@ def switches_grad(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "_set_grad_enabled"
 
 
+def hooks_gradient(node: fx.Node) -> bool:
+    """Whether a node is its operand with a hook on the operand's gradient."""
+    return getattr(node.target, "__name__", "") == "register_hook"
+
+
 def switches_mode(node: fx.Node) -> bool:
     """Whether a node has no value that counts, and decides how others are run."""
     return enters_autocast(node) or leaves_autocast(node) or switches_grad(node)

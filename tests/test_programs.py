@@ -104,6 +104,13 @@ def without_grad(s: Step, x: Tensor, mark: Mark) -> Tensor:
     return x * gate + F.linear(x, s.weight) * more[..., :1]
 
 
+def hooked(s: Step, x: Tensor, mark: Mark) -> Tensor:
+    y = F.linear(x, s.weight)
+    if y.requires_grad:
+        y.register_hook(lambda slope: slope * 1.5)
+    return y
+
+
 OPERATIONS: dict[str, Callable[[Step, Tensor, Mark], Tensor]] = {
     "linear": lambda s, x, mark: F.linear(x, s.weight, s.bias),
     "gated": lambda s, x, mark: F.silu(F.linear(x, s.weight)) * (x @ s.more[0]),
@@ -113,6 +120,7 @@ OPERATIONS: dict[str, Callable[[Step, Tensor, Mark], Tensor]] = {
     "einsum": lambda s, x, mark: torch.einsum("btc,cd->btd", x, s.weight),
     "softmax": lambda s, x, mark: (x * s.bias).softmax(-1),
     "no grad": without_grad,
+    "hooked": hooked,
     "detached": lambda s, x, mark: x.detach() * s.bias + x,
     "attention": attention,
     "heads": heads,
@@ -215,6 +223,14 @@ def test_each_operation_on_frozen_weights(name):
     assert_exact(
         [name, "attention", name], rows=2, tokens=11, ratio=0.4, select="topk", shift=True, seed=3,
         frozen=1,
+    )  # fmt: skip
+
+
+def test_hooks_before_an_attention():
+    """The prefill has no gradient to hook."""
+    assert_exact(
+        ["hooked", "attention", "hooked", "heads"], rows=2, tokens=11, ratio=0.4, select="topk",
+        shift=True, seed=3,
     )  # fmt: skip
 
 
