@@ -78,10 +78,10 @@ class SeekConfig:
         kv: Where keys and values of all tokens wait between their use: ``"device"``, or
             ``"offload"``, in (pinned) host memory; they come back block by block. Needs
             ``recompute="block"`` and ``backend="eager"``. Default ``"device"``.
-        prefill_chunk: Tokens of a row for which the passes over all tokens compute what lies between
-            two attentions at a time (norms, linear layers): the prefill, and the last block in
-            the score stage, which computes it once more in its backward. None for all of them.
-            Default None.
+        prefill_chunk: Tokens of a row for which the passes over all tokens compute what lies
+            between two attentions at a time (norms, linear layers): the prefill, and the last
+            block in the score stage, which computes it once more in its backward. None for all of
+            them. Default None.
         memory_budget_bytes: Peak bytes of a training step (weights, gradients and activations,
             without optimiser state) for which the ratio is picked, the largest of
             ``ratio_bounds`` whose predicted peak fits; ``ratio`` is then not read. Default None.

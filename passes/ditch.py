@@ -43,6 +43,7 @@ from fxseek.passes.facts import (
     is_tensor,
     leaves_autocast,
     needs_grad,
+    switches_grad,
     switches_mode,
     tensors_of,
 )
@@ -154,6 +155,7 @@ class _Ditch:
         self.lengths: dict[sympy.Expr, Any] = {}
         self.general: list[fx.Node] = []
         self.regions = regions(source)
+        self.untracked = _untracked(source)
         self.entered: dict[fx.Node, fx.Node] = {}
 
     # ---- the walk ------------------------------------------------------------------------
@@ -220,7 +222,8 @@ class _Ditch:
 
     def _without_gradient(self, node: fx.Node, made: fx.Node) -> fx.Node:
         """The copy of a node that the graph kept from a gradient, as ``no_grad`` does, has none."""
-        if is_tensor(node) and _kept_from_gradient(node):
+        floating = is_tensor(node) and example(node).is_floating_point()
+        if floating and (node in self.untracked or _kept_from_gradient(node)):
             return self._stamp(self.graph.call_method("detach", (made,)), node)
         return made
 
@@ -436,6 +439,20 @@ class _Ditch:
                     if size == length:
                         return self.graph.call_method("size", (self._full(node), dim))
         raise GraphError(f"no input has the length {length}")
+
+
+def _untracked(source: fx.Graph) -> set[fx.Node]:
+    """What is made under ``no_grad``, also of operands that have no gradient in the whole model."""
+    found: set[fx.Node] = set()
+    tracks = True
+    for node in source.nodes:
+        if switches_grad(node):
+            tracks = bool(node.args[0])
+        elif list(tensors_of(example(node))) and (
+            not tracks or any(x in found and not is_tensor(x) for x in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
 
 
 def _kept_from_gradient(node: fx.Node) -> bool:

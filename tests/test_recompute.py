@@ -230,8 +230,9 @@ class Gated(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) * gate
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("size", [None, 13])
-def test_what_the_model_keeps_from_a_gradient_gets_none(size: int | None):
+def test_what_the_model_keeps_from_a_gradient_gets_none(size: int | None, frozen: bool):
     """In the last block and in what follows it, on chunks or not: scores and gradients."""
     inputs = batch(VOCAB, tokens=TOKENS, padding="left", labels="some")
     model = TinyDecoder(CONFIG)
@@ -242,6 +243,9 @@ def test_what_the_model_keeps_from_a_gradient_gets_none(size: int | None):
     hook = model.blocks[-1].register_forward_pre_hook(lambda _, given: entries.append(given[0]))
     (slope,) = torch.autograd.grad(model(**inputs)["loss"], entries)
     hook.remove()
+    if frozen:  # then nothing in front of the last block's attention has a gradient
+        model.requires_grad_(False)
+        model.blocks[-1].ffn.requires_grad_(True)
     fxseek.compile(model, 0.2, score="gradient", prefill_chunk=size)
     model(**inputs)
     wanted = gradient_magnitude(slope, SeekConfig.make(0.2).gradient_norm)
