@@ -115,6 +115,11 @@ def versions(values: Iterable[Any]) -> tuple[int, ...]:
     return tuple(x._version for x in values if isinstance(x, torch.Tensor) and not x.is_inference())
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The floating-point type to add up in: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values (`FakeTensor` is public nowhere)."""
     return isinstance(tensor, FakeTensor)

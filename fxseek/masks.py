@@ -23,7 +23,7 @@ _COMPARED_ROWS = 256
 """Rows of a mask that are compared with the causal mask's at a time."""
 
 _CHUNK_BYTES = 64 << 20
-"""The largest part of a mask, as float32 entries, that one call of an attention is given."""
+"""The largest part of a mask, as float32 entries of one head, that an attention is given at once."""
 
 
 def queries_of(x: Tensor, kept: Tensor) -> Tensor:

@@ -91,9 +91,7 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
             'followed. Compile the model with backend="eager" to profile it'
         )
     program, inputs = capture(step, batch)
-    mask = batch.get("decoder_attention_mask" if step.seq2seq else "attention_mask")
-    plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
-    run = _Run(model, program, tuple(inputs), step.recorder.step, mask if plain else None)
+    run = _Run(model, program, tuple(inputs), step.recorder.step, step.padding_mask(batch))
     tensors = [x for x in batch.values() if isinstance(x, Tensor)]
     tracker = Tracker(tensors[0].device.type)
     tracker.hold(module_tensors(model), "parameters")

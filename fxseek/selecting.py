@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, InputError
+from fxseek import _torch
+from fxseek.errors import ConfigError, InputError
 
 __all__ = [
     "Selection",
@@ -73,7 +74,7 @@ def count_kept_of_rows(ratio: float, valid: Tensor) -> Tensor:
     Shapes: valid Bool [batch, tokens] → Long [batch].
     """
     tokens = valid.sum(-1)
-    product = ratio * tokens.to(torch.float32 if valid.device.type == "mps" else torch.float64)
+    product = ratio * tokens.to(_torch.widest(valid.device))
     nearest = product.round()
     whole = torch.where((product - nearest).abs() <= 1e-9 * nearest, nearest, product.ceil())
     return torch.minimum(whole.long().clamp_min(1), tokens)
@@ -107,8 +108,7 @@ def count_holding(
     population = valid
     if supervised_only and supervised is not None:
         population = valid & supervised
-    # MPS has no float64.
-    dtype = torch.float32 if mass.device.type == "mps" else torch.float64
+    dtype = _torch.widest(mass.device)
     parts = mass.to(dtype).masked_fill(~population, 0.0)
     highest = parts.amax(-1, keepdim=True)
     units = torch.where(highest > 0, parts / highest * _UNITS, 0.0).round().long()
@@ -220,8 +220,7 @@ def select_sample(
             f"the loss) and at most 1, such as 0.5"
         )
     labelled = valid if supervised is None else supervised & valid
-    # MPS has no float64.
-    dtype = torch.float32 if mass.device.type == "mps" else torch.float64
+    dtype = _torch.widest(mass.device)
     mass = mass.to(dtype)
     labelled_mass = mass.masked_fill(~labelled, 0.0)
     total = labelled_mass.sum(-1, keepdim=True)

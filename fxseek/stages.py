@@ -278,7 +278,7 @@ class Score(nn.Module):
         total = supervised.sum().clamp(min=1)
         rows_of = {plan.exit: self.chunked.head.rows} if plan.tail is None else plan.tail.rows
         slopes = [torch.zeros_like(end) for end in ends.values()]
-        loss = torch.zeros((), dtype=torch.float64, device=kept.device)
+        loss = torch.zeros((), dtype=_torch.widest(kept.device), device=kept.device)
         chunks: list[slice] = []
         if kept.numel():
             most = self.chunked.chunks(*kept.shape)
@@ -313,7 +313,7 @@ class Score(nn.Module):
         assert self.chunked is not None
         head = self.chunked.head
         slope = torch.zeros_like(entry)
-        loss = torch.zeros((), dtype=torch.float64, device=entry.device)
+        loss = torch.zeros((), dtype=_torch.widest(entry.device), device=entry.device)
         places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         for chunk in _torch.few(self.chunked.chunks(*kept.shape), kept):
             stage = selecting.Selection(kept[:, chunk], weights[:, chunk])
@@ -353,7 +353,7 @@ class Score(nn.Module):
         total = supervised.sum().clamp(min=1)
         leaves = {node: value.detach().requires_grad_() for node, value in cuts.items()}
         slopes = [torch.zeros_like(value) for value in leaves.values()]
-        loss = supervised.new_zeros((), dtype=torch.float64)
+        loss = supervised.new_zeros((), dtype=_torch.widest(supervised.device))
         for start in _torch.few(range(0, tokens, chunk), supervised):
             length = min(chunk, tokens - start)
             kept = torch.arange(start, start + length, device=supervised.device)

@@ -203,13 +203,17 @@ class SeekStep:
         marked = self._marked(batch)
         if not self.shapes_only:
             self._fit_budget(batch)
-        mask = batch.get("decoder_attention_mask" if self.seq2seq else "attention_mask")
-        plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
-        self.recorder.padding_mask = mask if plain else None
+        self.recorder.padding_mask = self.padding_mask(batch)
         try:
             return self._run(marked)
         finally:
             self.recorder.padding_mask = None
+
+    def padding_mask(self, batch: dict[str, Any]) -> Tensor | None:
+        """The batch's mask of tokens [batch, tokens]; None where it has another kind, or none."""
+        mask = batch.get("decoder_attention_mask" if self.seq2seq else "attention_mask")
+        plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
+        return mask if plain else None
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name (positional ones get the names of the signature)."""
