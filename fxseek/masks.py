@@ -23,7 +23,7 @@ _COMPARED_ROWS = 256
 """Rows of a mask that are compared with the causal mask's at a time."""
 
 _CHUNK_BYTES = 64 << 20
-"""The largest part of a mask, as float32 entries of one head, that an attention is given at once."""
+"""The largest part of a mask, as float32 entries of one head, given to an attention at once."""
 
 
 def queries_of(x: Tensor, kept: Tensor) -> Tensor:
