@@ -15,7 +15,7 @@ from fxseek.errors import GraphError
 from fxseek.loss import selected_cross_entropy
 from fxseek.lowering import run_boxed
 from fxseek.masks import MaskRows
-from fxseek.passes.ditch import StageGraph, StageInput, ditch
+from fxseek.passes.ditch import StageGraph, StageInput, ditch, without_grad
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
     PRIMARY_INPUTS,
@@ -152,7 +152,7 @@ def _gradient(
     cuts: list[fx.Node] = []
     if structure.loss is not None and spelled_out:
         head = _head(facts, structure, loss)
-    elif ending is not None:
+    elif ending is not None and not _goes_past(ending):
         exit = ending.entry
         cuts = [exit]
         regions = None if size is None else _per_token(facts, start, exit, reads, size)
@@ -185,6 +185,23 @@ def _gradient(
         "logit_bytes": 0 if head is None else logit_bytes(Call(loss, facts).arg(0, "input")),
         "map_bytes": _map_bytes(last) if spelled_out else 0,
     }
+
+
+def _goes_past(head: Head) -> bool:
+    """Whether a gradient reaches the head's entry by what the head takes for a constant.
+
+    A mean over tokens has none, and no gradient in training where the weights before it are frozen.
+    """
+    graph = head.entry.graph
+    constant = without_grad(graph)
+    flowing = {head.entry}
+    for node in graph.nodes:
+        if flowing.isdisjoint(node.all_input_nodes) or node in constant:
+            continue
+        floating = any(x.is_floating_point() for x in tensors_of(example(node)))
+        if floating and operation(node) != "detach":
+            flowing.add(node)
+    return any(item.kind == "value" and item.node in flowing for item in head.stage.inputs)
 
 
 def _per_token(

@@ -351,6 +351,7 @@ class Score(nn.Module):
         row_bytes = max(1, plan.logit_bytes, plan.map_bytes * tokens)
         chunk = max(1, min(tokens, self.config.chunk_bytes // (batch * row_bytes)))
         total = supervised.sum().clamp(min=1)
+        dtype = torch.promote_types(next(iter(cuts.values())).dtype, torch.float32)
         leaves = {node: value.detach().requires_grad_() for node, value in cuts.items()}
         slopes = [torch.zeros_like(value) for value in leaves.values()]
         loss = supervised.new_zeros((), dtype=_torch.widest(supervised.device))
@@ -358,7 +359,7 @@ class Score(nn.Module):
             length = min(chunk, tokens - start)
             kept = torch.arange(start, start + length, device=supervised.device)
             # the weights turn the chunk's own mean into its share of the mean over all tokens
-            share = supervised[:, start : start + length].sum() / total
+            share = supervised[:, start : start + length].sum().to(dtype) / total
             stage = selecting.Selection(kept.expand(batch, length), share.expand(batch, length))
             values = []
             for item in plan.head.inputs:

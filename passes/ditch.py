@@ -474,4 +474,4 @@ def _marker() -> None:
     """Stands before the first operation while a stage is built."""
 
 
-__all__ = ["StageGraph", "StageInput", "ditch", "regions"]
+__all__ = ["StageGraph", "StageInput", "ditch", "regions", "without_grad"]

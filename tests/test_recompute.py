@@ -255,6 +255,13 @@ def test_what_the_model_keeps_from_a_gradient_gets_none(
     model.final_norm = Gated()
     model.blocks[-1].attention_norm = Gated()
     model.double().train()
+    assert_scored_by_gradient(model, inputs, trained, size)
+
+
+def assert_scored_by_gradient(
+    model: TinyDecoder, inputs: dict[str, Tensor], trained: str, size: int | None
+) -> None:
+    """Scores are of the gradient at the last block's input, whichever weights are `trained`."""
     entries: list[Tensor] = []
     hook = model.blocks[-1].register_forward_pre_hook(lambda _, given: entries.append(given[0]))
     (slope,) = torch.autograd.grad(model(**inputs)["loss"], entries)
@@ -264,8 +271,33 @@ def test_what_the_model_keeps_from_a_gradient_gets_none(
     fxseek.compile(model, 0.2, score="gradient", prefill_chunk=size)
     model(**inputs)
     wanted = gradient_magnitude(slope, SeekConfig.make(0.2).gradient_norm)
-    torch.testing.assert_close(fxseek.report(model).gradient, wanted)
+    torch.testing.assert_close(fxseek.report(model).gradient, wanted, rtol=1e-9, atol=1e-12)
     assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
+
+
+class Centred(nn.Module):
+    """A norm of what is left of a token without the mean of its row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(CONFIG.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x - x.mean(1, keepdim=True) * self.weight, x.shape[-1:])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("trained", ["", "head"])
+@pytest.mark.parametrize("size", [None, 13])
+def test_a_mean_over_tokens_after_the_last_attention(
+    size: int | None, trained: str, attention: str
+):
+    """Where it is frozen it is a constant to training, and not to the scores."""
+    torch.manual_seed(0)
+    model = TinyDecoder(replace(CONFIG, attention=attention))
+    model.final_norm = Centred()
+    inputs = batch(VOCAB, tokens=TOKENS, labels="some")
+    assert_scored_by_gradient(model.double().train(), inputs, trained, size)
 
 
 def test_scoring_in_chunks_makes_dropout_the_same_in_backward():
