@@ -155,7 +155,7 @@ def _gradient(
     elif ending is not None and not _goes_past(ending):
         exit = ending.entry
         cuts = [exit]
-        regions = None if size is None else _per_token(facts, start, exit, reads, size)
+        regions = None if size is None else _around_attention(facts, start, exit, reads, size)
         if regions is not None:
             lead, tail = regions
             cuts = list(tail.entries)
@@ -204,18 +204,18 @@ def _goes_past(head: Head) -> bool:
     return any(item.kind == "value" and item.node in flowing for item in head.stage.inputs)
 
 
-def _per_token(
+def _around_attention(
     facts: Facts, start: fx.Node, exit: fx.Node, reads: tuple[fx.Node, ...], size: int
 ) -> tuple[RowsRegion, RowsRegion] | None:
-    """What is per-token in the block from `start` to `exit`: before its attention, and after.
+    """What is per-token from `start` to `exit`: in front of what mixes tokens, and after it.
 
-    None where the two leave nothing out, or where they read what they cannot be given.
+    None where either is nothing, or reads what it cannot be given.
     """
     after = descendants([start])
-    inside = [node for node in start.graph.nodes if node in after & ancestors([exit, *reads])]
-    inside.remove(start)
-    mixing = [node for node in inside if not per_token(node, facts)]
-    before = ancestors(mixing) & set(inside)
+    between = (after & ancestors([exit, *reads])) - {start}
+    inside = [node for node in start.graph.nodes if node in between]
+    mixing = {node for node in inside if not per_token(node, facts)}
+    before = ancestors(mixing) & between
     first: set[fx.Node] = set()
     for node in inside:
         operands = set(node.all_input_nodes) & after
@@ -223,9 +223,9 @@ def _per_token(
             first.add(node)
     middle = before - first
     results = [n for n in inside if n in first and (n in reads or not middle.isdisjoint(n.users))]
-    rest = set(inside) - before
+    rest = between - before
     entries = [n for n in inside if n in middle and not rest.isdisjoint(n.users)]
-    carrying = {node for node in inside if node not in mixing}
+    carrying = between - mixing
     lead = _region(facts, carrying, [start], results, size)
     tail = _region(facts, carrying, [start, *entries], [exit], size)
     return None if lead is None or tail is None else (lead, tail)
