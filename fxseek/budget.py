@@ -60,7 +60,7 @@ def ratio_within(model: nn.Module, config: SeekConfig, tokens: int, batch: int) 
 
 def _remedy(config: SeekConfig) -> str:
     remedies = []
-    if config.recompute == "none":
+    if config.recompute != "block":
         remedies.append('pass recompute="block"')
     if config.kv == "device":
         remedies.append('keep keys and values on the host (recompute="block", kv="offload")')

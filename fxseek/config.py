@@ -28,7 +28,7 @@ SCORES = ("tokenseek", "context", "gradient", "random")
 SELECTS = ("topk", "sample")
 GRADIENT_NORMS = ("l1", "l2", "sum")
 BACKENDS = ("eager", "aot_eager", "inductor")
-RECOMPUTES = ("none", "block")
+RECOMPUTES = ("none", "selective", "block")
 KVS = ("device", "offload")
 OUTPUTS = ("loss", "selected", "full")
 
@@ -73,8 +73,10 @@ class SeekConfig:
         seed: Seed of random scores and of sampling, a non-negative integer. Default 0.
         backend: What runs the three stages: ``"eager"``, ``"aot_eager"`` or ``"inductor"``.
             Default ``"eager"``.
-        recompute: What backward makes again instead of keeping it: ``"none"``, or ``"block"``,
-            where only keys, values and the inputs of each block are kept. Default ``"none"``.
+        recompute: What backward makes again instead of keeping it: ``"none"``; ``"selective"``,
+            what follows cheaply from products (norms, activations, rotations, casts), as the
+            partitioner of the compiled backends does in any case; or ``"block"``, where only keys,
+            values and the inputs of each block are kept. Default ``"selective"``.
         kv: Where keys and values of all tokens wait between their use: ``"device"``, or
             ``"offload"``, in (pinned) host memory; they come back block by block. Needs
             ``recompute="block"`` and ``backend="eager"``. Default ``"device"``.
@@ -113,7 +115,7 @@ class SeekConfig:
     uniform: float = 0.5
     seed: int = 0
     backend: str = "eager"
-    recompute: str = "none"
+    recompute: str = "selective"
     kv: str = "device"
     prefill_chunk: int | None = None
     memory_budget_bytes: int | None = None

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
-from fxseek.loss import mean_of_parts
+from fxseek.loss import cross_entropy_slope, mean_of_parts
 from fxseek.lowering import piece
 from fxseek.passes.facts import Rows
 from fxseek.passes.head import Head
@@ -35,11 +36,14 @@ class ChunkedHead(nn.Module):
         super().__init__()
         self.head = head
         self.chunk_bytes = config.chunk_bytes
-        self.recompute = config.recompute != "none"
+        self.recompute = config.recompute == "block"
         module = head.stage.module("Head")
         self.run: Callable[..., tuple[Tensor, Tensor]] = piece(module, config.backend, "none")
         self.run_again: Callable[..., tuple[Tensor, Tensor]] = piece(
             module, config.backend, "block"
+        )
+        self.logits: Callable[..., tuple[Tensor, Tensor]] = piece(
+            head.logits.module("Logits"), config.backend, "none"
         )
         kinds = [item.kind for item in head.stage.inputs]
         self.rows_at = kinds.index("rows")
@@ -66,6 +70,26 @@ class ChunkedHead(nn.Module):
             reduction=self.head.reduction,
             ignore_index=self.head.ignore_index,
         )
+
+    def slope(self, rows: Tensor, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """∂ sum of the losses / ∂ `rows`, and that sum, for weights of 0 and 1.
+
+        The arguments are the head's inputs, `rows` among them; their logits must fit a chunk.
+        """
+        with torch.enable_grad():
+            logits, target = self.logits(*arguments)
+        edge = torch.autograd.graph.get_gradient_edge(logits)
+        with torch.no_grad():
+            found, total = cross_entropy_slope(
+                logits.detach(),
+                target,
+                arguments[self.weights_at],
+                ignore_index=self.head.ignore_index,
+                label_smoothing=self.head.label_smoothing,
+            )
+        del logits
+        (slope,) = torch.autograd.grad(edge, rows, found)
+        return slope, total
 
     def chunks(self, batch: int, length: int) -> list[slice]:
         """Slices of `length` positions of each of `batch` rows whose logits fit a chunk."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cross_entropy_parts", "mean_of_parts", "selected_cross_entropy"]
+__all__ = [
+    "cross_entropy_parts",
+    "cross_entropy_slope",
+    "mean_of_parts",
+    "selected_cross_entropy",
+]
 
 
 def cross_entropy_parts(
@@ -32,6 +38,38 @@ def cross_entropy_parts(
     )
     weighted = losses * weights.reshape(losses.shape).to(losses.dtype)
     return weighted.sum(), (target != ignore_index).sum()
+
+
+def cross_entropy_slope(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """∂ sum of the cross-entropies / ∂ logits, and that sum, for weights of 0 and 1.
+
+    In two tensors of the logits' size, these among them, and two passes less than autograd takes.
+
+    Shapes: as `cross_entropy_parts` has them → the logits' shape, scalar.
+    """
+    classes = 1 if logits.dim() > 1 else 0
+    without = (target == ignore_index) | (weights.reshape(target.shape) == 0)
+    index = target.masked_fill(without, 0).unsqueeze(classes)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    slope = torch.log_softmax(logits, classes, dtype=dtype)
+    losses = slope.gather(classes, index).squeeze(classes).neg_()
+    if label_smoothing:
+        spread = slope.mean(classes).mul_(label_smoothing)
+        losses = losses.mul_(1 - label_smoothing).sub_(spread)
+    total = losses.masked_fill_(without, 0.0).sum()
+    slope.exp_()
+    if label_smoothing:
+        slope.sub_(label_smoothing / logits.shape[classes])
+    one = torch.full_like(index, label_smoothing - 1, dtype=dtype)
+    slope.scatter_add_(classes, index, one).masked_fill_(without.unsqueeze(classes), 0.0)
+    return slope.to(logits.dtype), total
 
 
 def mean_of_parts(

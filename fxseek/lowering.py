@@ -17,8 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from fxseek import _torch
 from fxseek.errors import GraphError
 from fxseek.passes.ditch import StageGraph
-from fxseek.passes.segments import segment
+from fxseek.passes.rematerialise import cheap_regions
+from fxseek.passes.segments import block_inputs, segment
+from fxseek.passes.structure import Structure
 from fxseek.saved import SavedBytes
+from fxseek.selective import Selectively
 
 BACKENDS = {"aot_eager": "aot_eager_decomp_partition", "inductor": "inductor"}
 """torch.compile's names; the plain ``aot_eager`` would not partition by min-cut."""
@@ -40,7 +43,7 @@ def piece(module: fx.GraphModule, backend: str, recompute: str) -> Callable[...,
     """
     if backend != "eager":
         return _compiled(module, backend, recompute)
-    return module if recompute == "none" else partial(checkpoint, module, use_reentrant=False)
+    return partial(checkpoint, module, use_reentrant=False) if recompute == "block" else module
 
 
 def lower(
@@ -48,19 +51,24 @@ def lower(
     stage: StageGraph,
     backend: str,
     recompute: str,
-    cuts: Sequence[fx.Node],
+    structure: Structure,
 ) -> Run:
     """How the learn stage is run: `module` is that of `stage`.
 
     ``backend="eager"`` interprets the graph and lets go of each value after its last use;
     ``"aot_eager"`` runs AOTAutograd with the min-cut partitioner, ``"inductor"`` compiles; both
     with dynamic shapes, block by block, so that blocks that look alike are compiled once.
-    ``recompute="block"`` keeps the inputs of each block (cut after `cuts`) and runs it again in
-    backward.
+    ``recompute="selective"`` keeps products and makes again what follows from them cheaply, as the
+    partitioner does in any case. ``recompute="block"`` keeps the inputs of each block and runs it
+    again in backward.
     """
     if backend == "eager" and recompute == "none":
         return _interpreted(module)
-    module = segment(module, stage, cuts)
+    if backend == "eager" and recompute == "selective":
+        ends = [stage.compact[cut].name for cut in structure.stream_cuts if cut in stage.compact]
+        regions = cheap_regions(module.graph, stage.inputs, ends)
+        return Selectively(module, regions)
+    module = segment(module, stage, block_inputs(structure))
     alike: dict[Any, Callable[..., Any]] = {}
     for name, part in list(module.named_children()):
         assert isinstance(part, fx.GraphModule)

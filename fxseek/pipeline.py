@@ -26,6 +26,7 @@ from fxseek.errors import FxseekError, GraphError
 from fxseek.head import ChunkedHead
 from fxseek.lowering import Run, lower
 from fxseek.masks import attend_all
+from fxseek.passes.adapters import merge_adapters
 from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.extract import extract
@@ -47,7 +48,6 @@ from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.rules import operation
-from fxseek.passes.segments import block_inputs
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens, made_from_rows
 from fxseek.passes.unshift import unshift
@@ -192,7 +192,7 @@ def _ditch(program: Program, full_outputs: bool) -> None:
     program.learn.graph.output_node().args = (_fill(program_outputs[0], results),)
     if program.config.backend == "eager":  # Dynamo takes tensors only
         program.masks = masks_of_attentions(program.learn)
-        if program.config.recompute == "none":
+        if program.config.recompute != "block":
             share_masks(program.learn)
     if program.config.kv == "offload":
         program.on_host = take_from_host(program.learn)
@@ -263,6 +263,9 @@ def _prefill(program: Program) -> None:
         assert program.facts is not None
         chunk_tokens(program.prefill, program.graph, program.facts, program.config.prefill_chunk)
     use_mask_rows(program.prefill, sizes, whole=_read_whole(program))
+    for stage in (program.prefill, score.block):
+        if stage is not None:
+            merge_adapters(stage.graph)
     send_to_host(program.prefill, [node for node in program.on_host if node not in scored])
 
 
@@ -325,8 +328,7 @@ def _assemble(program: Program) -> None:
 def _lower(program: Program, module: fx.GraphModule) -> Run:
     config, learn, structure = program.config, program.learn, program.structure
     assert learn is not None and structure is not None
-    cuts = block_inputs(structure)
-    return lower(module, learn, config.backend, config.recompute, cuts)
+    return lower(module, learn, config.backend, config.recompute, structure)
 
 
 def positions_of(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fxseek import _torch
 
-__all__ = ["SavedBytes"]
+__all__ = ["Held", "SavedBytes"]
 
 
-class _Held:
+class Held:
     """What autograd keeps in the place of a tensor; it dies when autograd lets go of it."""
 
     __slots__ = ("__weakref__", "nbytes", "packed", "storage", "version")
@@ -37,7 +37,7 @@ class SavedBytes:
 
     def __init__(self, exclude: Iterable[Any] = ()) -> None:
         self._known = {_torch.storage_key(x) for x in exclude if isinstance(x, Tensor)}
-        self._held: weakref.WeakSet[_Held] = weakref.WeakSet()
+        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
         self._outer: Any = None
         self._hooks: Any = None
 
@@ -46,23 +46,23 @@ class SavedBytes:
         """Bytes kept now."""
         return sum({held.storage: held.nbytes for held in self._held}.values())
 
-    def count(self, tensor: Tensor, packed: Any = None) -> _Held:
+    def count(self, tensor: Tensor, packed: Any = None) -> Held:
         """Count one saved tensor's memory for as long as the result lives."""
         key = _torch.storage_key(tensor)
         known = key in self._known
-        held = _Held(key, 0 if known else tensor.untyped_storage().nbytes(), packed)
+        held = Held(key, 0 if known else tensor.untyped_storage().nbytes(), packed)
         if not known:
             self._held.add(held)
         return held
 
-    def _pack(self, tensor: Tensor) -> _Held:
+    def _pack(self, tensor: Tensor) -> Held:
         # Detached: an operation that saves its own output would keep itself alive otherwise.
         packed = tensor.detach() if self._outer is None else self._outer[0](tensor)
         held = self.count(tensor, packed)
         held.version = tensor._version  # a detached tensor shares the counter
         return held
 
-    def _unpack(self, held: _Held) -> Tensor:
+    def _unpack(self, held: Held) -> Tensor:
         if self._outer is not None:
             return self._outer[1](held.packed)
         # autograd leaves this check, which is its own, to the hooks
@@ -75,7 +75,7 @@ class SavedBytes:
             )
         return held.packed
 
-    def __enter__(self) -> SavedBytes:
+    def __enter__(self) -> Self:
         self._outer = _torch.outer_saved_tensor_hooks()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()

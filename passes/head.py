@@ -34,11 +34,13 @@ from fxseek.passes.structure import Structure
 class Head:
     """The end of a model: `stage` maps rows of `entry` to (weighted sum of losses, labels).
 
-    `rows`: where the tokens of `entry` are; `loss` and `target`: captured nodes; `logit_bytes`:
-    bytes of one token's logits; `reduction` and `ignore_index` as the captured loss has them.
+    `logits`: the same inputs to the logits and their targets; `rows`: where the tokens of `entry`
+    are; `loss` and `target`: captured nodes; `logit_bytes`: bytes of one token's logits;
+    `reduction`, `ignore_index` and `label_smoothing` as the captured loss has them.
     """
 
     stage: StageGraph
+    logits: StageGraph
     entry: fx.Node
     rows: Rows
     loss: fx.Node
@@ -46,6 +48,7 @@ class Head:
     logit_bytes: int
     reduction: str
     ignore_index: int
+    label_smoothing: float
 
 
 def find_head(facts: Facts, structure: Structure) -> Head | None:
@@ -74,6 +77,7 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
     stage.graph.lint()
     return Head(
         stage,
+        _to_logits(stage),
         entry,
         rows,
         loss,
@@ -81,7 +85,21 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
         logit_bytes(call.arg(0, "input")),
         str(reduction),
         call.arg(4, "ignore_index", -100),
+        call.arg(7, "label_smoothing", 0.0),
     )
+
+
+def _to_logits(stage: StageGraph) -> StageGraph:
+    """A head without its loss: the logits and their targets."""
+    graph = fx.Graph(owning_module=stage.graph.owning_module)
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(stage.graph, copies)
+    (made,) = stage.graph.output_node().args
+    assert isinstance(made, fx.Node)
+    graph.output(tuple(copies[x] for x in made.args[:2] if isinstance(x, fx.Node)))
+    graph.erase_node(copies[made])
+    graph.lint()
+    return StageGraph(graph, stage.inputs, [])
 
 
 def _trained_before(loss: fx.Node, entry: fx.Node, facts: Facts) -> set[fx.Node]:

@@ -29,7 +29,7 @@ def test_defaults():
         "uniform": 0.5,
         "seed": 0,
         "backend": "eager",
-        "recompute": "none",
+        "recompute": "selective",
         "kv": "device",
         "prefill_chunk": None,
         "memory_budget_bytes": None,

@@ -247,7 +247,7 @@ def random_program(data: st.DataObject) -> None:
         shift=data.draw(st.booleans(), label="shift"),
         seed=data.draw(st.integers(0, 99), label="seed"),
         frozen=data.draw(st.integers(0, 3), label="frozen"),
-        recompute=data.draw(st.sampled_from(("none", "block")), label="recompute"),
+        recompute=data.draw(st.sampled_from(("none", "selective", "block")), label="recompute"),
         prefill_chunk=data.draw(st.sampled_from((None, 1, 4)), label="prefill_chunk"),
         chunk_bytes=data.draw(st.sampled_from((1 << 26, 1 << 9)), label="chunk_bytes"),
     )

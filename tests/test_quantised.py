@@ -288,7 +288,7 @@ LOWERED = ("one after the other", "two results", "squeeze")
     [
         pytest.param(name, recompute, marks=() if name in LOWERED else pytest.mark.sweep)
         for name in (*PER_TOKEN, *GENERAL)
-        for recompute in ("none", "block")
+        for recompute in ("selective", "block")
     ],
 )
 def test_lowered(name, recompute):
@@ -433,7 +433,7 @@ def test_qlora(saved, kind, compute):
 
 
 @pytest.mark.parametrize("kind", ["nf4+", pytest.param("int8", marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", ["selective", "block"])
 def test_qlora_lowered(saved, kind, recompute):
     model = _qlora(saved("llama"), kind, torch.float32)
     fxseek.compile(model, 0.4, score="random", backend="aot_eager", recompute=recompute)

@@ -40,6 +40,7 @@ def _checked(call: Call, rows: Rows | None) -> Rows | None:
     "unsqueeze",
     family="per-token",
     layout=True,
+    cheap=True,
     reason="row-major order is kept and the token dimension stays a dimension (or batch × tokens)",
     samples=(
         Sample(lambda x: x.view(x.shape[0], x.shape[1], 2, 3), ("b t 6",)),
@@ -72,6 +73,7 @@ def reshape(call: Call) -> Plan | None:
     "t",
     family="per-token",
     layout=True,
+    cheap=True,
     reason="dimensions change places; the token dimension goes along",
     samples=(
         Sample(lambda x: x.transpose(1, 2), ("b t 3 5",)),
@@ -106,6 +108,7 @@ def permute(call: Call) -> Plan | None:
     "expand_as",
     family="per-token",
     layout=True,
+    cheap=True,
     reason="repeats along dimensions of size 1, which belong to no token",
     samples=(
         Sample(lambda x: x.unsqueeze(2).expand(-1, -1, 3, -1)),
@@ -133,6 +136,7 @@ def expand(call: Call) -> Plan | None:
     "tile",
     family="per-token",
     layout=True,
+    cheap=True,
     reason="repeats along feature dimensions only",
     samples=(
         Sample(lambda x: x.repeat_interleave(3, dim=2)),
@@ -160,6 +164,7 @@ def repeat(call: Call) -> Plan | None:
     "stack",
     family="per-token",
     layout=True,
+    cheap=True,
     reason="joins along a feature dimension, token by token",
     samples=(
         Sample(lambda x, y: torch.cat((x, y), dim=-1), ("b t 5", "b t 3")),
@@ -213,6 +218,7 @@ def join(call: Call) -> Plan | None:
     "split_with_sizes",
     family="per-token",
     layout=False,
+    cheap=True,
     reason="cuts along a feature dimension; every piece keeps its tokens",
     samples=(
         Sample(lambda x: x.chunk(2, dim=-1)[1], ("b t 6",)),
@@ -256,6 +262,7 @@ def cut(call: Call) -> Plan | None:
     "select",
     family="per-token",
     layout=False,
+    cheap=True,
     reason="slices features or adds dimensions; the token and batch dimensions are taken whole",
     samples=(
         Sample(lambda x: x[..., :3]),

@@ -124,6 +124,7 @@ def _unary_calls(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 @rule(
     *_UNARY,
     family="per-token",
+    cheap=True,
     reason="one element in, one element out",
     samples=(Sample(_unary_calls), Sample(_unary_calls, ("b 2 t 5",))),
 )
@@ -201,6 +202,7 @@ def _binary_calls(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
 @rule(
     *_BINARY,
     family="per-token",
+    cheap=True,
     reason="broadcasting pairs equal indices; a size-1 or missing dimension belongs to no token",
     samples=(
         Sample(torch.add, ("b t 5", "b t 5")),
@@ -230,6 +232,7 @@ def binary(call: Call) -> Plan | None:
     "clone",
     "contiguous",
     family="per-token",
+    cheap=True,
     reason="copies or converts element by element",
     samples=(
         Sample(lambda x: x.to(torch.float64)),

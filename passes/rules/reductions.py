@@ -64,6 +64,7 @@ def _over_features(call: Call, dims: tuple[int, ...] | None, keepdim: bool) -> P
     "argmin",
     "nansum",
     family="per-token",
+    cheap=True,
     reason="only feature dimensions are reduced",
     samples=(
         Sample(lambda x: x.mean(-1, keepdim=True)),
@@ -141,6 +142,7 @@ def along(call: Call) -> Plan | None:
     "layer_norm",
     "rms_norm",
     family="per-token",
+    cheap=True,
     reason="normalises the trailing feature dimensions of each token",
     samples=(
         Sample(lambda x, w, b: F.layer_norm(x, (5,), w, b), ("b t 5", "5", "5")),

@@ -219,6 +219,8 @@ class Rule:
     """Only moves or copies elements, so a full value can be had from the operand's."""
     needs: str = ""
     """The module that defines the operation, empty for torch's own; the samples import it."""
+    cheap: bool = False
+    """Made again by a pass over memory, to the bit: no product, no draw, no order of adding up."""
 
 
 RULES: dict[str, Rule] = {}
@@ -287,6 +289,7 @@ def rule(
     samples: Sequence[Sample],
     layout: bool = False,
     needs: str = "",
+    cheap: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for the operations of these names (every spelling of each).
 
@@ -304,7 +307,7 @@ def rule(
             if name in RULES:
                 raise ValueError(f"a rule for {name!r} is registered already")
             _register_names(name)
-            RULES[name] = Rule(name, family, function, reason, tuple(samples), layout, needs)
+            RULES[name] = Rule(name, family, function, reason, tuple(samples), layout, needs, cheap)
         return function
 
     return register

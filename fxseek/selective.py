@@ -1,0 +1,341 @@
+"""Running a stage so that autograd keeps products, and not what follows from them cheaply.
+
+Autograd hands each tensor that it saves to a pair of hooks (`fxseek.saved`). In the place of one
+that a cheap region has made (`fxseek.passes.rematerialise`) a note is kept of how to make it. The
+region runs again when backward asks for the first of its tensors, and lets go of each as it is
+given.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from fxseek import _torch
+from fxseek.errors import GraphError
+from fxseek.passes.rematerialise import Region
+from fxseek.saved import Held, SavedBytes
+
+__all__ = ["Selectively"]
+
+
+class Selectively:
+    """Runs a stage on boxed values: its outputs, and the bytes that autograd keeps.
+
+    A region is made again in backward where what it is made of, as far as that is not kept anyway,
+    takes less memory than what autograd saves of it; of other regions, that is kept. The first run
+    finds out; those after it look at the nodes that mattered.
+    """
+
+    def __init__(self, module: fx.GraphModule, regions: Iterable[Region]) -> None:
+        self.module = module
+        self.watched = [_Watched(region) for region in regions]
+
+    def __call__(self, values: list[Any], exclude: Iterable[Any]) -> tuple[Any, int]:
+        """The list is emptied; memory of `exclude` is not counted."""
+        with _Selective(exclude) as saved:
+            outputs = _Interpreter(self.module, self.watched, saved).boxed_run(values)
+        self.watched = [watched for watched in self.watched if watched.owners]
+        return outputs, saved.total
+
+
+class _Watched:
+    """A region: the nodes whose memory autograd saves (`owners`), and what making them takes."""
+
+    def __init__(self, region: Region) -> None:
+        self.owners = self.nodes = region.nodes
+        self.last = region.last
+
+    def narrow(self, owners: set[fx.Node]) -> None:
+        """Watch these alone from now on; none of them: the region is not worth it."""
+        inside, needed = set(self.nodes), set(owners)
+        queue = list(owners)
+        while queue:
+            more = {x for x in queue.pop().all_input_nodes if x in inside} - needed
+            needed |= more
+            queue += more
+        self.nodes = tuple(node for node in self.nodes if node in needed)
+        self.owners = tuple(node for node in self.nodes if node in owners)
+
+
+class _Layout(NamedTuple):
+    """Type and memory layout of a tensor."""
+
+    dtype: torch.dtype
+    nbytes: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Layout:
+        """The layout of a tensor."""
+        nbytes = x.untyped_storage().nbytes()
+        return cls(x.dtype, nbytes, x.shape, x.stride(), x.storage_offset())
+
+
+class _Note(Held):
+    """A saved tensor that a region has made: the tensor itself, until the region is settled."""
+
+    __slots__ = ("layout", "owner", "recipe", "settled")
+
+    def __init__(self, tensor: Tensor) -> None:
+        layout = _Layout.of(tensor)
+        super().__init__(_torch.storage_key(tensor), layout.nbytes, tensor.detach())
+        self.layout = layout
+        self.owner: fx.Node | None = None
+        self.recipe: _Recipe | None = None
+        self.settled = False
+
+
+class _Running:
+    """A region in a step."""
+
+    def __init__(self, watched: _Watched) -> None:
+        self.watched = watched
+        self.inside = set(watched.nodes)
+        self.sources: dict[fx.Node, Any] = {}
+        self.notes: list[_Note] = []
+        self.layouts: dict[fx.Node, _Layout] = {}
+
+
+class _Selective(SavedBytes):
+    """The hooks. What a region has made is noted, what nobody knows is held as it is."""
+
+    def __init__(self, exclude: Iterable[Any]) -> None:
+        super().__init__(exclude)
+        self._owners: dict[int, tuple[Any, _Running, fx.Node]] = {}
+        self._kept: set[int] = set()
+        self._unclear: list[_Note] | None = None
+
+    def _pack(self, tensor: Tensor) -> Held:
+        key = _torch.storage_key(tensor)
+        _, running, owner = self._owners.get(key, (None, None, None))
+        known = key in self._known or (running is None and self._unclear is None)
+        if known or tensor.is_conj() or tensor.is_neg():
+            return self._hold(tensor)
+        note = _Note(tensor)
+        note.version = tensor._version
+        self._held.add(note)
+        if running is None or owner is None:
+            assert self._unclear is not None
+            self._unclear.append(note)
+        elif running.layouts[owner].dtype == note.layout.dtype:
+            note.owner = owner
+            running.notes.append(note)
+        else:
+            self._settle_as_it_is(note)
+        return note
+
+    def _hold(self, tensor: Tensor) -> Held:
+        self._kept.add(_torch.storage_key(tensor))
+        return super()._pack(tensor)
+
+    def _settle_as_it_is(self, note: _Note) -> None:
+        note.settled = True
+        self._kept.add(note.storage)
+        if self._outer is not None:
+            note.packed = self._outer[0](note.packed)
+
+    def _unpack(self, held: Held) -> Tensor:
+        if isinstance(held, _Note) and held.recipe is not None:
+            return held.recipe.tensor(held)
+        if isinstance(held, _Note) and not held.settled:  # a backward within the stage
+            return held.packed
+        return super()._unpack(held)
+
+    # ---- what the interpreter says -------------------------------------------------------
+
+    def begin(self) -> None:
+        """A node of a region runs: what it saves of memory that is new may be its result."""
+        self._unclear = []
+
+    def end(self, node: fx.Node, value: Any, running: _Running) -> None:
+        """A node of a region has run: new memory of its value is the node's."""
+        unclear, self._unclear = self._unclear or [], None
+        key = None
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            key = _torch.storage_key(value)
+            if not (key in self._owners or key in self._known or key in self._kept):
+                gone = weakref.ref(value.untyped_storage(), lambda _: self._owners.pop(key, None))
+                self._owners[key] = (gone, running, node)
+                running.layouts[node] = _Layout.of(value)
+        for note in unclear:
+            if (
+                note.storage == key
+                and node in running.layouts
+                and (running.layouts[node].dtype == note.layout.dtype)
+            ):
+                note.owner = node
+                running.notes.append(note)
+            else:
+                self._settle_as_it_is(note)
+
+    def settle(self, running: _Running) -> None:
+        """Nothing reads a region any more: decide what is kept of it."""
+        for key in [key for key, (_, whose, _) in self._owners.items() if whose is running]:
+            del self._owners[key]
+        recipe = self._recipe(running)
+        for note in running.notes:
+            if recipe is None:
+                self._settle_as_it_is(note)
+            else:
+                note.packed, note.recipe, note.settled = None, recipe, True
+                self._held.discard(note)
+                recipe.notes.add(note)
+        running.sources.clear()
+
+    def _recipe(self, running: _Running) -> _Recipe | None:
+        """How to make what was saved of a region, or None where that would save nothing."""
+        watched = running.watched
+        owners = {note.owner for note in running.notes if note.owner is not None}
+        if not owners <= set(watched.owners):
+            return None  # another thread has run the stage meanwhile
+        watched.narrow(owners)
+        inside = set(watched.nodes)
+        read = {
+            x: running.sources[x]
+            for node in watched.nodes
+            for x in node.all_input_nodes
+            if x not in inside
+        }
+        sources = {
+            _torch.storage_key(x): x.untyped_storage().nbytes()
+            for x in read.values()
+            if isinstance(x, Tensor)
+        }
+        more = sum(n for key, n in sources.items() if key not in self._known | self._kept)
+        less = sum({note.storage: note.nbytes for note in running.notes}.values())
+        if more >= less or (self._outer is not None and not all(map(_dense, read.values()))):
+            watched.narrow(set())
+            return None
+        device = running.notes[0].packed.device.type
+        kept = {x: self._source(value) for x, value in read.items()}
+        return _Recipe(watched.nodes, kept, running.layouts, _precision(device))
+
+    def _source(self, value: Any) -> Callable[[], Any]:
+        """Hold what a region is made of; a function that gives it back."""
+        if not isinstance(value, Tensor):
+            return lambda: value
+        held, layout = self._hold(value), _Layout.of(value)
+
+        def given() -> Tensor:
+            found = self._unpack(held)
+            if found.stride() == layout.stride:
+                return found
+            return found.new_empty_strided(layout.size, layout.stride).copy_(found)
+
+        return given
+
+
+def _dense(value: Any) -> bool:
+    """Whether a copy of a tensor keeps its strides, as hooks of the caller may make one."""
+    if not isinstance(value, Tensor):
+        return True
+    return torch.empty_like(value, device="meta").stride() == value.stride()
+
+
+class _Recipe:
+    """Makes the saved tensors of a region when backward asks for them."""
+
+    def __init__(
+        self,
+        nodes: Sequence[fx.Node],
+        sources: dict[fx.Node, Callable[[], Any]],
+        layouts: dict[fx.Node, _Layout],
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.nodes = nodes
+        self.sources = sources
+        self.layouts = layouts
+        self.precision = precision
+        self.notes: weakref.WeakSet[_Note] = weakref.WeakSet()
+        self.made: dict[fx.Node, Tensor] = {}
+        self.waiting: dict[fx.Node, set[int]] = {}
+
+    def tensor(self, note: _Note) -> Tensor:
+        """The saved tensor, made with all others of the region where it is the first."""
+        owner = note.owner
+        assert owner is not None
+        if owner not in self.made:
+            self._make()
+        value = self.made[owner]
+        waiting = self.waiting[owner]
+        waiting.discard(id(note))
+        if not waiting:
+            del self.made[owner], self.waiting[owner]
+        layout = note.layout
+        return value.as_strided(layout.size, layout.stride, layout.offset)
+
+    def _make(self) -> None:
+        values = {node: given() for node, given in self.sources.items()}
+        with torch.no_grad(), self.precision():
+            for node in self.nodes:
+                args = map_arg(node.args, values.__getitem__)
+                kwargs = map_arg(node.kwargs, values.__getitem__)
+                target: Any = node.target
+                if node.op == "call_method":
+                    target, args = getattr(args[0], str(node.target)), args[1:]
+                values[node] = target(*args, **kwargs)
+        self.waiting = {}
+        for note in self.notes:
+            assert note.owner is not None
+            self.waiting.setdefault(note.owner, set()).add(id(note))
+        self.made = {node: values[node] for node in self.waiting}
+        for node, value in self.made.items():
+            if _Layout.of(value) != self.layouts[node]:
+                raise GraphError(
+                    f"recompute='selective' made {node.name} again in another layout than before. "
+                    "This is a defect of fxseek: please report it with the model's configuration, "
+                    "and use recompute='none' or 'block' meanwhile."
+                )
+
+
+def _precision(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast that is in force, to be entered again."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext
+    on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return partial(torch.autocast, device, dtype, enabled=on)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a stage and tells the hooks of its regions."""
+
+    def __init__(
+        self, module: fx.GraphModule, regions: Iterable[_Watched], saved: _Selective
+    ) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.saved = saved
+        self.running: dict[fx.Node, _Running] = {}
+        self.owners: set[fx.Node] = set()
+        self.ending: dict[fx.Node, list[_Running]] = {}
+        for watched in regions:
+            running = _Running(watched)
+            self.running.update(dict.fromkeys(watched.nodes, running))
+            self.owners.update(watched.owners)
+            self.ending.setdefault(watched.last, []).append(running)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        running = self.running.get(n)
+        if running is not None:
+            for operand in n.all_input_nodes:
+                if operand not in running.inside:
+                    running.sources[operand] = self.env[operand]
+        if running is not None and n in self.owners:
+            self.saved.begin()
+            value = super().run_node(n)
+            self.saved.end(n, value, running)
+        else:
+            value = super().run_node(n)
+        for ended in self.ending.get(n, ()):
+            self.saved.settle(ended)
+        return value

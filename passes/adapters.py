@@ -1,0 +1,127 @@
+"""Pass 8, adapters: where nothing is trained, a low-rank adapter becomes part of its weight.
+
+Before (LoRA on all tokens: four products, of which three are thin and bound by memory)::
+
+    y = linear(x, w)                             # [batch, tokens, out]
+    h = linear(linear(x, down), up)              # down [rank, in], up [out, rank]
+    z = y + h * 2.0
+
+After::
+
+    z = linear_merged(x, w, None, ((down, up, 2.0),))      # linear(x, w + 2.0 * up @ down)
+
+For stages that need no gradient of the adapter: the prefill, and the last block in scoring.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxseek.merging import linear_merged
+from fxseek.passes.facts import example, is_tensor
+from fxseek.passes.rules import argument, operation
+
+_EXACT = (torch.float32, torch.float64)
+"""Half precision would round what an adapter adds off the weight that it is added to."""
+
+
+def merge_adapters(graph: fx.Graph) -> int:
+    """Let linear layers of the graph run with their adapters merged in (in place).
+
+    Adapters of several names on one layer are merged one after the other. Answers how many were.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        found = _adapter(node)
+        if found is None:
+            continue
+        base, down, up, scale = found
+        x, weight, bias, adapters = _layer(base)
+        with graph.inserting_before(node):
+            args = (x, weight, bias, (*adapters, (down, up, scale)))
+            made = graph.call_function(linear_merged, args)
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        unused = [node]
+        while unused:  # the products that the merged one stands for
+            gone = unused.pop()
+            operands = gone.all_input_nodes
+            graph.erase_node(gone)
+            unused += [x for x in operands if x.op == "call_function" and not x.users]
+        count += 1
+    return count
+
+
+def _adapter(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+    """(base layer, down, up, scale) of ``base + scale * linear(linear(x, down), up)``."""
+    if operation(node) != "add" or len(node.args) != 2 or node.kwargs or not is_tensor(node):
+        return None
+    for base, added in (node.args, node.args[::-1]):
+        if not (_only_here(base) and _only_here(added)):
+            continue
+        assert isinstance(base, fx.Node) and isinstance(added, fx.Node)
+        scale = 1.0
+        if operation(added) == "mul" and len(added.args) == 2:
+            factors = sorted(added.args, key=lambda x: not isinstance(x, fx.Node))
+            if not isinstance(factors[1], (int, float)) or not _only_here(factors[0]):
+                continue
+            added, scale = factors[0], factors[1]
+            assert isinstance(added, fx.Node)
+        if not _is_layer(base) or not _is_plain(added) or not _only_here(added.args[0]):
+            continue
+        inner = added.args[0]
+        assert isinstance(inner, fx.Node)
+        if not _is_plain(inner) or inner.args[0] is not base.args[0]:
+            continue
+        down, up = argument(inner, 1, "weight"), argument(added, 1, "weight")
+        weight = _layer(base)[1]
+        if _add_up(weight, up, down) and _alike(node, base.args[0], weight, up, down):
+            return base, down, up, float(scale)
+    return None
+
+
+def _add_up(weight: fx.Node, up: fx.Node, down: fx.Node) -> bool:
+    """Whether ``weight + up @ down`` is defined, without broadcasting."""
+    shapes = [example(x).shape for x in (weight, up, down)]
+    if any(len(shape) != 2 for shape in shapes):
+        return False
+    (rows, columns), (up_rows, _), (_, down_columns) = shapes
+    return (rows, columns) == (up_rows, down_columns)
+
+
+def _alike(*nodes: Any) -> bool:
+    """Whether values have one type, a wide one; under autocast results differ from weights."""
+    kinds = {(example(x).dtype, example(x).device) for x in nodes}
+    return len(kinds) == 1 and example(nodes[0]).dtype in _EXACT
+
+
+def _only_here(node: Any) -> bool:
+    return is_tensor(node) and len(node.users) == 1
+
+
+def _is_layer(node: fx.Node) -> bool:
+    if node.target is linear_merged:
+        return True
+    return operation(node) == "linear" and is_tensor(argument(node, 1, "weight"))
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """A linear layer without a bias."""
+    return (
+        operation(node) == "linear"
+        and is_tensor(argument(node, 1, "weight"))
+        and argument(node, 2, "bias") is None
+    )
+
+
+def _layer(node: fx.Node) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """Operand, weight, bias and adapters of a linear layer."""
+    adapters = node.args[3] if node.target is linear_merged else ()
+    assert isinstance(adapters, tuple)
+    return node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias"), adapters
+
+
+__all__ = ["merge_adapters"]

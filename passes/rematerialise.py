@@ -1,0 +1,71 @@
+"""Pass 8, rematerialise: what backward can make again cheaply instead of keeping it.
+
+Before (what autograd saves is marked)::
+
+    n = norm(x) *                           h = linear(n, w)
+    a = silu(h) *                           p = a * u *                 y = linear(p, v)
+
+After, with x, h and u saved::
+
+    norm | linear | silu, mul | linear      # {norm} is made again from x, {silu, mul} from h and u
+
+A region is what follows from a few values without any product: norms, activations, rotations,
+casts, layout. Regions end at products, attentions and draws, and where the residual stream is all
+that goes on. Whether making one again saves memory is known when it is run: `fxseek.selective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from fxseek.passes.ditch import StageInput, regions
+from fxseek.passes.facts import needs_grad
+from fxseek.passes.rules import find_rule
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes in the order in which they run; `last`: the node after which none of them is read."""
+
+    nodes: tuple[fx.Node, ...]
+    last: fx.Node
+
+
+def cheap_regions(
+    graph: fx.Graph, inputs: Iterable[StageInput], cuts: Iterable[str]
+) -> list[Region]:
+    """The regions of a stage that carry gradient; none goes on past the nodes named `cuts`."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    in_autocast = regions(graph)  # which would have to be entered again
+    ends = set(cuts)
+    carrying: set[fx.Node] = set()
+    given = iter(inputs)
+    between = nx.Graph()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            item = next(given)
+            trained = item.kind == "input" and item.node is not None and needs_grad(item.node)
+            if trained or item.kind == "rows":
+                carrying.add(node)
+            continue
+        if carrying.isdisjoint(node.all_input_nodes):
+            continue
+        carrying.add(node)
+        found = find_rule(node)
+        if found is None or not found.cheap or node.name in ends or node in in_autocast:
+            continue
+        between.add_node(node)
+        between.add_edges_from((node, x) for x in node.all_input_nodes if x in between)
+    found_regions = []
+    for component in nx.connected_components(between):
+        nodes = tuple(sorted(component, key=order.__getitem__))
+        readers = [user for node in nodes for user in node.users]
+        found_regions.append(Region(nodes, max([*nodes, *readers], key=order.__getitem__)))
+    return found_regions
+
+
+__all__ = ["Region", "cheap_regions"]
