@@ -199,6 +199,8 @@ class _Selective(SavedBytes):
         if not owners <= set(watched.owners):
             return None  # another thread has run the stage meanwhile
         watched.narrow(owners)
+        if not owners:
+            return None
         inside = set(watched.nodes)
         read = {
             x: running.sources[x]
@@ -213,7 +215,8 @@ class _Selective(SavedBytes):
         }
         more = sum(n for key, n in sources.items() if key not in self._known | self._kept)
         less = sum({note.storage: note.nbytes for note in running.notes}.values())
-        if more >= less or (self._outer is not None and not all(map(_dense, read.values()))):
+        copied = self._outer is not None  # by hooks that may not keep the strides
+        if not _saves(more, less) or (copied and not all(map(_dense, read.values()))):
             watched.narrow(set())
             return None
         device = running.notes[0].packed.device.type
@@ -235,8 +238,13 @@ class _Selective(SavedBytes):
         return given
 
 
+def _saves(more: int, less: int) -> bool:
+    """Whether keeping `more` bytes in the place of `less` is worth it."""
+    return more < less
+
+
 def _dense(value: Any) -> bool:
-    """Whether a copy of a tensor keeps its strides, as hooks of the caller may make one."""
+    """Whether a copy of a tensor keeps its strides."""
     if not isinstance(value, Tensor):
         return True
     return torch.empty_like(value, device="meta").stride() == value.stride()

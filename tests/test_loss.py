@@ -1,0 +1,89 @@
+"""The cross-entropy of a chunk: its gradient in the score stage is autograd's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxseek.loss import cross_entropy_parts, cross_entropy_slope
+
+ROWS, CLASSES = 11, 7
+
+
+def given(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets (some of which do not count) and weights of 0 and 1."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(ROWS, CLASSES, generator=generator, dtype=torch.float64) * 3
+    target = torch.randint(0, CLASSES, (ROWS,), generator=generator)
+    target[[0, 4]] = -100
+    weights = torch.ones(1, ROWS)
+    weights[0, [2, 4]] = 0
+    return logits.to(dtype), target, weights
+
+
+def by_autograd(logits: Tensor, *rest: Tensor, **options: float) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    total, _ = cross_entropy_parts(logits, *rest, **options)  # type: ignore[arg-type]
+    (slope,) = torch.autograd.grad(total, logits)
+    return slope, total.detach()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+def test_slope(label_smoothing: float, ignore_index: int):
+    options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    logits, target, weights = given()
+    target[target == -100] = ignore_index
+    before = logits.clone()
+    slope, total = cross_entropy_slope(logits, target, weights, **options)  # type: ignore[arg-type]
+    wanted_slope, wanted = by_autograd(logits, target, weights, **options)
+    torch.testing.assert_close(slope, wanted_slope, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(total, wanted, rtol=1e-13, atol=1e-13)
+    assert torch.equal(logits, before)
+
+
+def test_slope_of_classes_in_the_second_dimension():
+    logits, target, weights = given()
+    wide = logits.view(1, ROWS, CLASSES).transpose(1, 2)
+    slope, total = cross_entropy_slope(wide, target[None], weights)
+    wanted_slope, wanted = by_autograd(wide, target[None], weights)
+    torch.testing.assert_close(slope, wanted_slope)
+    torch.testing.assert_close(total, wanted)
+
+
+def test_slope_of_one_token():
+    logits, target, _ = given()
+    slope, total = cross_entropy_slope(logits[1], target[1], torch.ones(1, 1))
+    wanted_slope, wanted = by_autograd(logits[1], target[1], torch.ones(1, 1))
+    torch.testing.assert_close(slope, wanted_slope)
+    torch.testing.assert_close(total, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slope_in_less_precision(dtype: torch.dtype):
+    logits, target, weights = given(dtype)
+    slope, total = cross_entropy_slope(logits, target, weights)
+    wanted_slope, wanted = by_autograd(logits.double(), target, weights)
+    assert slope.dtype == dtype and total.dtype == torch.float32
+    close = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(slope.double(), wanted_slope, check_dtype=False, **close)
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_count_may_be_anything():
+    logits, target, weights = given()
+    wanted_slope, wanted = cross_entropy_slope(logits, target, weights)
+    logits[[0, 2, 4]] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:, None].double()
+    slope, total = cross_entropy_slope(logits, target, weights)
+    assert torch.equal(slope, wanted_slope) and torch.equal(total, wanted)
+
+
+def test_classes_that_cannot_be():
+    """A masked vocabulary: logits of minus infinity have no gradient."""
+    logits, target, weights = given()
+    target.fill_(2)
+    logits[:, 5:] = -torch.inf
+    slope, total = cross_entropy_slope(logits, target, weights)
+    assert torch.isfinite(slope).all() and torch.isfinite(total)
+    assert not slope[:, 5:].any()
