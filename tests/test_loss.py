@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,9 +24,9 @@ def given(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return logits.to(dtype), target, weights
 
 
-def by_autograd(logits: Tensor, *rest: Tensor, **options: float) -> tuple[Tensor, Tensor]:
+def by_autograd(logits: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     logits = logits.detach().requires_grad_()
-    total, _ = cross_entropy_parts(logits, *rest, **options)  # type: ignore[arg-type]
+    total, _ = cross_entropy_parts(logits, *rest, **options)
     (slope,) = torch.autograd.grad(total, logits)
     return slope, total.detach()
 
@@ -32,11 +34,11 @@ def by_autograd(logits: Tensor, *rest: Tensor, **options: float) -> tuple[Tensor
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 def test_slope(label_smoothing: float, ignore_index: int):
-    options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
     logits, target, weights = given()
     target[target == -100] = ignore_index
     before = logits.clone()
-    slope, total = cross_entropy_slope(logits, target, weights, **options)  # type: ignore[arg-type]
+    slope, total = cross_entropy_slope(logits, target, weights, **options)
     wanted_slope, wanted = by_autograd(logits, target, weights, **options)
     torch.testing.assert_close(slope, wanted_slope, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(total, wanted, rtol=1e-13, atol=1e-13)
@@ -66,7 +68,7 @@ def test_slope_in_less_precision(dtype: torch.dtype):
     slope, total = cross_entropy_slope(logits, target, weights)
     wanted_slope, wanted = by_autograd(logits.double(), target, weights)
     assert slope.dtype == dtype and total.dtype == torch.float32
-    close = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
+    close: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(slope.double(), wanted_slope, check_dtype=False, **close)
     torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
 
