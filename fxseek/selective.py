@@ -8,6 +8,7 @@ given.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -171,7 +172,7 @@ class _Selective(SavedBytes):
             if (
                 note.storage == key
                 and node in running.layouts
-                and (running.layouts[node].dtype == note.layout.dtype)
+                and running.layouts[node].dtype == note.layout.dtype
             ):
                 note.owner = node
                 running.notes.append(note)
@@ -267,19 +268,20 @@ class _Recipe:
         self.notes: weakref.WeakSet[_Note] = weakref.WeakSet()
         self.made: dict[fx.Node, Tensor] = {}
         self.waiting: dict[fx.Node, set[int]] = {}
+        self.lock = threading.Lock()  # two threads may go back through one graph
 
     def tensor(self, note: _Note) -> Tensor:
         """The saved tensor, made with all others of the region where it is the first."""
-        owner = note.owner
+        owner, layout = note.owner, note.layout
         assert owner is not None
-        if owner not in self.made:
-            self._make()
-        value = self.made[owner]
-        waiting = self.waiting[owner]
-        waiting.discard(id(note))
-        if not waiting:
-            del self.made[owner], self.waiting[owner]
-        layout = note.layout
+        with self.lock:
+            if owner not in self.made:
+                self._make()
+            value = self.made[owner]
+            waiting = self.waiting[owner]
+            waiting.discard(id(note))
+            if not waiting:
+                del self.made[owner], self.waiting[owner]
         return value.as_strided(layout.size, layout.stride, layout.offset)
 
     def _make(self) -> None:

@@ -15,12 +15,13 @@ For stages that need no gradient of the adapter: the prefill, and the last block
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from fxseek.merging import linear_merged
+from fxseek.passes.ditch import regions, without_grad
 from fxseek.passes.facts import example, is_tensor
 from fxseek.passes.rules import argument, operation
 
@@ -34,16 +35,23 @@ def merge_adapters(graph: fx.Graph) -> int:
     Adapters of several names on one layer are merged one after the other. Answers how many were.
     """
     count = 0
+    autocast, unrecorded = regions(graph), without_grad(graph)
     for node in list(graph.nodes):
         found = _adapter(node)
         if found is None:
             continue
-        base, down, up, scale = found
-        x, weight, bias, adapters = _layer(base)
+        modes = {(autocast.get(x), x in unrecorded) for x in (node, *found.products)}
+        if len(modes) > 1:
+            continue
+        x, weight, bias, adapters = _layer(found.products[0])
         with graph.inserting_before(node):
-            args = (x, weight, bias, (*adapters, (down, up, scale)))
+            args = (x, weight, bias, (*adapters, (found.down, found.up, found.scale)))
             made = graph.call_function(linear_merged, args)
         made.meta = dict(node.meta)
+        if node in autocast:
+            autocast[made] = autocast[node]
+        if node in unrecorded:
+            unrecorded.add(made)
         node.replace_all_uses_with(made)
         unused = [node]
         while unused:  # the products that the merged one stands for
@@ -55,8 +63,17 @@ def merge_adapters(graph: fx.Graph) -> int:
     return count
 
 
-def _adapter(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
-    """(base layer, down, up, scale) of ``base + scale * linear(linear(x, down), up)``."""
+class _Adapter(NamedTuple):
+    """``products[0] + scale * products[2]``, which is ``linear(products[1], up)``."""
+
+    products: tuple[fx.Node, fx.Node, fx.Node]
+    down: fx.Node
+    up: fx.Node
+    scale: float
+
+
+def _adapter(node: fx.Node) -> _Adapter | None:
+    """The adapter that a node adds to a linear layer, or None."""
     if operation(node) != "add" or len(node.args) != 2 or node.kwargs or not is_tensor(node):
         return None
     for base, added in (node.args, node.args[::-1]):
@@ -79,7 +96,7 @@ def _adapter(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
         down, up = argument(inner, 1, "weight"), argument(added, 1, "weight")
         weight = _layer(base)[1]
         if _add_up(weight, up, down) and _alike(node, base.args[0], weight, up, down):
-            return base, down, up, float(scale)
+            return _Adapter((base, inner, added), down, up, float(scale))
     return None
 
 

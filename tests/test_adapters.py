@@ -103,6 +103,20 @@ def alpha(x: Tensor, p: Layers) -> Tensor:
     return torch.add(F.linear(x, p["w"]), F.linear(F.linear(x, p["down"]), p["up"]), alpha=3)
 
 
+def without_gradient(x: Tensor, p: Layers) -> Tensor:
+    base = F.linear(x, p["w"])
+    with torch.no_grad():
+        added = F.linear(F.linear(x, p["down"]), p["up"])
+    return base + added
+
+
+def in_another_precision(x: Tensor, p: Layers) -> Tensor:
+    base = F.linear(x, p["w"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        added = F.linear(F.linear(x, p["down"]), p["up"])
+    return base + added
+
+
 def twice_itself(x: Tensor, p: Layers) -> Tensor:
     base = F.linear(x, p["w"])
     return base + base
@@ -119,7 +133,8 @@ def twice_itself(x: Tensor, p: Layers) -> Tensor:
             (function, 0)
             for function in (
                 biased_adapter, dropped_out, of_another, nonlinear, read_twice, base_read_too,
-                by_a_tensor, broadcast, alpha, twice_itself,
+                by_a_tensor, broadcast, alpha, twice_itself, without_gradient,
+                in_another_precision,
             )
         ),
     ],
