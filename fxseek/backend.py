@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxseek import _torch
 from fxseek.config import SeekConfig
+from fxseek.errors import InputError
 from fxseek.pipeline import Program, build, positions_of, trains
 from fxseek.selecting import Selection
 from fxseek.stages import Learn, Scores
@@ -109,20 +111,28 @@ def make_backend(
             )
         recorder.programs.append(program)
         recorder.compile_seconds += time.perf_counter() - start
-        return _step(program, recorder) if run is None else run(program)
+        return _step(program, recorder, config) if run is None else run(program)
 
     return backend
 
 
-def _step(program: Program, recorder: Recorder) -> Callable[..., Any]:
+def _step(program: Program, recorder: Recorder, config: SeekConfig) -> Callable[..., Any]:
     module = program.module
     assert module is not None
     positions = positions_of(program.graph)
     learn = module.get_submodule("learn")
     assert isinstance(learn, Learn)
 
+    drawn = config.score not in ("tokenseek", "context", "gradient") or config.select == "sample"
+
     def step(*inputs: Any) -> Any:
         index = recorder.step
+        if drawn and _torch.in_backward():
+            raise InputError(
+                "the compiled step runs again in backward, as gradient checkpointing around the "
+                "model makes it, and would draw other tokens than before. Call the model outside "
+                'of torch.utils.checkpoint; recompute="block" of fxseek.compile keeps less.'
+            )
         timings: dict[str, float] | None = {} if recorder.timed else None
         with nullcontext() if timings is None else stage_seconds(module, timings):
             outputs, selection, scores = module(inputs, positions, index, recorder.padding_mask)

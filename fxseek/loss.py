@@ -56,7 +56,7 @@ def cross_entropy_slope(
     """
     classes = 1 if logits.dim() > 1 else 0
     without = (target == ignore_index) | (weights.reshape(target.shape) == 0)
-    index = target.masked_fill(without, 0).unsqueeze(classes)
+    index = target.masked_fill(without, 0).long().unsqueeze(classes)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     slope = torch.log_softmax(logits, classes, dtype=dtype)
     losses = slope.gather(classes, index).squeeze(classes).neg_()

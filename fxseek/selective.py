@@ -32,38 +32,44 @@ class Selectively:
 
     A region is made again in backward where what it is made of, as far as that is not kept anyway,
     takes less memory than what autograd saves of it; of other regions, that is kept. The first run
-    finds out; those after it look at the nodes that mattered.
+    finds out; those after it look at the nodes that mattered. Hooks of the caller see the same
+    tensors in the same order in every run, as a checkpoint around the model asks for.
     """
 
     def __init__(self, module: fx.GraphModule, regions: Iterable[Region]) -> None:
         self.module = module
-        self.watched = [_Watched(region) for region in regions]
+        self.whole = [_Watched(region.nodes, region.nodes, region.last) for region in regions]
+        self.narrowed: list[_Watched] | None = None
 
     def __call__(self, values: list[Any], exclude: Iterable[Any]) -> tuple[Any, int]:
         """The list is emptied; memory of `exclude` is not counted."""
         with _Selective(exclude) as saved:
-            outputs = _Interpreter(self.module, self.watched, saved).boxed_run(values)
-        self.watched = [watched for watched in self.watched if watched.owners]
+            plain = not saved.hooked
+            watched = self.narrowed if plain and self.narrowed is not None else self.whole
+            interpreter = _Interpreter(self.module, watched, saved)
+            outputs = interpreter.boxed_run(values)
+        if plain:
+            self.narrowed = [x.narrowed for x in interpreter.regions if x.narrowed is not None]
         return outputs, saved.total
 
 
-class _Watched:
-    """A region: the nodes whose memory autograd saves (`owners`), and what making them takes."""
+class _Watched(NamedTuple):
+    """A region: nodes whose memory autograd may save (`owners`), and what making them takes."""
 
-    def __init__(self, region: Region) -> None:
-        self.owners = self.nodes = region.nodes
-        self.last = region.last
+    owners: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    last: fx.Node
 
-    def narrow(self, owners: set[fx.Node]) -> None:
-        """Watch these alone from now on; none of them: the region is not worth it."""
+    def narrow(self, owners: set[fx.Node]) -> _Watched:
+        """These alone, and what making them takes."""
         inside, needed = set(self.nodes), set(owners)
         queue = list(owners)
         while queue:
             more = {x for x in queue.pop().all_input_nodes if x in inside} - needed
             needed |= more
             queue += more
-        self.nodes = tuple(node for node in self.nodes if node in needed)
-        self.owners = tuple(node for node in self.nodes if node in owners)
+        nodes = tuple(node for node in self.nodes if node in needed)
+        return _Watched(tuple(node for node in nodes if node in owners), nodes, self.last)
 
 
 class _Layout(NamedTuple):
@@ -101,8 +107,12 @@ class _Running:
 
     def __init__(self, watched: _Watched) -> None:
         self.watched = watched
+        self.narrowed: _Watched | None = None
+        """What to watch of it from now on; None where it is not worth it."""
         self.inside = set(watched.nodes)
         self.sources: dict[fx.Node, Any] = {}
+        self.given: set[int] = set()
+        """Memory of the sources."""
         self.notes: list[_Note] = []
         self.layouts: dict[fx.Node, _Layout] = {}
 
@@ -113,7 +123,7 @@ class _Selective(SavedBytes):
     def __init__(self, exclude: Iterable[Any]) -> None:
         super().__init__(exclude)
         self._owners: dict[int, tuple[Any, _Running, fx.Node]] = {}
-        self._kept: set[int] = set()
+        self._kept: dict[int, Any] = {}
         self._unclear: list[_Note] | None = None
 
     def _pack(self, tensor: Tensor) -> Held:
@@ -135,13 +145,26 @@ class _Selective(SavedBytes):
             self._settle_as_it_is(note)
         return note
 
+    @property
+    def hooked(self) -> bool:
+        """Whether the caller has hooks of his own."""
+        return self._outer is not None
+
     def _hold(self, tensor: Tensor) -> Held:
-        self._kept.add(_torch.storage_key(tensor))
+        self._keep(tensor)
         return super()._pack(tensor)
+
+    def _keep(self, tensor: Tensor) -> None:
+        """The memory of a tensor is kept in any case, for as long as it is there."""
+        if tensor.layout is torch.strided:
+            self._kept[_torch.storage_key(tensor)] = weakref.ref(tensor.untyped_storage())
+
+    def _is_kept(self, key: int) -> bool:
+        return key in self._known or (key in self._kept and self._kept[key]() is not None)
 
     def _settle_as_it_is(self, note: _Note) -> None:
         note.settled = True
-        self._kept.add(note.storage)
+        self._keep(note.packed)
         if self._outer is not None:
             note.packed = self._outer[0](note.packed)
 
@@ -164,7 +187,7 @@ class _Selective(SavedBytes):
         key = None
         if isinstance(value, Tensor) and value.layout is torch.strided:
             key = _torch.storage_key(value)
-            if not (key in self._owners or key in self._known or key in self._kept):
+            if not (key in self._owners or key in running.given or self._is_kept(key)):
                 gone = weakref.ref(value.untyped_storage(), lambda _: self._owners.pop(key, None))
                 self._owners[key] = (gone, running, node)
                 running.layouts[node] = _Layout.of(value)
@@ -195,13 +218,10 @@ class _Selective(SavedBytes):
 
     def _recipe(self, running: _Running) -> _Recipe | None:
         """How to make what was saved of a region, or None where that would save nothing."""
-        watched = running.watched
         owners = {note.owner for note in running.notes if note.owner is not None}
-        if not owners <= set(watched.owners):
-            return None  # another thread has run the stage meanwhile
-        watched.narrow(owners)
         if not owners:
             return None
+        watched = running.watched.narrow(owners)
         inside = set(watched.nodes)
         read = {
             x: running.sources[x]
@@ -214,12 +234,11 @@ class _Selective(SavedBytes):
             for x in read.values()
             if isinstance(x, Tensor)
         }
-        more = sum(n for key, n in sources.items() if key not in self._known | self._kept)
+        more = sum(n for key, n in sources.items() if not self._is_kept(key))
         less = sum({note.storage: note.nbytes for note in running.notes}.values())
-        copied = self._outer is not None  # by hooks that may not keep the strides
-        if not _saves(more, less) or (copied and not all(map(_dense, read.values()))):
-            watched.narrow(set())
+        if not _saves(more, less) or (self.hooked and not all(map(_copies_alike, read.values()))):
             return None
+        running.narrowed = watched
         device = running.notes[0].packed.device.type
         kept = {x: self._source(value) for x, value in read.items()}
         return _Recipe(watched.nodes, kept, running.layouts, _precision(device))
@@ -244,11 +263,12 @@ def _saves(more: int, less: int) -> bool:
     return more < less
 
 
-def _dense(value: Any) -> bool:
-    """Whether a copy of a tensor keeps its strides."""
+def _copies_alike(value: Any) -> bool:
+    """Whether a copy, as hooks of the caller may make one, lies in memory as the tensor does."""
     if not isinstance(value, Tensor):
         return True
-    return torch.empty_like(value, device="meta").stride() == value.stride()
+    copy = torch.empty_like(value, device="meta")
+    return _Layout.of(copy) == _Layout.of(value)
 
 
 class _Recipe:
@@ -327,8 +347,9 @@ class _Interpreter(fx.Interpreter):
         self.running: dict[fx.Node, _Running] = {}
         self.owners: set[fx.Node] = set()
         self.ending: dict[fx.Node, list[_Running]] = {}
-        for watched in regions:
-            running = _Running(watched)
+        self.regions = [_Running(watched) for watched in regions]
+        for running in self.regions:
+            watched = running.watched
             self.running.update(dict.fromkeys(watched.nodes, running))
             self.owners.update(watched.owners)
             self.ending.setdefault(watched.last, []).append(running)
@@ -338,8 +359,10 @@ class _Interpreter(fx.Interpreter):
         running = self.running.get(n)
         if running is not None:
             for operand in n.all_input_nodes:
-                if operand not in running.inside:
-                    running.sources[operand] = self.env[operand]
+                if operand not in running.inside and operand not in running.sources:
+                    running.sources[operand] = given = self.env[operand]
+                    if isinstance(given, Tensor) and given.layout is torch.strided:
+                        running.given.add(_torch.storage_key(given))
         if running is not None and n in self.owners:
             self.saved.begin()
             value = super().run_node(n)

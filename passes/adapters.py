@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from fxseek import _torch
 from fxseek.merging import linear_merged
 from fxseek.passes.ditch import regions, without_grad
 from fxseek.passes.facts import example, is_tensor
@@ -40,7 +41,10 @@ def merge_adapters(graph: fx.Graph) -> int:
         found = _adapter(node)
         if found is None:
             continue
-        modes = {(autocast.get(x), x in unrecorded) for x in (node, *found.products)}
+        modes = {
+            (autocast.get(x), x in unrecorded)
+            for x in (node, *node.all_input_nodes, *found.products)
+        }
         if len(modes) > 1:
             continue
         x, weight, bias, adapters = _layer(found.products[0])
@@ -110,7 +114,13 @@ def _add_up(weight: fx.Node, up: fx.Node, down: fx.Node) -> bool:
 
 
 def _alike(*nodes: Any) -> bool:
-    """Whether values have one type, a wide one; under autocast results differ from weights."""
+    """Whether values are plain tensors of one type, a wide one.
+
+    Under autocast results are of another type than weights, and a weight that stands for a
+    quantised one is of another class.
+    """
+    if not all(_torch.is_fake(example(x)) for x in nodes):
+        return False
     kinds = {(example(x).dtype, example(x).device) for x in nodes}
     return len(kinds) == 1 and example(nodes[0]).dtype in _EXACT
 

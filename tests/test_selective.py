@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from families import FAMILIES
 from graphs import capture
 from models import TinyConfig, TinyDecoder, batch, tiny_gpt2, tiny_llama, tiny_lora
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxseek
 from fxseek import selective
@@ -233,7 +235,8 @@ def test_later_steps_look_at_fewer_nodes_and_keep_the_same():
     module: Any = compiled.recorder.programs[-1].module
     run = module.learn.run
     assert isinstance(run, Selectively)
-    assert run.watched and all(watched.owners for watched in run.watched)
+    assert run.narrowed and len(run.narrowed) < len(run.whole)
+    assert all(narrow.owners for narrow in run.narrowed)
     assert kept[0] == kept[1] == kept[3] > kept[2]
 
 
@@ -250,6 +253,74 @@ def test_saving_on_the_host(always_made: bool, monkeypatch: pytest.MonkeyPatch):
     with torch.autograd.graph.save_on_cpu():
         again, _ = step(model, "llama", recompute="selective")
     assert_same(gradients, again)
+
+
+@pytest.mark.parametrize("warm", [0, 1, 2])
+def test_a_checkpoint_around_the_model(warm: int):
+    """It compares what is saved in two runs, of which the first may be the first of all."""
+    inputs = batch(VOCAB, 2, TOKENS, padding="right", labels="some")
+    found = []
+    for around in (False, True):
+        torch.manual_seed(0)
+        model = fxseek.compile(tiny_llama(), 0.3)
+        for _ in range(warm):
+            model(**inputs).loss.backward()
+        model.zero_grad()
+        call: Any = model
+        if around:
+            call = partial(checkpoint, model, use_reentrant=False)
+        call(**inputs).loss.backward()
+        found.append(dict(_gradients(model)))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("options", [{"score": "random"}, {"select": "sample"}])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_model_would_draw_others(options: dict[str, Any], reentrant: bool):
+    model = fxseek.compile(tiny_llama(), 0.3, **options)
+    inputs = batch(VOCAB, 2, TOKENS)
+    anchor = torch.zeros((), requires_grad=True)
+
+    def call(anchor: Tensor) -> Tensor:
+        return model(**inputs).loss + anchor
+
+    with pytest.raises(fxseek.InputError, match=r"again in backward.*outside of torch.utils"):
+        checkpoint(call, anchor, use_reentrant=reentrant).backward()  # type: ignore[union-attr]
+
+
+class Aliased(nn.Module):
+    """Halves of one product, side by side in memory, by way of a dropout that does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 12)
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(12, 12)
+        self.head = nn.Linear(12, VOCAB)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        a, b = torch.stack(self.up(x).chunk(2, -1)).unbind(0)
+        a, b = F.dropout(a, 0.0), F.dropout(b, 0.0)
+        shape = (*input_ids.shape, 3, 4)
+        gated = (a.view(shape) * b.view(shape).sigmoid()).view(x.shape)
+        logits = self.head(x + self.down(gated))
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def test_hooks_that_copy(always: None):
+    torch.manual_seed(0)
+    model = Aliased().train()
+    found = []
+    for recompute in ("none", "selective"):
+        fxseek.compile(model, 0.3, score="random", recompute=recompute)
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
+        with hooks:
+            loss = model(**batch(VOCAB, 2, 19))["loss"]
+        loss.backward()
+        found.append(dict(_gradients(model)))
+        fxseek.uncompile(model)
+        model.zero_grad(set_to_none=True)
+    assert_same(*found)
 
 
 def test_a_meter_outside_counts_the_same():
