@@ -30,10 +30,10 @@ __all__ = ["Selectively"]
 class Selectively:
     """Runs a stage on boxed values: its outputs, and the bytes that autograd keeps.
 
-    A region is made again in backward where what it is made of, as far as that is not kept anyway,
-    takes less memory than what autograd saves of it; of other regions, that is kept. The first run
-    finds out; those after it look at the nodes that mattered. Hooks of the caller see the same
-    tensors in the same order in every run, as a checkpoint around the model asks for.
+    Of what autograd saves of a region, so much is made again in backward as leaves the least to
+    keep, counting what it is made of where that is not kept anyway. The first run finds out; those
+    after it look at the nodes that mattered. Hooks of the caller see the same tensors in the same
+    order in every run, as a checkpoint around the model asks for.
     """
 
     def __init__(self, module: fx.GraphModule, regions: Iterable[Region]) -> None:
@@ -87,6 +87,11 @@ class _Layout(NamedTuple):
         nbytes = x.untyped_storage().nbytes()
         return cls(x.dtype, nbytes, x.shape, x.stride(), x.storage_offset())
 
+    def copies_alike(self) -> bool:
+        """Whether a copy of such a tensor lies in memory as the tensor does."""
+        like = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
+        return _Layout.of(torch.empty_like(like)) == self
+
 
 class _Note(Held):
     """A saved tensor that a region has made: the tensor itself, until the region is settled."""
@@ -115,6 +120,23 @@ class _Running:
         """Memory of the sources."""
         self.notes: list[_Note] = []
         self.layouts: dict[fx.Node, _Layout] = {}
+
+    def reads(self, made: set[fx.Node], kept: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+        """What making nodes reads, sources and those of the region that are `kept`; what runs."""
+        read: set[fx.Node] = set()
+        nodes: set[fx.Node] = set()
+        queue = list(made)
+        while queue:
+            node = queue.pop()
+            if node in nodes:
+                continue
+            nodes.add(node)
+            for operand in node.all_input_nodes:
+                if operand in kept or operand not in self.inside:
+                    read.add(operand)
+                else:
+                    queue.append(operand)
+        return read, nodes
 
 
 class _Selective(SavedBytes):
@@ -206,9 +228,14 @@ class _Selective(SavedBytes):
         """Nothing reads a region any more: decide what is kept of it."""
         for key in [key for key, (_, whose, _) in self._owners.items() if whose is running]:
             del self._owners[key]
-        recipe = self._recipe(running)
+        owners = {note.owner for note in running.notes if note.owner is not None}
+        dropped = self._made_again(running, owners) if owners else set()
+        recipe = None
+        if dropped:
+            running.narrowed = running.watched.narrow(owners)
+            recipe = self._recipe(running, dropped, owners - dropped)
         for note in running.notes:
-            if recipe is None:
+            if recipe is None or note.owner not in dropped:
                 self._settle_as_it_is(note)
             else:
                 note.packed, note.recipe, note.settled = None, recipe, True
@@ -216,32 +243,59 @@ class _Selective(SavedBytes):
                 recipe.notes.add(note)
         running.sources.clear()
 
-    def _recipe(self, running: _Running) -> _Recipe | None:
-        """How to make what was saved of a region, or None where that would save nothing."""
-        owners = {note.owner for note in running.notes if note.owner is not None}
-        if not owners:
-            return None
-        watched = running.watched.narrow(owners)
-        inside = set(watched.nodes)
-        read = {
-            x: running.sources[x]
-            for node in watched.nodes
-            for x in node.all_input_nodes
-            if x not in inside
-        }
-        sources = {
+    def _made_again(self, running: _Running, owners: set[fx.Node]) -> set[fx.Node]:
+        """Those of the owners of saved memory that are made again: what leaves the least to keep.
+
+        Either all of them, from the region's sources, or those that can be made of the others and
+        of sources that are kept anyway.
+        """
+        kept = set(owners)
+        for node in reversed(running.watched.nodes):
+            if node in owners:
+                read, _ = running.reads({node}, kept - {node})
+                if not self._cost(running, read - kept) and self._restores(running, read):
+                    kept.discard(node)
+        read, _ = running.reads(owners, set())
+        keeping = sum(running.layouts[node].nbytes for node in kept)
+        if _saves(self._cost(running, read), keeping) and self._restores(running, read):
+            return owners
+        return owners - kept
+
+    def _cost(self, running: _Running, sources: set[fx.Node]) -> int:
+        """Bytes of the sources that are not kept anyway."""
+        values = (running.sources[node] for node in sources)
+        storages = {
             _torch.storage_key(x): x.untyped_storage().nbytes()
-            for x in read.values()
+            for x in values
             if isinstance(x, Tensor)
         }
-        more = sum(n for key, n in sources.items() if not self._is_kept(key))
-        less = sum({note.storage: note.nbytes for note in running.notes}.values())
-        if not _saves(more, less) or (self.hooked and not all(map(_copies_alike, read.values()))):
-            return None
-        running.narrowed = watched
+        return sum(nbytes for key, nbytes in storages.items() if not self._is_kept(key))
+
+    def _restores(self, running: _Running, read: set[fx.Node]) -> bool:
+        """Whether hooks of the caller, which may copy, give back what lies in memory as it did."""
+        if not self.hooked:
+            return True
+        values = (running.sources.get(node, running.layouts.get(node)) for node in read)
+        layouts = (_Layout.of(x) if isinstance(x, Tensor) else x for x in values)
+        return all(x.copies_alike() for x in layouts if isinstance(x, _Layout))
+
+    def _recipe(self, running: _Running, made: set[fx.Node], kept: set[fx.Node]) -> _Recipe:
+        """How to make some nodes of a region's sources, and of those of its own that are kept."""
+        read, nodes = running.reads(made, kept)
+        values = {node: running.sources[node] for node in read - kept}
+        for note in running.notes:
+            if note.owner in kept & read:
+                layout = running.layouts[note.owner]
+                values[note.owner] = note.packed.as_strided(
+                    layout.size, layout.stride, layout.offset
+                )
         device = running.notes[0].packed.device.type
-        kept = {x: self._source(value) for x, value in read.items()}
-        return _Recipe(watched.nodes, kept, running.layouts, _precision(device))
+        return _Recipe(
+            [node for node in running.watched.nodes if node in nodes],
+            {node: self._source(value) for node, value in values.items()},
+            running.layouts,
+            _precision(device),
+        )
 
     def _source(self, value: Any) -> Callable[[], Any]:
         """Hold what a region is made of; a function that gives it back."""
@@ -261,14 +315,6 @@ class _Selective(SavedBytes):
 def _saves(more: int, less: int) -> bool:
     """Whether keeping `more` bytes in the place of `less` is worth it."""
     return more < less
-
-
-def _copies_alike(value: Any) -> bool:
-    """Whether a copy, as hooks of the caller may make one, lies in memory as the tensor does."""
-    if not isinstance(value, Tensor):
-        return True
-    copy = torch.empty_like(value, device="meta")
-    return _Layout.of(copy) == _Layout.of(value)
 
 
 class _Recipe:
