@@ -89,8 +89,12 @@ class _Layout(NamedTuple):
 
     def copies_alike(self) -> bool:
         """Whether a copy of such a tensor lies in memory as the tensor does."""
-        like = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
-        return _Layout.of(torch.empty_like(like)) == self
+        count = 1  # of the elements that lie without a gap
+        for stride, size in sorted(zip(self.stride, self.size, strict=True)):
+            if size != 1 and stride != count:
+                return False
+            count *= size
+        return self.offset == 0 and self.nbytes == count * self.dtype.itemsize
 
 
 class _Note(Held):
@@ -282,7 +286,7 @@ class _Selective(SavedBytes):
     def _recipe(self, running: _Running, made: set[fx.Node], kept: set[fx.Node]) -> _Recipe:
         """How to make some nodes of a region's sources, and of those of its own that are kept."""
         read, nodes = running.reads(made, kept)
-        values = {node: running.sources[node] for node in read - kept}
+        values = {node: value for node, value in running.sources.items() if node in read}
         for note in running.notes:
             if note.owner in kept & read:
                 layout = running.layouts[note.owner]
@@ -364,7 +368,7 @@ class _Recipe:
         for note in self.notes:
             assert note.owner is not None
             self.waiting.setdefault(note.owner, set()).add(id(note))
-        self.made = {node: values[node] for node in self.waiting}
+        self.made = {node: values[node] for node in self.nodes if node in self.waiting}
         for node, value in self.made.items():
             if _Layout.of(value) != self.layouts[node]:
                 raise GraphError(

@@ -339,6 +339,25 @@ class Aliased(nn.Module):
         return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(3, 5),
+        torch.zeros(5, 3).T,
+        torch.zeros(3, 1, 5).transpose(0, 1),
+        torch.zeros(()),
+        torch.zeros(0, 3),
+        torch.zeros(3, 5)[:, :2],
+        torch.zeros(3, 5)[1:],
+        torch.zeros(3, 5)[:2],
+        torch.zeros(5).expand(3, 5),
+    ],
+)
+def test_which_copies_lie_alike(x: Tensor):
+    of = selective._Layout.of
+    assert of(x).copies_alike() is (of(x.clone()) == of(x))
+
+
 def test_hooks_that_copy(always: None):
     torch.manual_seed(0)
     model = Aliased().train()
