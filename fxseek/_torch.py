@@ -18,10 +18,15 @@ from typing import Any, TypeVar
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 _Chunk = TypeVar("_Chunk")
+
+# What Dynamo raises; its errors are public nowhere.
+CaptureFailure = TorchDynamoException
+CapturedTooOften = FailOnRecompileLimitHit
 
 
 def size_expression(size: int | torch.SymInt) -> sympy.Expr:
@@ -107,12 +112,17 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def versions(values: Iterable[Any]) -> tuple[int, ...]:
-    """How often each of the tensors among the values was written to (`Tensor._version`).
+def version(tensor: torch.Tensor) -> int:
+    """How often the tensor's memory was written to (`Tensor._version`); views share the count.
 
     Autograd compares these counts for what it saves itself, and has no public name for them.
     """
-    return tuple(x._version for x in values if isinstance(x, torch.Tensor) and not x.is_inference())
+    return tensor._version
+
+
+def versions(values: Iterable[Any]) -> tuple[int, ...]:
+    """The `version` of each of the tensors among the values."""
+    return tuple(version(x) for x in values if isinstance(x, torch.Tensor) and not x.is_inference())
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -246,11 +256,13 @@ def outer_saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] 
 
 
 @contextlib.contextmanager
-def capture_settings(*, first: bool = False) -> Iterator[None]:
+def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     """Settings of the capture: no duck shaping, `warning_once` ignored, and `_settled` questions.
 
-    Duck shaping gives two dimensions of equal length one symbol, so a batch as large as the
-    sequence would be taken for it. `use_duck_shape` lives in a private config module.
+    A module is captured for at most so many kinds of batches (`captures`). `optimize_ddp` would
+    split the graph at the buckets of a DistributedDataParallel around the module. Duck shaping
+    gives two dimensions of equal length one symbol, so a batch as large as the sequence would be
+    taken for it. The settings live in private config modules.
     transformers adds `warning_once` to `logging.Logger`; Dynamo breaks on Logger methods
     unless they are listed. In a `first` call, which captures, the garbage collector rests: it
     finds next to nothing in Dynamo's millions of objects and takes a sixth of the time.
@@ -267,6 +279,7 @@ def capture_settings(*, first: bool = False) -> Iterator[None]:
         gc.disable()
     try:
         with (
+            torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=captures),
             fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
             _settled(),
         ):
@@ -423,6 +436,12 @@ def set_compiled_call(model: torch.nn.Module, call: Callable[..., Any] | None) -
         model._compiled_call_impl = call
 
 
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` has been there (`OptimizedModule` is private)."""
+    wrapped = isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
+    return wrapped or compiled_call(model) is not None
+
+
 def eager_call(model: torch.nn.Module) -> Callable[..., Any]:
     """The module's ordinary call: forward with its hooks."""
     return model._call_impl
@@ -449,8 +468,6 @@ def translated(error: Exception, model: str) -> Exception:
     Dynamo wraps what a backend raises in `BackendCompilerFailed`; other errors (the model's own)
     are returned as they are.
     """
-    from torch._dynamo.exc import TorchDynamoException
-
     from fxseek.errors import CaptureError, FxseekError
 
     cause: BaseException | None = error

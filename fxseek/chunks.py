@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
-from fxseek.lowering import run_boxed
+from fxseek.boxed import Boxed
 from fxseek.passes.ditch import StageGraph
 from fxseek.passes.facts import Rows, RowsLike
 
@@ -31,7 +31,7 @@ class ChunkedRegion(nn.Module):
         size: int,
     ) -> None:
         super().__init__()
-        self.graph_module = stage.module("Tokens")
+        self.run = Boxed(stage.module("Tokens"))
         self.size = size
         self.results = results
         self.kept_at = [i for i, item in enumerate(stage.inputs) if item.kind == "kept"]
@@ -57,7 +57,7 @@ class ChunkedRegion(nn.Module):
             kept = torch.arange(start, start + length, device=given.device)
             for at in self.kept_at:
                 values.insert(at, kept.expand(batch, -1))
-            parts = run_boxed(self.graph_module, values)
+            parts = self.run(values)
             if length == tokens:
                 return tuple(parts)
             if not found:
@@ -86,7 +86,7 @@ class RowsRegion:
         size: int,
     ) -> None:
         self.stage = stage
-        self.graph_module = stage.module("Rows")
+        self.boxed = Boxed(stage.module("Rows"))
         self.entries = tuple(entries)
         self.results = tuple(stage.outputs)
         self.rows = rows
@@ -103,7 +103,7 @@ class RowsRegion:
                 values.append(given[item.node])  # type: ignore[index]
             else:
                 values.append(kept if item.node is None else read(item.node))
-        return tuple(run_boxed(self.graph_module, values))
+        return tuple(self.boxed(values))
 
     def forward(
         self, read: Callable[[fx.Node], Any], entry: Tensor, batch: int

@@ -1,4 +1,4 @@
-"""How the learn stage is run: interpreted eagerly or compiled, kept or recomputed by block."""
+"""How the learn stage is run: eagerly or compiled, kept or recomputed by block."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
+from fxseek.boxed import Boxed
 from fxseek.errors import GraphError
 from fxseek.passes.ditch import StageGraph
 from fxseek.passes.rematerialise import cheap_regions
@@ -29,11 +29,6 @@ BACKENDS = {"aot_eager": "aot_eager_decomp_partition", "inductor": "inductor"}
 Run = Callable[[list[Any], tuple[Any, ...]], tuple[Any, int]]
 """Of a boxed list of arguments (which it empties) and of what is not counted: the outputs, and the
 bytes saved for backward."""
-
-
-def run_boxed(module: fx.GraphModule, values: list[Any]) -> Any:
-    """Run a stage, letting go of each value after its last use (the list is emptied)."""
-    return fx.Interpreter(module, garbage_collect_values=True).boxed_run(values)
 
 
 def piece(module: fx.GraphModule, backend: str, recompute: str) -> Callable[..., Any]:
@@ -55,7 +50,7 @@ def lower(
 ) -> Run:
     """How the learn stage is run: `module` is that of `stage`.
 
-    ``backend="eager"`` interprets the graph and lets go of each value after its last use;
+    ``backend="eager"`` runs the graph and lets go of each value after its last use;
     ``"aot_eager"`` runs AOTAutograd with the min-cut partitioner, ``"inductor"`` compiles; both
     with dynamic shapes, block by block, so that blocks that look alike are compiled once.
     ``recompute="selective"`` keeps products and makes again what follows from them cheaply, as the
@@ -63,7 +58,7 @@ def lower(
     again in backward.
     """
     if backend == "eager" and recompute == "none":
-        return _interpreted(module)
+        return _hooked(module)
     if backend == "eager" and recompute == "selective":
         ends = [stage.compact[cut].name for cut in structure.stream_cuts if cut in stage.compact]
         regions = cheap_regions(module.graph, stage.inputs, ends)
@@ -79,7 +74,7 @@ def lower(
         if key not in alike:
             alike[key] = piece(part, backend, recompute)
         setattr(module, name, _Called(alike[key]))
-    return _interpreted(module) if backend == "eager" else _counted(module)
+    return _hooked(module) if backend == "eager" else _counted(module)
 
 
 class _Called(nn.Module):
@@ -94,18 +89,22 @@ class _Called(nn.Module):
         return self.function(*arguments)
 
 
-def _interpreted(module: fx.GraphModule) -> Run:
+def _hooked(module: fx.GraphModule) -> Run:
+    boxed = Boxed(module)
+
     def run(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
         with SavedBytes(exclude) as saved:
-            outputs = run_boxed(module, arguments)
+            outputs = boxed(arguments)
         return outputs, saved.total
 
     return run
 
 
 def _counted(module: fx.GraphModule) -> Run:
+    boxed = Boxed(module)
+
     def run(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
-        outputs = run_boxed(module, arguments)
+        outputs = boxed(arguments)
         return outputs, _saved_by_functions(outputs, exclude)
 
     return run
@@ -152,7 +151,7 @@ def _compiled(module: fx.GraphModule, backend: str, recompute: str) -> Callable[
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
             try:
                 return compiled(*arguments)
-            except TorchDynamoException as error:
+            except _torch.CaptureFailure as error:
                 raise GraphError(
                     f"backend={backend!r} could not compile the learn stage: {error}\n"
                     'Use backend="eager", which runs the same graph without compiling it.'

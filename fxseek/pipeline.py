@@ -275,7 +275,7 @@ def _read_whole(program: Program) -> Iterator[fx.Node]:
     assert learn is not None and score is not None and structure is not None
     ending = None if program.head is None else program.head.stage
     for stage in (learn, score.block, score.head, ending):
-        for node, item in () if stage is None else _placeholders(stage):
+        for node, item in {} if stage is None else stage.placeholders().items():
             masks = all(user.target is attend_all for user in node.users)
             if item.kind == "value" and item.node is not None and not (node.users and masks):
                 yield item.node
@@ -286,11 +286,6 @@ def _read_whole(program: Program) -> Iterator[fx.Node]:
         if where not in ((0, rank - 2, 0, False, 1), (0, rank - 2, None, False, 1)):
             assert item.node is not None
             yield item.node
-
-
-def _placeholders(stage: StageGraph) -> Iterator[tuple[fx.Node, StageInput]]:
-    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
-    return zip(placeholders, stage.inputs, strict=True)
 
 
 def _assemble(program: Program) -> None:

@@ -59,14 +59,14 @@ class SavedBytes:
         # Detached: an operation that saves its own output would keep itself alive otherwise.
         packed = tensor.detach() if self._outer is None else self._outer[0](tensor)
         held = self.count(tensor, packed)
-        held.version = tensor._version  # a detached tensor shares the counter
+        held.version = _torch.version(tensor)  # a detached tensor shares the counter
         return held
 
     def _unpack(self, held: Held) -> Tensor:
         if self._outer is not None:
             return self._outer[1](held.packed)
         # autograd leaves this check, which is its own, to the hooks
-        if held.packed._version != held.version:
+        if _torch.version(held.packed) != held.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
                 f"inplace operation: a tensor of shape {list(held.packed.shape)} that the fxseek "

@@ -13,7 +13,7 @@ from fxseek.chunks import RowsRegion
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
 from fxseek.loss import selected_cross_entropy
-from fxseek.lowering import run_boxed
+from fxseek.boxed import Boxed
 from fxseek.masks import MaskRows
 from fxseek.passes.ditch import StageGraph, StageInput, ditch, without_grad
 from fxseek.passes.extract import extract
@@ -354,7 +354,7 @@ def _context_of_softmax(
             'reads [batch, heads, tokens, tokens]. Use score="random" or a callable.'
         )
     stage = ditch(graph, facts, carrying=_square(facts, attention), outputs=[("rows", attention)])
-    module = stage.module("AttentionRows")
+    attend = Boxed(stage.module("AttentionRows"))
     entry = _map_bytes(attention)
 
     def column_sums(values: dict[fx.Node, Any], valid: Tensor, chunk_bytes: int) -> Tensor:
@@ -369,7 +369,7 @@ def _context_of_softmax(
                     {"kept": kept, "filled": None}[i.kind] if i.node is None else values[i.node]
                     for i in stage.inputs
                 ]
-                (probabilities,) = run_boxed(module, arguments)
+                (probabilities,) = attend(arguments)
                 if probabilities.dim() == 3:
                     probabilities = probabilities.unflatten(0, (batch, -1))
                 part = scoring.accumulate_columns(probabilities, valid.gather(1, kept))

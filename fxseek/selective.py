@@ -159,7 +159,7 @@ class _Selective(SavedBytes):
         if known or tensor.is_conj() or tensor.is_neg():
             return self._hold(tensor)
         note = _Note(tensor)
-        note.version = tensor._version
+        note.version = _torch.version(tensor)
         self._held.add(note)
         if running is None or owner is None:
             assert self._unclear is not None

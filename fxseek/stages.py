@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxseek import _torch, scoring, selecting
+from fxseek.boxed import Boxed
 from fxseek.chunks import RowsRegion
 from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
 from fxseek.head import ChunkedHead, chunks_of
-from fxseek.lowering import Run, run_boxed
+from fxseek.lowering import Run
 from fxseek.masks import MaskRows
 from fxseek.offload import HostTensor, link
 from fxseek.passes.ditch import StageGraph, StageInput
@@ -59,6 +60,7 @@ class Prefill(nn.Module):
         super().__init__()
         self.on_host = on_host
         self.graph_module = stage.module("Prefill")
+        self.run = Boxed(self.graph_module)
         self.inputs = stage.inputs
         self.outputs = stage.outputs
         self.bases = bases
@@ -66,7 +68,7 @@ class Prefill(nn.Module):
     def forward(self, inputs: tuple[Any, ...], positions: dict[fx.Node, int]) -> Values:
         """The full values of `outputs`."""
         with torch.no_grad():
-            found = run_boxed(self.graph_module, [inputs[positions[i.node]] for i in self.inputs])  # type: ignore[index]
+            found = self.run([inputs[positions[i.node]] for i in self.inputs])  # type: ignore[index]
             found = list(found)
             values: Values = {}
             for node in reversed(self.outputs):  # one by one: a view dies when its copy is made
@@ -125,8 +127,8 @@ class Score(nn.Module):
         self.plan = plan
         self.config = config
         self.chunked = chunked
-        self.block = None if plan.block is None else plan.block.module("Block")
-        self.head = None if plan.head is None else plan.head.module("Head")
+        self.block = None if plan.block is None else Boxed(plan.block.module("Block"))
+        self.head = None if plan.head is None else Boxed(plan.head.module("Head"))
 
     def forward(
         self,
@@ -232,8 +234,7 @@ class Score(nn.Module):
         with torch.enable_grad():
             if plan.lead is not None:
                 given.update(plan.lead.forward(read, hidden, valid.shape[0]))
-            found = run_boxed(
-                self.block,
+            found = self.block(
                 [given[i.node] if i.node in given else read(i.node) for i in plan.block.inputs],  # type: ignore[arg-type]
             )
         made = given | dict(zip(plan.block.outputs, found, strict=True))
@@ -367,7 +368,7 @@ class Score(nn.Module):
                 else:
                     values.append(read(item.node))
             with torch.enable_grad():
-                (part,) = run_boxed(self.head, values)
+                (part,) = self.head(values)
             parts = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
             for slope, found in zip(slopes, parts, strict=True):
                 if found is not None:

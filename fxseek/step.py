@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from fxseek import _torch
 from fxseek.backend import Recorder, StepReport, latest_recorder, make_backend
@@ -62,9 +61,7 @@ def compile(model: Model, ratio: float | str | SeekConfig = 0.1, **options: Any)
             f"{part} is compiled by fxseek already; call fxseek.uncompile on it first"
             + ("" if compiled[0] else " to change the configuration")
         )
-    if _torch.compiled_call(model) is not None or isinstance(
-        model, torch._dynamo.eval_frame.OptimizedModule
-    ):
+    if _torch.is_compiled(model):
         raise ConfigError(
             "the model is compiled by torch.compile already. Give fxseek the plain model, and "
             'choose how its stages are lowered by backend="inductor".'
@@ -179,7 +176,7 @@ class SeekStep:
             return _torch.eager_call(model)(*args, **kwargs)
         return self._train(args, kwargs)
 
-    @torch._dynamo.disable(reason="fxseek compiles the training step by itself")
+    @torch.compiler.disable(reason="fxseek compiles the training step by itself")
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The compiled step; a `torch.compile` around the model leaves it alone."""
         refuse_wrapper(self.model, InputError)
@@ -361,16 +358,12 @@ class SeekStep:
 
     def _run(self, batch: dict[str, Any]) -> Any:
         try:
-            # optimize_ddp would split the graph at the buckets of a DistributedDataParallel around
-            with (
-                _torch.capture_settings(first=not self.recorder.programs),
-                torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=_CAPTURES),
-                _quiet(batch),
-            ):
+            first = not self.recorder.programs
+            with _torch.capture_settings(captures=_CAPTURES, first=first), _quiet(batch):
                 result = self._compiled(**batch)
         except FxseekError:
             raise
-        except FailOnRecompileLimitHit as error:
+        except _torch.CapturedTooOften as error:
             raise CaptureError(
                 f"{type(self.model).__name__} was captured {_CAPTURES} times: something other than "
                 "the length and the batch size changes from step to step. TORCH_LOGS=recompiles "

@@ -79,6 +79,11 @@ class StageGraph:
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     """Modules that the graph calls by name."""
 
+    def placeholders(self) -> dict[fx.Node, StageInput]:
+        """What each placeholder stands for, in order."""
+        nodes = (node for node in self.graph.nodes if node.op == "placeholder")
+        return dict(zip(nodes, self.inputs, strict=True))
+
     def module(self, name: str) -> fx.GraphModule:
         """The stage as a module; it owns no parameters, all values are inputs.
 

@@ -123,19 +123,18 @@ def logit_bytes(logits: fx.Node) -> int:
 
 
 def _drop_unused(stage: StageGraph) -> None:
-    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
-    used = [(node, item) for node, item in zip(placeholders, stage.inputs, strict=True)]
-    for node, _ in used:
+    given = stage.placeholders()
+    for node in given:
         if not node.users:
             stage.graph.erase_node(node)
-    stage.inputs[:] = [item for node, item in used if node.users]
+    stage.inputs[:] = [item for node, item in given.items() if node.users]
 
 
 def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
     """Let a learn stage that takes the loss and returns the head's entry first call the head."""
     graph = learn.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    place: dict[StageInput, fx.Node] = dict(zip(learn.inputs, placeholders, strict=True))
+    place = {item: node for node, item in learn.placeholders().items()}
+    start = next(iter(graph.nodes))
     output = graph.output_node()
     entry, *results = output.args[0]  # type: ignore[misc]
     output.args = (tuple(results),)
@@ -145,7 +144,7 @@ def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
         if item == StageInput("rows", head.entry):
             return entry
         if item not in place:
-            with graph.inserting_before(placeholders[0]):
+            with graph.inserting_before(start):
                 node = graph.placeholder(item.kind if item.node is None else item.node.name)
             place[item] = node
         return place[item]

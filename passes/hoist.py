@@ -34,8 +34,8 @@ def hoist_gathers(
     (leading dimensions to add, row, batch, packed, heads).
     """
     graph = stage.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    kind_of = dict(zip(placeholders, stage.inputs, strict=True))
+    given = stage.placeholders()
+    start = next(iter(graph.nodes))
     gathers: list[tuple[StageInput, tuple[Any, ...]]] = []
     made: dict[StageInput, Any] = {}
     for node in list(graph.nodes):
@@ -45,7 +45,7 @@ def hoist_gathers(
         unsqueezed = 0
         while operand.op == "call_function" and operand.target is torch.unsqueeze:
             operand, unsqueezed = operand.args[0], unsqueezed + 1
-        source = kind_of.get(operand)
+        source = given.get(operand)
         if source is None or source.node is None or source.kind not in ("input", "value"):
             continue
         value = source.node.meta.get("example_value")
@@ -53,7 +53,7 @@ def hoist_gathers(
             continue
         key = StageInput("gathered", source.node, f"{unsqueezed},{where}")
         if key not in made:
-            with graph.inserting_before(placeholders[0]):
+            with graph.inserting_before(start):
                 made[key] = graph.placeholder(node.name)
             made[key].meta = dict(node.meta)
             gathers.append((key, (unsqueezed, *where)))
@@ -70,7 +70,7 @@ def hoist_gathers(
         if not node.users:
             graph.erase_node(node)
         else:
-            inputs.append(by_placeholder.get(node) or kind_of[node])
+            inputs.append(by_placeholder.get(node) or given[node])
     alive = set(graph.nodes)
     compact = {node: made for node, made in stage.compact.items() if made in alive}
     return StageGraph(graph, inputs, stage.outputs, stage.general, compact), gathers
@@ -78,10 +78,9 @@ def hoist_gathers(
 
 def masks_of_attentions(stage: StageGraph) -> set[StageInput]:
     """The gathered inputs of a learn stage that attentions alone read, as their masks."""
-    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
     return {
         item
-        for node, item in zip(placeholders, stage.inputs, strict=True)
+        for node, item in stage.placeholders().items()
         if item.kind == "gathered"
         and all(
             user.target is attend_rows and user.kwargs.get("mask") is node and node not in user.args
@@ -104,11 +103,10 @@ def share_masks(stage: StageGraph) -> None:
         o1 = attend_rows(q1, k1, v1, kept, mask=mask); o2 = attend_rows(..., mask=mask)
     """
     made: dict[Any, Any] = {}
-    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
-    kinds = dict(zip(placeholders, stage.inputs, strict=True))
+    given = stage.placeholders()
     for node in list(stage.graph.nodes):
         mask = node.kwargs.get("mask") if node.target is attend_rows else None
-        item = kinds.get(mask)
+        item = given.get(mask)
         if mask is None or item is None or item.node is None or item.kind != "gathered":
             continue
         if item.node.meta["example_value"].dtype != torch.bool:

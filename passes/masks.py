@@ -57,16 +57,15 @@ def use_mask_rows(stage: StageGraph, sizes: Sizes, whole: Iterable[fx.Node] = ()
     for captured, made in zip(stage.outputs, output.args[0], strict=True):  # type: ignore[arg-type]
         if isinstance(made, fx.Node) and _masks_attention(captured, sizes):
             masks.setdefault(made, [])  # of an attention that only later stages run
-    placeholders = [node for node in stage.graph.nodes if node.op == "placeholder"]
-    kinds = {node: x.kind for node, x in zip(placeholders, stage.inputs, strict=True)}
+    inputs = stage.placeholders()
     for mask, users in masks.items():
-        if kinds.get(mask) == "value":  # another stage made it, in either form
+        if mask in inputs and inputs[mask].kind == "value":  # another stage made it, in either form
             continue
         rows = _Rows(mask, sizes)
         name = f"mask_rows_{len(stage.modules)}"
         square = sizes.shape(example(mask))[-1] == sizes.tokens
         stage.modules[name] = MaskMaker(rows.module(), square)
-        with stage.graph.inserting_after(placeholders[-1] if mask in kinds else mask):
+        with stage.graph.inserting_after(list(inputs)[-1] if mask in inputs else mask):
             made = stage.graph.create_node("call_module", name, tuple(rows.leaves))
         made.meta["fxseek"] = ("masks", mask.name)
         captured = mask.meta.get("fxseek", ("", mask.name))[1]

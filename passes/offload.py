@@ -27,14 +27,13 @@ def take_from_host(learn: StageGraph) -> list[fx.Node]:
 
     Answers the captured nodes whose values must wait there, in the order of their use.
     """
-    placeholders = [node for node in learn.graph.nodes if node.op == "placeholder"]
-    items = dict(zip(placeholders, learn.inputs, strict=True))
+    given = learn.placeholders()
     found: list[fx.Node] = []
     for node in list(learn.graph.nodes):
         if node.target is not scatter_rows:
             continue
         base = node.args[0]
-        item = items.get(base)
+        item = given.get(base)
         if item is None or item.kind != "value" or item.node is None or len(base.users) > 1:
             continue
         with learn.graph.inserting_before(node):

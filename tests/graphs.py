@@ -74,7 +74,7 @@ def capture(
         for dim in dims:
             _torch.mark_dynamic(tensor, dim)
     compiled = torch.compile(function, backend=backend, fullgraph=True)
-    with _torch.capture_settings():
+    with _torch.capture_settings(captures=8):
         try:
             compiled(*tensors)
         except BackendCompilerFailed as error:

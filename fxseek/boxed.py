@@ -1,0 +1,74 @@
+"""Running a graph whose inputs come in a list, which it empties."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import fx
+
+__all__ = ["Boxed", "unpack_list"]
+
+
+class Boxed:
+    """A graph module as a function of a list: each value is let go after its last use.
+
+    The generated code of a `GraphModule` drops its own values as soon as it can, but the caller
+    holds the arguments. Here the list is emptied first, so nobody does.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        graph = fx.Graph()
+        copies = unpack_list(graph, module.graph)
+        for node in module.graph.nodes:
+            if node.op != "placeholder":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        self.run = with_source_lines(fx.GraphModule(module, graph))
+
+    def __call__(self, values: list[Any]) -> Any:
+        """What the module gives for these arguments."""
+        return self.run(values)
+
+
+def unpack_list(graph: fx.Graph, source: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Let a new graph take the placeholders of another one in a list, and empty it."""
+    values = graph.placeholder("values")
+    graph.call_method("reverse", (values,))
+    return {
+        node: graph.create_node("call_method", "pop", (values,), name=node.name)
+        for node in source.nodes
+        if node.op == "placeholder"
+    }
+
+
+def with_source_lines(module: fx.GraphModule) -> Callable[..., Any]:
+    """The module's forward; errors get a note of the node and of the model's line behind it."""
+    forward = module.forward
+    nodes = {node.name: node for node in module.graph.nodes}
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return forward(*arguments)
+        except Exception as error:
+            node = nodes.get(_assigned(error.__traceback__, forward.__code__) or "")
+            if node is not None:
+                error.add_note(f"While running {node.format_node()}")
+                if node.stack_trace:
+                    error.add_note(f"Original traceback:\n{node.stack_trace}")
+            raise
+
+    return run
+
+
+def _assigned(trace: TracebackType | None, code: Any) -> str | None:
+    """The name that the failing line of generated code assigns to."""
+    while trace is not None:
+        if trace.tb_frame.f_code is code:
+            line = linecache.getline(code.co_filename, trace.tb_lineno)
+            found = re.match(r"\s*(\w+)", line)
+            return found[1] if found else None
+        trace = trace.tb_next
+    return None
