@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from fxseek import _torch, scoring
+from fxseek.boxed import Boxed
 from fxseek.chunks import RowsRegion
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
 from fxseek.loss import selected_cross_entropy
-from fxseek.boxed import Boxed
 from fxseek.masks import MaskRows
 from fxseek.passes.ditch import StageGraph, StageInput, ditch, without_grad
 from fxseek.passes.extract import extract

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fxseek import _torch
+from fxseek.boxed import unpack_list, with_source_lines
 from fxseek.errors import GraphError
 from fxseek.passes.rematerialise import Region
 from fxseek.saved import Held, SavedBytes
@@ -38,19 +39,35 @@ class Selectively:
 
     def __init__(self, module: fx.GraphModule, regions: Iterable[Region]) -> None:
         self.module = module
-        self.whole = [_Watched(region.nodes, region.nodes, region.last) for region in regions]
-        self.narrowed: list[_Watched] | None = None
+        self.nodes = tuple(module.graph.nodes)
+        self.whole = self._plan(
+            _Watched(region.nodes, region.nodes, region.last) for region in regions
+        )
+        self.narrowed: _Plan | None = None
 
     def __call__(self, values: list[Any], exclude: Iterable[Any]) -> tuple[Any, int]:
         """The list is emptied; memory of `exclude` is not counted."""
-        with _Selective(exclude) as saved:
+        with _Selective(exclude, self.nodes) as saved:
             plain = not saved.hooked
-            watched = self.narrowed if plain and self.narrowed is not None else self.whole
-            interpreter = _Interpreter(self.module, watched, saved)
-            outputs = interpreter.boxed_run(values)
+            plan = self.narrowed if plain and self.narrowed is not None else self.whole
+            saved.regions = [_Running(watched) for watched in plan.watched]
+            outputs = plan.run(saved, values)
         if plain:
-            self.narrowed = [x.narrowed for x in interpreter.regions if x.narrowed is not None]
+            watched = [x.narrowed for x in saved.regions if x.narrowed is not None]
+            if self.narrowed is None or watched != self.narrowed.watched:
+                self.narrowed = self._plan(watched)
         return outputs, saved.total
+
+    def _plan(self, watched: Iterable[_Watched]) -> _Plan:
+        watched = list(watched)
+        return _Plan(watched, _instrumented(self.module, watched))
+
+
+class _Plan(NamedTuple):
+    """Which regions are watched, and the code that says so."""
+
+    watched: list[_Watched]
+    run: Callable[..., Any]
 
 
 class _Watched(NamedTuple):
@@ -146,8 +163,10 @@ class _Running:
 class _Selective(SavedBytes):
     """The hooks. What a region has made is noted, what nobody knows is held as it is."""
 
-    def __init__(self, exclude: Iterable[Any]) -> None:
+    def __init__(self, exclude: Iterable[Any], nodes: Sequence[fx.Node]) -> None:
         super().__init__(exclude)
+        self.nodes = nodes
+        self.regions: Sequence[_Running] = ()
         self._owners: dict[int, tuple[Any, _Running, fx.Node]] = {}
         self._kept: dict[int, Any] = {}
         self._unclear: list[_Note] | None = None
@@ -201,14 +220,22 @@ class _Selective(SavedBytes):
             return held.packed
         return super()._unpack(held)
 
-    # ---- what the interpreter says -------------------------------------------------------
+    # ---- what the stage's code says ------------------------------------------------------
+
+    def source(self, region: int, place: int, value: Any) -> None:
+        """A region reads a value from outside: that of the node at `place`."""
+        running = self.regions[region]
+        running.sources[self.nodes[place]] = value
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            running.given.add(_torch.storage_key(value))
 
     def begin(self) -> None:
         """A node of a region runs: what it saves of memory that is new may be its result."""
         self._unclear = []
 
-    def end(self, node: fx.Node, value: Any, running: _Running) -> None:
-        """A node of a region has run: new memory of its value is the node's."""
+    def end(self, region: int, place: int, value: Any) -> None:
+        """The node at `place`, of a region, has run: new memory of its value is the node's."""
+        node, running = self.nodes[place], self.regions[region]
         unclear, self._unclear = self._unclear or [], None
         key = None
         if isinstance(value, Tensor) and value.layout is torch.strided:
@@ -228,8 +255,9 @@ class _Selective(SavedBytes):
             else:
                 self._settle_as_it_is(note)
 
-    def settle(self, running: _Running) -> None:
+    def settle(self, region: int) -> None:
         """Nothing reads a region any more: decide what is kept of it."""
+        running = self.regions[region]
         for key in [key for key, (_, whose, _) in self._owners.items() if whose is running]:
             del self._owners[key]
         owners = {note.owner for note in running.notes if note.owner is not None}
@@ -386,39 +414,37 @@ def _precision(device: str) -> Callable[[], AbstractContextManager[Any]]:
     return partial(torch.autocast, device, dtype, enabled=on)
 
 
-class _Interpreter(fx.Interpreter):
-    """Runs a stage and tells the hooks of its regions."""
+def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callable[..., Any]:
+    """The stage as a function of the hooks and of a boxed list; it tells the hooks of regions.
 
-    def __init__(
-        self, module: fx.GraphModule, regions: Iterable[_Watched], saved: _Selective
-    ) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.saved = saved
-        self.running: dict[fx.Node, _Running] = {}
-        self.owners: set[fx.Node] = set()
-        self.ending: dict[fx.Node, list[_Running]] = {}
-        self.regions = [_Running(watched) for watched in regions]
-        for running in self.regions:
-            watched = running.watched
-            self.running.update(dict.fromkeys(watched.nodes, running))
-            self.owners.update(watched.owners)
-            self.ending.setdefault(watched.last, []).append(running)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
-        running = self.running.get(n)
-        if running is not None:
-            for operand in n.all_input_nodes:
-                if operand not in running.inside and operand not in running.sources:
-                    running.sources[operand] = given = self.env[operand]
-                    if isinstance(given, Tensor) and given.layout is torch.strided:
-                        running.given.add(_torch.storage_key(given))
-        if running is not None and n in self.owners:
-            self.saved.begin()
-            value = super().run_node(n)
-            self.saved.end(n, value, running)
-        else:
-            value = super().run_node(n)
-        for ended in self.ending.get(n, ()):
-            self.saved.settle(ended)
-        return value
+    Before a node of a region runs, the hooks are given what it reads from outside; if autograd may
+    save the node's memory, they are told when it starts and what it made. After the last reader of
+    a region they settle it.
+    """
+    graph = fx.Graph()
+    hooks = graph.placeholder("hooks")
+    copies = unpack_list(graph, module.graph)
+    region_of = {node: region for region, watched in enumerate(regions) for node in watched.nodes}
+    owners = {node for watched in regions for node in watched.owners}
+    ending: dict[fx.Node, list[int]] = {}
+    for region, watched in enumerate(regions):
+        ending.setdefault(watched.last, []).append(region)
+    place = {node: index for index, node in enumerate(module.graph.nodes)}
+    given: set[tuple[int, fx.Node]] = set()
+    for node in module.graph.nodes:
+        region = region_of.get(node)
+        if region is not None:
+            for operand in node.all_input_nodes:
+                if region_of.get(operand) != region and (region, operand) not in given:
+                    given.add((region, operand))
+                    args = (hooks, region, place[operand], copies[operand])
+                    graph.call_method("source", args)
+        if region is not None and node in owners:
+            graph.call_method("begin", (hooks,))
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            graph.call_method("end", (hooks, region, place[node], copies[node]))
+        elif node.op != "placeholder":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        for ended in ending.get(node, ()):
+            graph.call_method("settle", (hooks, ended))
+    return with_source_lines(fx.GraphModule(module, graph))

@@ -106,8 +106,8 @@ def share_masks(stage: StageGraph) -> None:
     given = stage.placeholders()
     for node in list(stage.graph.nodes):
         mask = node.kwargs.get("mask") if node.target is attend_rows else None
-        item = given.get(mask)
-        if mask is None or item is None or item.node is None or item.kind != "gathered":
+        item = given.get(mask) if isinstance(mask, fx.Node) else None
+        if item is None or item.node is None or item.kind != "gathered":
             continue
         if item.node.meta["example_value"].dtype != torch.bool:
             continue

@@ -267,8 +267,8 @@ def test_later_steps_look_at_fewer_nodes_and_keep_the_same():
     module: Any = compiled.recorder.programs[-1].module
     run = module.learn.run
     assert isinstance(run, Selectively)
-    assert run.narrowed and len(run.narrowed) < len(run.whole)
-    assert all(narrow.owners for narrow in run.narrowed)
+    assert run.narrowed and len(run.narrowed.watched) < len(run.whole.watched)
+    assert all(narrow.owners for narrow in run.narrowed.watched)
     assert kept[0] == kept[1] == kept[3] > kept[2]
 
 
