@@ -359,17 +359,17 @@ def without_casts(model: nn.Module) -> nn.Module:
 def double_throughout() -> Iterator[None]:
     """Inside, models that cast to float32 cast to float64: their errors are those of float64.
 
-    transformers writes these casts into norms, softmaxes, rotary tables and losses. `torch.float32`
-    and `Tensor.float` are read when the code runs, captured or not.
+    transformers writes these casts into norms, softmaxes, rotary tables and losses. The names of
+    the type and `Tensor.float` are read when the code runs, captured or not.
     """
     float32 = torch.float32
-    torch.float32 = torch.float64  # type: ignore[misc]
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     normalise._DTYPES["float"] = torch.float64
     try:
         yield
     finally:
-        torch.float32 = float32  # type: ignore[misc]
+        torch.float32 = torch.float = float32  # type: ignore[misc]
         del torch.Tensor.float
         normalise._DTYPES["float"] = float32
 
