@@ -273,7 +273,9 @@ class _Selective(SavedBytes):
                 note.packed, note.recipe, note.settled = None, recipe, True
                 self._held.discard(note)
                 recipe.notes.add(note)
+        # Recipes hold these hooks, and the hooks their regions: backward is to free note by note.
         running.sources.clear()
+        running.notes.clear()
 
     def _made_again(self, running: _Running, owners: set[fx.Node]) -> set[fx.Node]:
         """Those of the owners of saved memory that are made again: what leaves the least to keep.

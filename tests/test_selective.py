@@ -240,6 +240,43 @@ def test_a_region_is_made_once_and_let_go(monkeypatch: pytest.MonkeyPatch):
     assert not any(reference() for reference in gone)
 
 
+@pytest.mark.parametrize("always_made", [False, True])
+def test_backward_frees_what_it_is_done_with(always_made: bool, monkeypatch: pytest.MonkeyPatch):
+    """No cycle of references waits for the garbage collector: that would be memory at the peak."""
+    if always_made:
+        monkeypatch.setattr(selective, "_saves", lambda more, less: True)
+    recipes: list[weakref.ref[Any]] = []
+    init = selective._Recipe.__init__
+
+    def recorded(self: Any, *args: Any) -> None:
+        recipes.append(weakref.ref(self))
+        init(self, *args)
+
+    monkeypatch.setattr(selective._Recipe, "__init__", recorded)
+    model = fxseek.compile(tiny_llama(), 0.3, score="random")
+    alive: list[int] = []
+
+    def count(_: Tensor) -> None:
+        alive.append(sum(reference() is not None for reference in recipes))
+
+    inputs = batch(VOCAB, 2, TOKENS)
+    for _ in range(3):
+        recipes.clear()
+        loss = model(**inputs).loss
+        made = len(recipes)
+        assert made > 2
+        weight = model.get_input_embeddings().weight
+        hook = weight.register_post_accumulate_grad_hook(count)
+        gc.collect()
+        gc.disable()
+        try:
+            loss.backward()
+        finally:
+            gc.enable()
+            hook.remove()
+    assert alive == [0, 0, 0]
+
+
 def test_backward_twice_makes_it_twice(monkeypatch: pytest.MonkeyPatch):
     made = recipes(monkeypatch)
     model = fxseek.compile(tiny_llama(), 0.3, score="random")
