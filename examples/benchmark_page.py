@@ -109,7 +109,7 @@ def setting(parts: Parts, options: argparse.Namespace) -> str:
     return (
         f"### {source.name}, {options.device}\n\n"
         f"Batch {options.batch}, {options.dtype}, ratio {options.ratio}, "
-        f"fxseek's stages run by `{options.backend}`; "
+        f"fxseek's learn stage run by `{options.backend}`; "
         f"medians of {' to '.join(map(str, [*counts[:1], *counts[1:][-1:]]))} steps.\n\n"
         f"Machine: {machine}. Versions: Python {platform.python_version()}, {versions}. "
         f"Command: `{options.command}`."

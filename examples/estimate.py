@@ -1,8 +1,11 @@
-"""Which fine-tuning fits: the peak memory of a step of Llama models, as a table.
+r"""Which fine-tuning fits: the peak memory of a step of Llama models, as a table.
 
     python examples/estimate.py
     python examples/estimate.py --models Llama-3.1-8B --tunings lora,qlora --tokens 8k,128k
+    python examples/estimate.py --models Llama-3.2-3B --tunings qlora --tokens 4k --batch 2 \
+        --recompute block --prefill-chunk 2048 --device cuda
 
+Figures are GiB; each column is its own maximum, the last but two the peak of ordinary training.
 Nothing is downloaded and no GPU is needed; a row takes from half a minute to some minutes.
 """
 
@@ -45,31 +48,40 @@ def tokens_of(text: str) -> int:
 
 def row(name: str, tuning: str, tokens: str, arguments: argparse.Namespace) -> str:
     start = time.perf_counter()
-    common = {"tuning": tuning, "device": arguments.device}
-    count = tokens_of(tokens)
-    found = fxseek.estimate(llama_3(name), count, ratio=arguments.ratio, **common)
-    everything = fxseek.estimate(llama_3(name), count, ordinary=True, **common)
-    fixed = sum(found.largest[x] for x in ("parameters", "gradients", "optimiser state"))
-    cells = [fixed, found.largest["K/V"], found.largest["activations"], found.peak_bytes]
-    figures = " | ".join(f"{cell / 2**30:.1f}" for cell in [*cells, everything.peak_bytes])
+    given = {"tuning": tuning, "device": arguments.device}
+    config, count, batch = llama_3(name), tokens_of(tokens), arguments.batch
+    found = fxseek.estimate(
+        config, count, batch, arguments.ratio, **given, recompute=arguments.recompute,
+        prefill_chunk=arguments.prefill_chunk, kv=arguments.kv,
+    )  # fmt: skip
+    everything = fxseek.estimate(config, count, batch, ordinary=True, **given)
+    columns = ("parameters", "K/V", "activations", "transients")
+    cells = [found.largest[column] for column in columns]
+    cells += [found.peak_bytes, everything.peak_bytes]
+    figures = " | ".join(f"{cell / 2**30:.1f}" for cell in cells)
     seconds = time.perf_counter() - start
-    return f"| {name} | {tuning} | {tokens} | {figures} | {found.peak_stage} | {seconds:.0f} |"
+    size = f"{batch} × {tokens}"
+    return f"| {name} | {tuning} | {size} | {figures} | {found.peak_stage} | {seconds:.0f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--models", default="Llama-3.2-1B,Llama-3.1-8B")
     parser.add_argument("--tunings", default="full,lora,qlora")
-    parser.add_argument("--tokens", default="8k,32k")
+    parser.add_argument("--tokens", default="8k,32k", help="of a row (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="rows (%(default)s)")
     parser.add_argument("--ratio", type=float, default=0.1)
-    parser.add_argument("--device", default="hopper", help="cuda, hopper or cpu")
+    parser.add_argument("--device", default="hopper", help="cuda, hopper or cpu (%(default)s)")
+    parser.add_argument("--recompute", default="selective", help="or none, block (%(default)s)")
+    parser.add_argument("--prefill-chunk", type=int, help="tokens (default: all)")
+    parser.add_argument("--kv", default="device", help="or offload (%(default)s)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     transformers.logging.set_verbosity_error()
-    print("| model | tuning | tokens | weights, gradients, AdamW | K/V | activations | peak "
-          "| peak without fxseek | peak in | seconds |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| model | tuning | tokens | parameters | K/V | activations | transients | peak "
+          "| without fxseek | peak in | seconds |")  # fmt: skip
+    print("|---" * 11 + "|")
     for name in arguments.models.split(","):
         for tuning in arguments.tunings.split(","):
             for tokens in arguments.tokens.split(","):

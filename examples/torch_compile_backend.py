@@ -39,7 +39,7 @@ torch.manual_seed(0)
 model = Tagger()
 # The context score reads attention alone; a score with the gradient would need the loss inside.
 options = {"ratio": 0.25, "score": "context"}
-compiled = torch.compile(model, backend="fxseek", dynamic=True, options=options)
+compiled = torch.compile(model, backend="fxseek", dynamic=True, fullgraph=True, options=options)
 
 words, tags = torch.randint(500, (3, 90)), torch.randint(7, (3, 90))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
-from fxseek.errors import InputError
+from fxseek.errors import ConfigError, InputError
 from fxseek.pipeline import Program, build, positions_of, trains
 from fxseek.selecting import Selection
 from fxseek.stages import Learn, Scores
@@ -33,8 +33,9 @@ class StepReport:
 
     `selected`: LongTensor[batch, kept], ascending; a row keeps its ratio of its own valid tokens,
     and one that keeps fewer than another ends in -1. `weights`: FloatTensor[batch, kept], the
-    loss weight of each (0 where there is none). `scores`, `context`, `gradient`:
-    FloatTensor[batch, tokens]; the latter two are None where the score does not use them.
+    loss weight of each (0 where there is none). `valid`: BoolTensor[batch, tokens], False at
+    padding. `scores`, `context`, `gradient`: FloatTensor[batch, tokens]; the latter two are None
+    where the score does not use them.
     `full_loss`: the loss over all labelled tokens in nats, None where scoring did not compute it.
     `saved_bytes`: bytes that autograd keeps for backward, parameters and buffers excluded, shared
     memory counted once. `tokens`: tokens of a row. `step`: how many steps were run before.
@@ -44,6 +45,7 @@ class StepReport:
 
     selected: Tensor
     weights: Tensor
+    valid: Tensor
     scores: Tensor
     context: Tensor | None
     gradient: Tensor | None
@@ -182,6 +184,7 @@ def _report(
     return StepReport(
         selected=selection.selected,
         weights=selection.weights,
+        valid=scores.valid,
         scores=scores.scores,
         context=scores.context,
         gradient=scores.gradient,
@@ -205,14 +208,58 @@ def fxseek_backend(
     `options` are the fields of `fxseek.SeekConfig`. Token-shaped outputs keep their full size:
     the values of the model, with gradients at the selected tokens only. Graphs without
     gradient (under ``torch.no_grad``) run as they are. The step is reported by
-    ``fxseek.report()`` without a model.
+    ``fxseek.report()`` without a model. The options ``memory_budget_bytes``, ``loss`` and
+    ``outputs`` are `fxseek.compile`'s alone.
 
     Raises:
-        ConfigError: an option is unknown or out of range.
+        ConfigError: an option is unknown or out of range, or `fxseek.compile`'s alone.
         GraphError: the graph has no token dimension that is dynamic, or the score needs a loss
             or an attention that it does not have.
+        InputError: in a step, if Dynamo has broken the model into several graphs, each of which
+            would select other tokens.
     """
     config = SeekConfig.make(**(options or {}))
+    for name, served in (("memory_budget_bytes", None), ("loss", None), ("outputs", "full")):
+        if (given := (options or {}).get(name, served)) != served:
+            raise ConfigError(
+                f"{name}={given!r} is an option of fxseek.compile(model, ...), and not of "
+                f'torch.compile(backend="fxseek"), where outputs are always full: leave it out'
+            )
     # The step holds its recorder, which lives as long as the compiled function.
-    backend = make_backend(config, Recorder(), full_outputs=True)
-    return torch.compiler.disable(backend(gm, example_inputs))
+    step = make_backend(config, Recorder(), full_outputs=True)(gm, example_inputs)
+    return torch.compiler.disable(_whole(step) if trains(gm.graph) else step)
+
+
+_MADE = "fxseek: made by a compiled step"
+
+
+def _whole(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, which refuses what another one has made: two parts of one broken graph."""
+
+    def run(*inputs: Any) -> Any:
+        if any(isinstance(x, Tensor) and _made_by_a_step(x) for x in inputs):
+            raise InputError(
+                "the model was captured in several graphs, and each would select tokens of its "
+                "own. torch.compile(..., fullgraph=True) shows the line that breaks the graph"
+            )
+        outputs = step(*inputs)
+        for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+            if isinstance(x, Tensor) and x.grad_fn is not None:
+                x.grad_fn.metadata[_MADE] = True
+        return outputs
+
+    return run
+
+
+def _made_by_a_step(x: Tensor) -> bool:
+    """Whether autograd's graph behind a tensor holds an output of a compiled step."""
+    queue, seen = [x.grad_fn], set[Any]()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        if _MADE in node.metadata:
+            return True
+        seen.add(node)
+        queue += [function for function, _ in node.next_functions]
+    return False

@@ -111,7 +111,7 @@ class SeekCallback(TrainerCallback, ExportableState):
         if step is None or report is None or report is self._last:
             return
         self._steps, self._last = step.recorder.step, report
-        self._add("selected", (report.selected >= 0).sum() / _tokens(report))
+        self._add("selected", (report.selected >= 0).sum() / report.valid.sum())
         if report.full_loss is not None:
             self._add("full_loss", report.full_loss)
         self._add("saved_mib", report.saved_bytes / 2**20)
@@ -139,8 +139,3 @@ def _peak_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _tokens(report: StepReport) -> torch.Tensor:
-    """Tokens of the batch; padding has the score -inf."""
-    return (report.scores > float("-inf")).sum()

@@ -71,8 +71,8 @@ class SeekConfig:
         uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
             in (0, 1]. Default 0.5.
         seed: Seed of random scores and of sampling, a non-negative integer. Default 0.
-        backend: What runs the three stages: ``"eager"``, ``"aot_eager"`` or ``"inductor"``.
-            Default ``"eager"``.
+        backend: What runs the learn stage and its head: ``"eager"``, ``"aot_eager"`` or
+            ``"inductor"``; prefill and score run eagerly. Default ``"eager"``.
         recompute: What backward makes again instead of keeping it: ``"none"``; ``"selective"``,
             what follows cheaply from products (norms, activations, rotations, casts), as the
             partitioner of the compiled backends does in any case; or ``"block"``, where only keys,

@@ -125,7 +125,8 @@ def estimate(
         ordinary: estimate training on all tokens, without fxseek, instead.
         device: whose attention kernels, and whose rounding: ``"cuda"``, ``"hopper"`` (CUDA on
             compute capability 9.0 and 10.0, where cuDNN's attention comes first) or ``"cpu"``.
-        options: fields of `SeekConfig`, but for ``memory_budget_bytes``.
+        options: fields of `SeekConfig`, but for ``memory_budget_bytes``; ``backend`` must be
+            ``"eager"``.
 
     Raises:
         ConfigError: an argument is out of range or of the wrong type, or a package that it needs

@@ -79,7 +79,8 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
         batch: the arguments of a training step.
 
     Raises:
-        InputError: the model is not compiled by fxseek, or computes no loss.
+        InputError: the model is not compiled by fxseek, or with another backend than ``"eager"``,
+            or computes no loss.
         CaptureError, GraphError: as the training step would.
     """
     step = step_of(model)

@@ -190,7 +190,7 @@ class Score(nn.Module):
         elif kind == "random":
             scores = scoring.random_scores(
                 (batch, tokens), seed=config.seed, step=step, device=device
-            )
+            ).masked_fill(~valid, -torch.inf)
         else:
             if kind in ("gradient", "tokenseek"):
                 context, gradient, full_loss = self._by_gradient(frozen, valid, supervised)

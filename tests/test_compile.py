@@ -507,6 +507,40 @@ def test_the_backend_with_a_bad_option(model, inputs):
         compiled(**inputs)
 
 
+@pytest.mark.parametrize(
+    "given", [{"memory_budget_bytes": 2**30}, {"loss": max}, {"outputs": "selected"}]
+)
+def test_the_backend_refuses_what_it_would_ignore(given, model, inputs):
+    compiled = torch.compile(model, backend="fxseek", dynamic=True, options=options(given))
+    with pytest.raises(Exception, match=rf"ConfigError: {next(iter(given))}=.*leave it out"):
+        compiled(**inputs)
+
+
+class InPieces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 8)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 64)
+
+    def forward(self, ids: Tensor, breaks: bool) -> Tensor:
+        x = self.first(self.embed(ids))
+        if breaks:
+            torch._dynamo.graph_break()
+        return self.second(x.tanh())
+
+
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute")  # Dynamo's, of the second piece's input
+def test_the_backend_refuses_a_model_in_pieces(inputs):
+    model = InPieces()
+    compiled = torch.compile(
+        model, backend="fxseek", dynamic=True, options=options({"score": "random"})
+    )
+    for _ in range(2):
+        compiled(inputs["input_ids"], False).sum().backward()  # another step is not another piece
+    with pytest.raises(fxseek.InputError, match=r"in several graphs.*fullgraph=True"):
+        compiled(inputs["input_ids"], True)
+
+
 def test_the_backend_leaves_inference_alone(model, inputs):
     with torch.no_grad():
         wanted = model(**inputs).logits

@@ -273,6 +273,29 @@ def test_the_callback_logs_through_reporters(tmp_path):
     assert fxseek.report(model).timings is None
 
 
+def test_the_callback_counts_tokens_by_the_mask(tmp_path):
+    def score(given: fxseek.ScoreInputs) -> torch.Tensor:
+        rising = torch.arange(given.valid.shape[1]).expand(given.valid.shape)
+        return torch.where(rising < 5, -torch.inf, rising.float())  # valid tokens, the last choice
+
+    for kind in ("random", score):
+        model, reporter = compiled(small(), score=kind), Reporter()
+        trainer, watch = watched(model, arguments(tmp_path), train_dataset=Rows(8))
+        fxseek.SeekCallback(timings=False).attach(trainer)
+        trainer.add_callback(reporter)
+        trainer.train()
+        valid = [int(given["attention_mask"].sum()) for given in watch.batches]
+        padded = [given["attention_mask"].numel() for given in watch.batches]
+        assert valid != padded
+        shares = [
+            int((r.selected >= 0).sum()) / n for r, n in zip(watch.reports, valid, strict=True)
+        ]
+        seen = [logs["fxseek/selected"] for logs in reporter.logs if "fxseek/selected" in logs]
+        assert sum(seen) == pytest.approx(sum(shares), abs=1e-5)
+        for report in watch.reports:
+            assert torch.equal(report.valid, report.scores > -torch.inf) == (kind == "random")
+
+
 def test_the_callback_as_trainer_takes_callbacks(tmp_path):
     model = compiled(small(), score="random")
     callback = fxseek.SeekCallback(timings=False)
