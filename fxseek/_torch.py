@@ -311,9 +311,10 @@ def _settled() -> Iterator[None]:
     global _settled_by
     with _SETTLED:
         _settled_by += 1
-        if _settled_by == 1:
-            _override_dynamo()
     try:
+        with _SETTLED:
+            if not _overridden:
+                _override_dynamo()
         yield
     finally:
         with _SETTLED:
@@ -462,16 +463,18 @@ def saving_inputs_only() -> AbstractContextManager[Any]:
     return config.patch(activation_memory_budget=0.0)
 
 
-def translated(error: Exception, model: str) -> Exception:
+def translated(error: Exception, model: str) -> Exception | None:
     """An exception of Dynamo as one of fxseek's, with the reason and the user's line.
 
-    Dynamo wraps what a backend raises in `BackendCompilerFailed`; other errors (the model's own)
-    are returned as they are.
+    Dynamo wraps what a backend raises in `BackendCompilerFailed`. For other errors (the model's
+    own) None.
     """
     from fxseek.errors import CaptureError, FxseekError
 
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         inner = getattr(cause, "inner_exception", None)
         if isinstance(inner, FxseekError):
             return inner
@@ -498,4 +501,4 @@ def translated(error: Exception, model: str) -> Exception:
             "(data-dependent Python control flow, printing, calls into untraceable libraries), "
             "or keep that part out of the compiled module."
         )
-    return error
+    return None

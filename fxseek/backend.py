@@ -245,7 +245,7 @@ def _whole(step: Callable[..., Any]) -> Callable[..., Any]:
         outputs = step(*inputs)
         for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
             if isinstance(x, Tensor) and x.grad_fn is not None:
-                x.grad_fn.metadata[_MADE] = True
+                _metadata(x.grad_fn)[_MADE] = True
         return outputs
 
     return run
@@ -258,8 +258,12 @@ def _made_by_a_step(x: Tensor) -> bool:
         node = queue.pop()
         if node is None or node in seen:
             continue
-        if _MADE in node.metadata:
+        if _MADE in _metadata(node):
             return True
         seen.add(node)
         queue += [function for function, _ in node.next_functions]
     return False
+
+
+def _metadata(node: Any) -> dict[str, Any]:
+    return node.metadata  # torch's stub has a method in the place of the dictionary

@@ -60,8 +60,11 @@ def lower(
     if backend == "eager" and recompute == "none":
         return _hooked(module)
     if backend == "eager" and recompute == "selective":
-        ends = [stage.compact[cut].name for cut in structure.stream_cuts if cut in stage.compact]
-        regions = cheap_regions(module.graph, stage.inputs, ends)
+        ends, attentions = (
+            [stage.compact[node].name for node in nodes if node in stage.compact]
+            for nodes in (structure.stream_cuts, structure.attentions)
+        )
+        regions = cheap_regions(module.graph, stage.inputs, ends, attentions)
         return Selectively(module, regions)
     module = segment(module, stage, block_inputs(structure))
     alike: dict[Any, Callable[..., Any]] = {}

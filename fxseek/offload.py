@@ -7,6 +7,7 @@ stream of their own, and the neighbours of what is taken are fetched ahead of th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,7 @@ class HostTensor:
 
     def __init__(self, tensor: Tensor) -> None:
         self.device = tensor.device
-        self.order: Sequence[HostTensor] = ()
+        self.order: Sequence[weakref.ref[HostTensor]] = ()
         self.place = 0
         self._taken_in: set[bool] = set()
         self._fetched: tuple[Tensor, torch.Event] | None = None
@@ -54,8 +55,9 @@ class HostTensor:
         tensor.record_stream(stream)  # its memory is the other stream's
         step = -1 if backward else 1
         for place in range(self.place + step, self.place + step * (_AHEAD + 1), step):
-            if 0 <= place < len(self.order) and backward not in self.order[place]._taken_in:
-                self.order[place]._start()
+            value = self.order[place]() if 0 <= place < len(self.order) else None
+            if value is not None and backward not in value._taken_in:
+                value._start()
         return tensor
 
     def _start(self) -> None:
@@ -86,8 +88,9 @@ def to_host(tensor: Tensor) -> HostTensor:
 
 def link(values: Sequence[HostTensor]) -> None:
     """Tell each value the order in which the learn stage takes them."""
+    order = [weakref.ref(value) for value in values]  # each lives for as long as it is wanted
     for place, value in enumerate(values):
-        value.order, value.place = values, place
+        value.order, value.place = order, place
 
 
 def to_device(value: HostTensor | Tensor) -> Tensor:

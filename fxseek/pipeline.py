@@ -263,9 +263,7 @@ def _prefill(program: Program) -> None:
         assert program.facts is not None
         chunk_tokens(program.prefill, program.graph, program.facts, program.config.prefill_chunk)
     use_mask_rows(program.prefill, sizes, whole=_read_whole(program))
-    for stage in (program.prefill, score.block):
-        if stage is not None:
-            merge_adapters(stage.graph)
+    merge_adapters(program.prefill.graph)  # the score's block would keep the merged weights
     send_to_host(program.prefill, [node for node in program.on_host if node not in scored])
 
 

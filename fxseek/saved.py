@@ -65,7 +65,10 @@ class SavedBytes:
     def _unpack(self, held: Held) -> Tensor:
         if self._outer is not None:
             return self._outer[1](held.packed)
-        # autograd leaves this check, which is its own, to the hooks
+        return self._unchanged(held)
+
+    def _unchanged(self, held: Held) -> Tensor:
+        """What is held, if nobody wrote to it: autograd leaves this check to the hooks."""
         if _torch.version(held.packed) != held.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
@@ -87,4 +90,5 @@ class SavedBytes:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hooks.__exit__(kind, value, trace)
+        hooks, self._hooks = self._hooks, None  # they hold this object
+        hooks.__exit__(kind, value, trace)

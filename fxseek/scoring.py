@@ -138,6 +138,7 @@ def attention_column_sums(
             # sum_i shares_i · exponentials_ij over heads and rows, as one product per batch row
             shares = shares.flatten(1).unsqueeze(1)
             sums[b, :reach] += (shares @ exponentials.flatten(1, 2)).squeeze(1)
+            del logits, exponentials  # the next chunk's take their place
     return sums / heads
 
 

@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from fxseek import _torch
 from fxseek.boxed import unpack_list, with_source_lines
 from fxseek.errors import GraphError
+from fxseek.passes.facts import tensors_of
 from fxseek.passes.rematerialise import Region
 from fxseek.saved import Held, SavedBytes
 
@@ -50,12 +51,10 @@ class Selectively:
         with _Selective(exclude, self.nodes) as saved:
             plain = not saved.hooked
             plan = self.narrowed if plain and self.narrowed is not None else self.whole
-            saved.regions = [_Running(watched) for watched in plan.watched]
+            regions = saved.regions = [_Running(watched) for watched in plan.watched]
             outputs = plan.run(saved, values)
-        if plain:
-            watched = [x.narrowed for x in saved.regions if x.narrowed is not None]
-            if self.narrowed is None or watched != self.narrowed.watched:
-                self.narrowed = self._plan(watched)
+        if plain and self.narrowed is None:
+            self.narrowed = self._plan(x.narrowed for x in regions if x.narrowed is not None)
         return outputs, saved.total
 
     def _plan(self, watched: Iterable[_Watched]) -> _Plan:
@@ -134,7 +133,7 @@ class _Running:
     def __init__(self, watched: _Watched) -> None:
         self.watched = watched
         self.narrowed: _Watched | None = None
-        """What to watch of it from now on; None where it is not worth it."""
+        """What to watch of it from now on; None where autograd saves nothing of it."""
         self.inside = set(watched.nodes)
         self.sources: dict[fx.Node, Any] = {}
         self.given: set[int] = set()
@@ -190,6 +189,12 @@ class _Selective(SavedBytes):
             self._settle_as_it_is(note)
         return note
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        # Autograd holds these hooks until it has asked for the last tensor, and then nobody.
+        self.regions, self._unclear = (), None
+        self._owners.clear()
+
     @property
     def hooked(self) -> bool:
         """Whether the caller has hooks of his own."""
@@ -217,7 +222,7 @@ class _Selective(SavedBytes):
         if isinstance(held, _Note) and held.recipe is not None:
             return held.recipe.tensor(held)
         if isinstance(held, _Note) and not held.settled:  # a backward within the stage
-            return held.packed
+            return self._unchanged(held)
         return super()._unpack(held)
 
     # ---- what the stage's code says ------------------------------------------------------
@@ -226,8 +231,9 @@ class _Selective(SavedBytes):
         """A region reads a value from outside: that of the node at `place`."""
         running = self.regions[region]
         running.sources[self.nodes[place]] = value
-        if isinstance(value, Tensor) and value.layout is torch.strided:
-            running.given.add(_torch.storage_key(value))
+        running.given.update(
+            _torch.storage_key(x) for x in tensors_of(value) if x.layout is torch.strided
+        )
 
     def begin(self) -> None:
         """A node of a region runs: what it saves of memory that is new may be its result."""
@@ -241,8 +247,9 @@ class _Selective(SavedBytes):
         if isinstance(value, Tensor) and value.layout is torch.strided:
             key = _torch.storage_key(value)
             if not (key in self._owners or key in running.given or self._is_kept(key)):
-                gone = weakref.ref(value.untyped_storage(), lambda _: self._owners.pop(key, None))
-                self._owners[key] = (gone, running, node)
+                owners = self._owners
+                gone = weakref.ref(value.untyped_storage(), lambda _: owners.pop(key, None))
+                owners[key] = (gone, running, node)
                 running.layouts[node] = _Layout.of(value)
         for note in unclear:
             if (
@@ -263,8 +270,9 @@ class _Selective(SavedBytes):
         owners = {note.owner for note in running.notes if note.owner is not None}
         dropped = self._made_again(running, owners) if owners else set()
         recipe = None
-        if dropped:
+        if owners:
             running.narrowed = running.watched.narrow(owners)
+        if dropped:
             recipe = self._recipe(running, dropped, owners - dropped)
         for note in running.notes:
             if recipe is None or note.owner not in dropped:
@@ -273,7 +281,6 @@ class _Selective(SavedBytes):
                 note.packed, note.recipe, note.settled = None, recipe, True
                 self._held.discard(note)
                 recipe.notes.add(note)
-        # Recipes hold these hooks, and the hooks their regions: backward is to free note by note.
         running.sources.clear()
         running.notes.clear()
 
@@ -297,11 +304,10 @@ class _Selective(SavedBytes):
 
     def _cost(self, running: _Running, sources: set[fx.Node]) -> int:
         """Bytes of the sources that are not kept anyway."""
-        values = (running.sources[node] for node in sources)
         storages = {
             _torch.storage_key(x): x.untyped_storage().nbytes()
-            for x in values
-            if isinstance(x, Tensor)
+            for node in sources
+            for x in tensors_of(running.sources[node])
         }
         return sum(nbytes for key, nbytes in storages.items() if not self._is_kept(key))
 
@@ -309,9 +315,10 @@ class _Selective(SavedBytes):
         """Whether hooks of the caller, which may copy, give back what lies in memory as it did."""
         if not self.hooked:
             return True
-        values = (running.sources.get(node, running.layouts.get(node)) for node in read)
-        layouts = (_Layout.of(x) if isinstance(x, Tensor) else x for x in values)
-        return all(x.copies_alike() for x in layouts if isinstance(x, _Layout))
+        sources = (x for node in read for x in tensors_of(running.sources.get(node)))
+        layouts = [_Layout.of(x) for x in sources]
+        layouts += [running.layouts[node] for node in read if node in running.layouts]
+        return all(layout.copies_alike() for layout in layouts)
 
     def _recipe(self, running: _Running, made: set[fx.Node], kept: set[fx.Node]) -> _Recipe:
         """How to make some nodes of a region's sources, and of those of its own that are kept."""
@@ -333,6 +340,9 @@ class _Selective(SavedBytes):
 
     def _source(self, value: Any) -> Callable[[], Any]:
         """Hold what a region is made of; a function that gives it back."""
+        if isinstance(value, (list, tuple)):
+            parts, kind = [self._source(x) for x in value], type(value)
+            return lambda: kind(part() for part in parts)
         if not isinstance(value, Tensor):
             return lambda: value
         held, layout = self._hold(value), _Layout.of(value)
@@ -368,7 +378,14 @@ class _Recipe:
         self.notes: weakref.WeakSet[_Note] = weakref.WeakSet()
         self.made: dict[fx.Node, Tensor] = {}
         self.waiting: dict[fx.Node, set[int]] = {}
-        self.lock = threading.Lock()  # two threads may go back through one graph
+        # Two threads may go back through one graph; a source may be asked for by running the
+        # step again, as a checkpoint around the model does, which goes back through it too.
+        self.lock = threading.RLock()
+        self.done: dict[fx.Node, list[fx.Node]] = {}
+        """Which values a node is the last to read."""
+        last = {x: node for node in nodes for x in node.all_input_nodes}
+        for x, node in last.items():
+            self.done.setdefault(node, []).append(x)
 
     def tensor(self, note: _Note) -> Tensor:
         """The saved tensor, made with all others of the region where it is the first."""
@@ -386,19 +403,19 @@ class _Recipe:
 
     def _make(self) -> None:
         values = {node: given() for node, given in self.sources.items()}
-        with torch.no_grad(), self.precision():
-            for node in self.nodes:
-                args = map_arg(node.args, values.__getitem__)
-                kwargs = map_arg(node.kwargs, values.__getitem__)
-                target: Any = node.target
-                if node.op == "call_method":
-                    target, args = getattr(args[0], str(node.target)), args[1:]
-                values[node] = target(*args, **kwargs)
-        self.waiting = {}
+        waiting: dict[fx.Node, set[int]] = {}
         for note in self.notes:
             assert note.owner is not None
-            self.waiting.setdefault(note.owner, set()).add(id(note))
-        self.made = {node: values[node] for node in self.nodes if node in self.waiting}
+            waiting.setdefault(note.owner, set()).add(id(note))
+        made: dict[fx.Node, Tensor] = {}
+        with torch.no_grad(), self.precision():
+            for node in self.nodes:
+                values[node] = self._run(node, values)
+                if node in waiting:
+                    made[node] = values[node]
+                for x in self.done.get(node, ()):
+                    del values[x]
+        self.made, self.waiting = made, waiting
         for node, value in self.made.items():
             if _Layout.of(value) != self.layouts[node]:
                 raise GraphError(
@@ -406,6 +423,14 @@ class _Recipe:
                     "This is a defect of fxseek: please report it with the model's configuration, "
                     "and use recompute='none' or 'block' meanwhile."
                 )
+
+    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        args = map_arg(node.args, values.__getitem__)
+        kwargs = map_arg(node.kwargs, values.__getitem__)
+        target: Any = node.target
+        if node.op == "call_method":
+            target, args = getattr(args[0], str(node.target)), args[1:]
+        return target(*args, **kwargs)
 
 
 def _precision(device: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -433,6 +458,11 @@ def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callab
         ending.setdefault(watched.last, []).append(region)
     place = {node: index for index, node in enumerate(module.graph.nodes)}
     given: set[tuple[int, fx.Node]] = set()
+
+    def settle(last: fx.Node) -> None:
+        for region in ending.get(last, ()):
+            graph.call_method("settle", (hooks, region))
+
     for node in module.graph.nodes:
         region = region_of.get(node)
         if region is not None:
@@ -441,12 +471,14 @@ def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callab
                     given.add((region, operand))
                     args = (hooks, region, place[operand], copies[operand])
                     graph.call_method("source", args)
+        if node.op == "output":  # nothing runs after it
+            settle(node)
         if region is not None and node in owners:
             graph.call_method("begin", (hooks,))
             copies[node] = graph.node_copy(node, copies.__getitem__)
             graph.call_method("end", (hooks, region, place[node], copies[node]))
         elif node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        for ended in ending.get(node, ()):
-            graph.call_method("settle", (hooks, ended))
+        if node.op != "output":
+            settle(node)
     return with_source_lines(fx.GraphModule(module, graph))

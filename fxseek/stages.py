@@ -370,10 +370,11 @@ class Score(nn.Module):
             with torch.enable_grad():
                 (part,) = self.head(values)
             parts = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
-            for slope, found in zip(slopes, parts, strict=True):
-                if found is not None:
-                    slope += found
+            for index, slope in enumerate(slopes):
+                if parts[index] is not None:
+                    slope += parts[index]
             loss += part.detach()
+            del part, parts  # gradients as large as all tokens
         return slopes, loss.to(torch.promote_types(slopes[0].dtype, torch.float32))
 
 

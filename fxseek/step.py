@@ -370,7 +370,13 @@ class SeekStep:
                 "shows what; keep it constant, or call torch._dynamo.reset()."
             ) from error
         except Exception as error:
-            raise _torch.translated(error, type(self.model).__name__) from error
+            told = _torch.translated(error, type(self.model).__name__)
+            try:
+                if told is None:
+                    raise
+                raise told from error
+            finally:
+                del told  # its traceback holds this frame
         if self.config.loss is None:
             return result
         loss, outputs = result

@@ -10,7 +10,8 @@ After::
 
     z = linear_merged(x, w, None, ((down, up, 2.0),))      # linear(x, w + 2.0 * up @ down)
 
-For stages that need no gradient of the adapter: the prefill, and the last block in scoring.
+For a stage without gradient, the prefill: in the last block of scoring autograd would keep the
+merged weights.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ After, with x, h and u saved::
     norm | linear | silu, mul | linear      # {norm} is made again from x, {silu, mul} from h and u
 
 A region is what follows from a few values without any product: norms, activations, rotations,
-casts, layout. Regions end at products, attentions and draws, and where the residual stream is all
-that goes on. Whether making one again saves memory is known when it is run: `fxseek.selective`.
+casts, layout. Regions end at products, attentions and draws, where the residual stream is all that
+goes on, and at the next attention where something else goes on too. Whether making one again saves
+memory is known when it is run: `fxseek.selective`.
 """
 
 from __future__ import annotations
@@ -36,15 +37,22 @@ class Region:
 
 
 def cheap_regions(
-    graph: fx.Graph, inputs: Iterable[StageInput], cuts: Iterable[str]
+    graph: fx.Graph,
+    inputs: Iterable[StageInput],
+    cuts: Iterable[str],
+    attentions: Iterable[str] = (),
 ) -> list[Region]:
-    """The regions of a stage that carry gradient; none goes on past the nodes named `cuts`."""
+    """The regions of a stage that carry gradient.
+
+    None goes on past the nodes named `cuts`, nor from one side of an attention to the other.
+    """
     order = {node: index for index, node in enumerate(graph.nodes)}
     in_autocast = regions(graph)  # which would have to be entered again
     ends = set(cuts)
     carrying: set[fx.Node] = set()
     given = iter(inputs)
     between = nx.Graph()
+    depths = _depths(graph, set(attentions))
     for node in graph.nodes:
         if node.op == "placeholder":
             item = next(given)
@@ -59,13 +67,33 @@ def cheap_regions(
         if found is None or not found.cheap or node.name in ends or node in in_autocast:
             continue
         between.add_node(node)
-        between.add_edges_from((node, x) for x in node.all_input_nodes if x in between)
+        between.add_edges_from(
+            (node, x) for x in node.all_input_nodes if x in between and depths[x] == depths[node]
+        )
     found_regions = []
     for component in nx.connected_components(between):
         nodes = tuple(sorted(component, key=order.__getitem__))
         readers = [user for node in nodes for user in node.users]
         found_regions.append(Region(nodes, max([*nodes, *readers], key=order.__getitem__)))
     return found_regions
+
+
+def _depths(graph: fx.Graph, attentions: set[str]) -> dict[fx.Node, int]:
+    """How many attentions lie before each node, on the way that has most of them.
+
+    An attention that is spelled out (a softmax) lies before what its product makes.
+    """
+    depths: dict[fx.Node, int] = {}
+    pending: dict[fx.Node, bool] = {}
+    for node in graph.nodes:
+        depth = max((depths[x] for x in node.all_input_nodes), default=0)
+        attends = node.name in attentions or any(
+            pending[x] and depths[x] == depth for x in node.all_input_nodes
+        )
+        found = find_rule(node)
+        pending[node] = attends and found is not None and found.cheap
+        depths[node] = depth + (attends and not pending[node])
+    return depths
 
 
 __all__ = ["Region", "cheap_regions"]

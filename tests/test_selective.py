@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -265,7 +266,7 @@ def test_backward_frees_what_it_is_done_with(always_made: bool, monkeypatch: pyt
         loss = model(**inputs).loss
         made = len(recipes)
         assert made > 2
-        weight = model.get_input_embeddings().weight
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
         hook = weight.register_post_accumulate_grad_hook(count)
         gc.collect()
         gc.disable()
@@ -355,6 +356,122 @@ def test_a_checkpoint_around_the_model_would_draw_others(options: dict[str, Any]
 
     with pytest.raises(fxseek.InputError, match=r"again in backward.*outside of torch.utils"):
         checkpoint(call, anchor, use_reentrant=reentrant).backward()  # type: ignore[union-attr]
+
+
+class Gates(nn.Module):
+    """Returns what a cheap operation has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.embed(input_ids))
+        gates = torch.sigmoid(logits)
+        loss = F.cross_entropy((logits * gates).flatten(0, 1), labels.flatten())
+        return {"loss": loss, "gates": gates}
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+def test_outputs_of_a_region(warm: int, always: None):
+    """A region that ends in an output is settled; what a caller writes there is not read."""
+    ids = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids.roll(-1, 1)}
+    found = []
+    for recompute in ("none", "selective"):
+        torch.manual_seed(0)
+        model = fxseek.compile(
+            Gates(), 0.3, score="random", outputs="selected", recompute=recompute
+        )
+        for _ in range(warm):
+            model(**inputs)["loss"].backward()
+        model.zero_grad()
+        out = model(**inputs)
+        if recompute == "selective":
+            with torch.no_grad():
+                out["gates"].zero_()
+        out["loss"].backward()
+        found.append(dict(_gradients(model)))
+    assert_same(*found)
+
+
+class FromTheStart(nn.Module):
+    """Each block reads the embeddings too, so the stream is never all that goes on."""
+
+    def __init__(self, depth: int = 4, width: int = 16) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, width), nn.Linear(width, VOCAB)
+        self.mix = nn.Parameter(torch.rand(depth, 2))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        first = x = self.embed(input_ids)
+        for mix, qkv in zip(self.mix, self.qkv, strict=True):
+            x = mix[0] * x + mix[1] * first
+            q, k, v = qkv(F.rms_norm(x, x.shape[-1:])).chunk(3, -1)
+            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        logits = self.head(x)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def test_regions_end_at_the_next_attention():
+    ids = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids.roll(-1, 1)}
+    found, saved = [], []
+    for recompute in ("none", "selective"):
+        torch.manual_seed(0)
+        model = fxseek.compile(FromTheStart(), 0.3, score="random", recompute=recompute)
+        model(**inputs)["loss"].backward()
+        saved.append(fxseek.report(model).saved_bytes)
+        found.append(dict(_gradients(model)))
+    assert_same(*found)
+    assert saved[1] < saved[0]
+    compiled = step_of(model)
+    assert compiled is not None
+    module: Any = compiled.recorder.programs[-1].module
+    regions = [watched.nodes for watched in module.learn.run.whole.watched]
+    norms = [sum("rms_norm" in node.name for node in region) for region in regions]
+    assert sorted(norms, reverse=True)[:4] == [1, 1, 1, 1]
+
+
+class Gated(nn.Module):
+    """Takes the items of a tuple that a costly operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, 8), nn.Linear(3, VOCAB)
+        self.gate = nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        best, _ = torch.topk(torch.softmax(self.gate(self.embed(input_ids)), -1), 3)
+        logits = self.head((best / best.sum(-1, keepdim=True)).tanh())
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+@pytest.mark.parametrize("always_made", [False, True])
+def test_items_of_a_tuple(always_made: bool, monkeypatch: pytest.MonkeyPatch):
+    if always_made:
+        monkeypatch.setattr(selective, "_saves", lambda more, less: True)
+    ids = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids.roll(-1, 1)}
+    found, packed = [], []
+
+    def pack(x: Tensor) -> Tensor:
+        packed.append(x)
+        return x
+
+    for recompute in ("none", "selective", "hooked"):
+        torch.manual_seed(0)
+        kind = "selective" if recompute == "hooked" else recompute
+        model = fxseek.compile(Gated(), 0.3, score="random", recompute=kind)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        with hooks if recompute == "hooked" else nullcontext():
+            loss = model(**inputs)["loss"]
+        loss.backward()
+        found.append(dict(_gradients(model)))
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+    assert packed and all(isinstance(x, Tensor) for x in packed)
 
 
 class Aliased(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxseek
 from fxseek.backend import Recorder
+from fxseek.offload import HostTensor
+from fxseek.saved import Held, SavedBytes
 from fxseek.step import step_of
 
 VOCAB, TOKENS, HEADS = 211, 67, 3
@@ -140,6 +143,62 @@ def test_prefill_values_are_gone_after_the_step():
         del loss
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"recompute": "none"}, {"recompute": "selective"}, {"recompute": "block"},
+     {"recompute": "block", "kv": "offload"}],
+)  # fmt: skip
+def test_nothing_of_a_step_waits_for_the_garbage_collector(options, monkeypatch):
+    made: list[weakref.ref[Any]] = []
+    for cls in (HostTensor, SavedBytes, Held):
+
+        def init(self: Any, *args: Any, before: Any = cls.__init__, **kwargs: Any) -> None:
+            made.append(weakref.ref(self))
+            before(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "__init__", init)
+    model = fxseek.compile(TinyDecoder(LARGE).train(), 0.1, **options)
+    inputs = batch(VOCAB, tokens=TOKENS)
+    model(**inputs)["loss"].backward()
+    gc.collect()
+    made.clear()
+    gc.disable()
+    try:
+        model(**inputs)["loss"].backward()
+        assert made
+        assert not [ref() for ref in made if ref() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_step_that_fails_leaves_nothing():
+    """A caller who catches the error and tries a smaller batch has the memory back."""
+    fails = [False]
+
+    def score(given: fxseek.ScoreInputs) -> Tensor:
+        if fails[0]:
+            held.append(weakref.ref(given.valid))
+            raise RuntimeError("out of memory")
+        return given.valid.float()
+
+    held: list[weakref.ref[Tensor]] = []
+    model = fxseek.compile(TinyDecoder(LARGE).train(), 0.1, score=score)
+    inputs = batch(VOCAB, tokens=TOKENS)
+    model(**inputs)["loss"].backward()
+    fails[0] = True
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(RuntimeError):
+            model(**inputs)
+        assert held
+        assert held[0]() is None
+    finally:
+        gc.enable()
+    fails[0] = False
+    model(**inputs)["loss"].backward()
 
 
 def test_the_program_reads_as_the_method():
