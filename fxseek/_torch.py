@@ -28,6 +28,8 @@ _Chunk = TypeVar("_Chunk")
 CaptureFailure = TorchDynamoException
 CapturedTooOften = FailOnRecompileLimitHit
 
+_RESUMED = "torch_dynamo_resume_in_"  # how Dynamo names the rest of a function behind a break
+
 
 def size_expression(size: int | torch.SymInt) -> sympy.Expr:
     """The sympy expression of one dimension (a plain int gives a sympy Integer).
@@ -463,6 +465,25 @@ def saving_inputs_only() -> AbstractContextManager[Any]:
     return config.patch(activation_memory_budget=0.0)
 
 
+def continues(graph: fx.Graph) -> bool:
+    """Whether Dynamo captured the graph behind a break, in the middle of a function.
+
+    Nothing but the name of the function that Dynamo resumes in, in the nodes' traces, tells.
+    """
+    return any(f"in {_RESUMED}" in (node.stack_trace or "") for node in graph.nodes)
+
+
+def splits_for_ddp() -> bool:
+    """Whether the graph is a part of one that Dynamo splits at a DistributedDataParallel's buckets.
+
+    The wrapper that is running, which Dynamo asks for too, is public nowhere.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    optimising = torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
+    return optimising and DistributedDataParallel._get_active_ddp_module() is not None
+
+
 def translated(error: Exception, model: str) -> Exception | None:
     """An exception of Dynamo as one of fxseek's, with the reason and the user's line.
 
@@ -477,6 +498,7 @@ def translated(error: Exception, model: str) -> Exception | None:
         seen.add(id(cause))
         inner = getattr(cause, "inner_exception", None)
         if isinstance(inner, FxseekError):
+            vars(cause).pop("inner_exception", None)  # each would hold the other
             return inner
         if isinstance(cause, FxseekError):
             return cause

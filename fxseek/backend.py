@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
-from fxseek.errors import ConfigError, InputError
+from fxseek.errors import ConfigError, GraphError, InputError
 from fxseek.pipeline import Program, build, positions_of, trains
 from fxseek.selecting import Selection
 from fxseek.stages import Learn, Scores
@@ -214,30 +214,45 @@ def fxseek_backend(
     Raises:
         ConfigError: an option is unknown or out of range, or `fxseek.compile`'s alone.
         GraphError: the graph has no token dimension that is dynamic, or the score needs a loss
-            or an attention that it does not have.
+            or an attention that it does not have; or DistributedDataParallel splits the model.
         InputError: in a step, if Dynamo has broken the model into several graphs, each of which
             would select other tokens.
     """
     config = SeekConfig.make(**(options or {}))
-    for name, served in (("memory_budget_bytes", None), ("loss", None), ("outputs", "full")):
-        if (given := (options or {}).get(name, served)) != served:
+    for name, served in (
+        ("memory_budget_bytes", (None,)),
+        ("loss", (None,)),
+        ("outputs", ("loss", "full")),
+    ):
+        if (given := getattr(config, name)) not in served:
             raise ConfigError(
                 f"{name}={given!r} is an option of fxseek.compile(model, ...), and not of "
                 f'torch.compile(backend="fxseek"), where outputs are always full: leave it out'
             )
+    if trains(gm.graph) and _torch.splits_for_ddp():
+        raise GraphError(
+            "DistributedDataParallel lets Dynamo split the model at its buckets, and each part "
+            "would select tokens of its own. Set torch._dynamo.config.optimize_ddp = False, or use "
+            "fxseek.compile(model) in the place of torch.compile"
+        )
     # The step holds its recorder, which lives as long as the compiled function.
     step = make_backend(config, Recorder(), full_outputs=True)(gm, example_inputs)
-    return torch.compiler.disable(_whole(step) if trains(gm.graph) else step)
+    if trains(gm.graph):
+        step = _part(step, continues=_torch.continues(gm.graph))
+    return torch.compiler.disable(step)
 
 
 _MADE = "fxseek: made by a compiled step"
 
 
-def _whole(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step, which refuses what another one has made: two parts of one broken graph."""
+def _part(step: Callable[..., Any], continues: bool) -> Callable[..., Any]:
+    """The step of a graph that may be one of several, into which Dynamo has broken a function.
+
+    One that `continues` behind a break refuses what the step before the break has made.
+    """
 
     def run(*inputs: Any) -> Any:
-        if any(isinstance(x, Tensor) and _made_by_a_step(x) for x in inputs):
+        if continues and _made_by_a_step(inputs):
             raise InputError(
                 "the model was captured in several graphs, and each would select tokens of its "
                 "own. torch.compile(..., fullgraph=True) shows the line that breaks the graph"
@@ -251,9 +266,9 @@ def _whole(step: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _made_by_a_step(x: Tensor) -> bool:
-    """Whether autograd's graph behind a tensor holds an output of a compiled step."""
-    queue, seen = [x.grad_fn], set[Any]()
+def _made_by_a_step(values: Sequence[Any]) -> bool:
+    """Whether autograd's graph behind the tensors holds an output of a compiled step."""
+    queue, seen = [x.grad_fn for x in values if isinstance(x, Tensor)], set[Any]()
     while queue:
         node = queue.pop()
         if node is None or node in seen:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
-from fxseek.loss import cross_entropy_slope, mean_of_parts
+from fxseek.loss import Scratch, cross_entropy_slope, mean_of_parts
 from fxseek.lowering import piece
 from fxseek.passes.facts import Rows
 from fxseek.passes.head import Head
@@ -71,7 +71,9 @@ class ChunkedHead(nn.Module):
             ignore_index=self.head.ignore_index,
         )
 
-    def slope(self, rows: Tensor, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def slope(
+        self, rows: Tensor, arguments: Sequence[Any], scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
         """∂ sum of the losses / ∂ `rows`, and that sum, for weights of 0 and 1.
 
         The arguments are the head's inputs, `rows` among them; their logits must fit a chunk.
@@ -86,6 +88,7 @@ class ChunkedHead(nn.Module):
                 arguments[self.weights_at],
                 ignore_index=self.head.ignore_index,
                 label_smoothing=self.head.label_smoothing,
+                scratch=scratch,
             )
         del logits
         (slope,) = torch.autograd.grad(edge, rows, found)

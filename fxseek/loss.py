@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "Scratch",
     "cross_entropy_parts",
     "cross_entropy_slope",
     "mean_of_parts",
@@ -40,6 +41,20 @@ def cross_entropy_parts(
     return weighted.sum(), (target != ignore_index).sum()
 
 
+class Scratch:
+    """Memory that chunks use one after the other: the host would map new pages for each."""
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+
+    def like(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape, of any values, in the place of the one before."""
+        memory, count = self.memory, x.numel()
+        if memory is None or memory.numel() < count or memory.dtype != dtype:
+            self.memory = memory = x.new_empty(count, dtype=dtype)
+        return memory[:count].view(x.shape)
+
+
 def cross_entropy_slope(
     logits: Tensor,
     target: Tensor,
@@ -47,10 +62,12 @@ def cross_entropy_slope(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    scratch: Scratch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """∂ sum of the cross-entropies / ∂ logits, and that sum, for weights of 0 and 1.
 
     In two tensors of the logits' size, these among them, and two passes less than autograd takes.
+    The slope may lie in `scratch`, until that is asked again.
 
     Shapes: as `cross_entropy_parts` has them → the logits' shape, scalar.
     """
@@ -58,7 +75,8 @@ def cross_entropy_slope(
     without = (target == ignore_index) | (weights.reshape(target.shape) == 0)
     index = target.masked_fill(without, 0).long().unsqueeze(classes)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    slope = torch.log_softmax(logits, classes, dtype=dtype)
+    out = None if scratch is None else scratch.like(logits, dtype)
+    slope = torch.log_softmax(logits, classes, dtype=dtype, out=out)
     losses = slope.gather(classes, index).squeeze(classes).neg_()
     if label_smoothing:
         spread = slope.mean(classes).mul_(label_smoothing)

@@ -53,12 +53,16 @@ class HostTensor:
         stream = torch.accelerator.current_stream(self.device)
         stream.wait_event(event)
         tensor.record_stream(stream)  # its memory is the other stream's
-        step = -1 if backward else 1
-        for place in range(self.place + step, self.place + step * (_AHEAD + 1), step):
-            value = self.order[place]() if 0 <= place < len(self.order) else None
-            if value is not None and backward not in value._taken_in:
-                value._start()
+        for value in self.next(backward):
+            value._start()
         return tensor
+
+    def next(self, backward: bool) -> list[HostTensor]:
+        """Those that will be asked for next and have not been, as far as they are still wanted."""
+        step = -1 if backward else 1
+        places = range(self.place + step, self.place + step * (_AHEAD + 1), step)
+        values = [self.order[place]() for place in places if 0 <= place < len(self.order)]
+        return [x for x in values if x is not None and backward not in x._taken_in]
 
     def _start(self) -> None:
         if self._fetched is not None or self._written is None:

@@ -20,6 +20,7 @@ from fxseek.chunks import RowsRegion
 from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
 from fxseek.head import ChunkedHead, chunks_of
+from fxseek.loss import Scratch
 from fxseek.lowering import Run
 from fxseek.masks import MaskRows
 from fxseek.offload import HostTensor, link
@@ -316,6 +317,7 @@ class Score(nn.Module):
         slope = torch.zeros_like(entry)
         loss = torch.zeros((), dtype=_torch.widest(entry.device), device=entry.device)
         places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        scratch = Scratch()
         for chunk in _torch.few(self.chunked.chunks(*kept.shape), kept):
             stage = selecting.Selection(kept[:, chunk], weights[:, chunk])
             rows = gather_rows(entry, places[:, chunk], *head.rows.where).requires_grad_()
@@ -327,7 +329,7 @@ class Score(nn.Module):
                     values.append(getattr(stage, item.kind))
                 else:
                     values.append(read(item.node))
-            found, part = self.chunked.slope(rows, values)
+            found, part = self.chunked.slope(rows, values, scratch)
             put_rows_(slope, found / total, places[:, chunk], *head.rows.where)
             loss += part / total
         return slope, loss

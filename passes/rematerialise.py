@@ -79,20 +79,11 @@ def cheap_regions(
 
 
 def _depths(graph: fx.Graph, attentions: set[str]) -> dict[fx.Node, int]:
-    """How many attentions lie before each node, on the way that has most of them.
-
-    An attention that is spelled out (a softmax) lies before what its product makes.
-    """
+    """How many attentions lie on the way to each node that has most of them."""
     depths: dict[fx.Node, int] = {}
-    pending: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         depth = max((depths[x] for x in node.all_input_nodes), default=0)
-        attends = node.name in attentions or any(
-            pending[x] and depths[x] == depth for x in node.all_input_nodes
-        )
-        found = find_rule(node)
-        pending[node] = attends and found is not None and found.cheap
-        depths[node] = depth + (attends and not pending[node])
+        depths[node] = depth + (node.name in attentions)
     return depths
 
 

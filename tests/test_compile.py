@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from models import TinyConfig, TinyDecoder, batch, tiny_llama
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fxseek
 from fxseek.reference import compare, masked_backprop
@@ -522,23 +523,62 @@ class InPieces(nn.Module):
         self.embed = nn.Embedding(64, 8)
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 64)
 
-    def forward(self, ids: Tensor, breaks: bool) -> Tensor:
-        x = self.first(self.embed(ids))
-        if breaks:
+    def forward(self, ids: Tensor, state: Tensor | None = None, breaks: str = "") -> Tensor:
+        if breaks == "before":
+            torch._dynamo.graph_break()
+        x = self.first(self.embed(ids) if state is None else state[..., :8])
+        if breaks == "within":
             torch._dynamo.graph_break()
         return self.second(x.tanh())
 
 
-@pytest.mark.filterwarnings(r"ignore:The \.grad attribute")  # Dynamo's, of the second piece's input
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute")  # Dynamo's, of an input that is no leaf
 def test_the_backend_refuses_a_model_in_pieces(inputs):
     model = InPieces()
     compiled = torch.compile(
         model, backend="fxseek", dynamic=True, options=options({"score": "random"})
     )
-    for _ in range(2):
-        compiled(inputs["input_ids"], False).sum().backward()  # another step is not another piece
     with pytest.raises(fxseek.InputError, match=r"in several graphs.*fullgraph=True"):
-        compiled(inputs["input_ids"], True)
+        compiled(inputs["input_ids"], breaks="within")
+
+
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute")
+def test_the_backend_takes_what_is_no_piece_of_another(inputs):
+    """A break in front of the model, inputs with a history, a step's output fed back."""
+    model = InPieces()
+    compiled = torch.compile(
+        model, backend="fxseek", dynamic=True, options=options({"ratio": 1.0, "score": "random"})
+    )
+    compiled(inputs["input_ids"], breaks="before").sum().backward()
+    prompt = torch.randn(8, requires_grad=True)
+    state = torch.ones(*inputs["input_ids"].shape, 1) * prompt
+    for _ in range(3):
+        state = compiled(inputs["input_ids"], state)
+    state.sum().backward()
+    assert prompt.grad is not None and bool(prompt.grad.any())
+
+
+def test_the_backend_refuses_to_be_split_for_ddp(model, inputs, tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        compiled = torch.compile(
+            model, backend="fxseek", dynamic=True, options=options({"score": "random"})
+        )
+        wrapped = DistributedDataParallel(compiled)  # type: ignore[arg-type]
+        with pytest.raises(Exception, match="optimize_ddp = False"):
+            wrapped(**inputs)
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            wrapped(**inputs).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_backend_takes_a_configuration(model, inputs):
+    given = fxseek.SeekConfig(0.3, score="random").to_dict()
+    compiled = torch.compile(model, backend="fxseek", dynamic=True, options=options(given))
+    assert compiled(**inputs).logits.shape[:2] == inputs["input_ids"].shape
 
 
 def test_the_backend_leaves_inference_alone(model, inputs):

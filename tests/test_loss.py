@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxseek.loss import cross_entropy_parts, cross_entropy_slope
+from fxseek.loss import Scratch, cross_entropy_parts, cross_entropy_slope
 
 ROWS, CLASSES = 11, 7
 
@@ -71,6 +71,20 @@ def test_slope_in_less_precision(dtype: torch.dtype):
     close: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(slope.double(), wanted_slope, check_dtype=False, **close)
     torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_slopes_in_memory_of_their_own():
+    """One chunk after the other, of other sizes and types: the same numbers, one memory."""
+    scratch = Scratch()
+    for rows, dtype in ((4, torch.float32), (3, torch.float32), (5, torch.float64)):
+        logits, target, weights = (x[..., :rows] if x.dim() == 1 else x for x in given(dtype))
+        logits, weights = logits[:rows], weights[:, :rows]
+        wanted, total = cross_entropy_slope(logits, target, weights)
+        slope, again = cross_entropy_slope(logits, target, weights, scratch=scratch)
+        assert torch.equal(slope, wanted) and torch.equal(again, total)
+        assert scratch.memory is not None
+        assert slope.data_ptr() == scratch.memory.data_ptr()
+    assert scratch.memory.numel() == 5 * CLASSES  # type: ignore[union-attr]
 
 
 def test_what_does_not_count_may_be_anything():

@@ -398,8 +398,9 @@ def test_outputs_of_a_region(warm: int, always: None):
 class FromTheStart(nn.Module):
     """Each block reads the embeddings too, so the stream is never all that goes on."""
 
-    def __init__(self, depth: int = 4, width: int = 16) -> None:
+    def __init__(self, spelled_out: bool, depth: int = 4, width: int = 16) -> None:
         super().__init__()
+        self.spelled_out = spelled_out
         self.embed, self.head = nn.Embedding(VOCAB, width), nn.Linear(width, VOCAB)
         self.mix = nn.Parameter(torch.rand(depth, 2))
         self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
@@ -409,18 +410,23 @@ class FromTheStart(nn.Module):
         for mix, qkv in zip(self.mix, self.qkv, strict=True):
             x = mix[0] * x + mix[1] * first
             q, k, v = qkv(F.rms_norm(x, x.shape[-1:])).chunk(3, -1)
-            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if self.spelled_out:
+                maps = torch.softmax(q @ k.transpose(-1, -2), -1, dtype=torch.float64)
+                x = x + maps.to(v.dtype) @ v
+            else:
+                x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True)
         logits = self.head(x)
         return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
 
-def test_regions_end_at_the_next_attention():
+@pytest.mark.parametrize("spelled_out", [False, True])
+def test_regions_end_at_the_next_attention(spelled_out: bool):
     ids = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "labels": ids.roll(-1, 1)}
     found, saved = [], []
     for recompute in ("none", "selective"):
         torch.manual_seed(0)
-        model = fxseek.compile(FromTheStart(), 0.3, score="random", recompute=recompute)
+        model = fxseek.compile(FromTheStart(spelled_out), 0.3, score="random", recompute=recompute)
         model(**inputs)["loss"].backward()
         saved.append(fxseek.report(model).saved_bytes)
         found.append(dict(_gradients(model)))

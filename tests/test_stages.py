@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxseek
 from fxseek.backend import Recorder
-from fxseek.offload import HostTensor
+from fxseek.offload import HostTensor, link
 from fxseek.saved import Held, SavedBytes
 from fxseek.step import step_of
 
@@ -169,6 +169,45 @@ def test_nothing_of_a_step_waits_for_the_garbage_collector(options, monkeypatch)
         model(**inputs)["loss"].backward()
         assert made
         assert not [ref() for ref in made if ref() is not None]
+    finally:
+        gc.enable()
+
+
+def test_values_on_the_host_come_in_order():
+    values = [HostTensor(torch.zeros(1)) for _ in range(6)]
+    link(values)
+    assert values[2].next(backward=False) == values[3:5]
+    assert values[5].next(backward=False) == []
+    assert values[4].next(backward=True) == [values[3], values[2]]
+    values[3]._taken_in.add(False)
+    assert values[2].next(backward=False) == [values[4]]
+    assert values[4].next(backward=True) == [values[3], values[2]]
+    del values[3]
+    assert values[2].next(backward=False) == [values[3]]
+
+
+class NoAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCAB, VOCAB)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.embed(input_ids).flatten(0, 1), labels.flatten())}
+
+
+def test_a_capture_that_fails_leaves_nothing():
+    model = fxseek.compile(NoAttention().train(), 0.1, score="context")
+    inputs = {name: torch.ones(2, 9, dtype=torch.long) for name in ("input_ids", "labels")}
+    errors: list[weakref.ref[BaseException]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            model(**inputs)
+        except fxseek.FxseekError as error:
+            errors.append(weakref.ref(error))
+        assert errors
+        assert errors[0]() is None
     finally:
         gc.enable()
 
