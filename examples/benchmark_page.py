@@ -6,7 +6,7 @@ import argparse
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,13 +107,18 @@ def setting(parts: Parts, options: argparse.Namespace) -> str:
     counts = sorted({len(way.seconds) for part in parts.values() for way in part.values()} - {0})
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return (
-        f"### {source.name}, {options.device}\n\n"
+        f"### {source.name}, {options.device}, {span(options.tokens)} tokens\n\n"
         f"Batch {options.batch}, {options.dtype}, ratio {options.ratio}, "
         f"fxseek's learn stage run by `{options.backend}`; "
-        f"medians of {' to '.join(map(str, [*counts[:1], *counts[1:][-1:]]))} steps.\n\n"
+        f"medians of {span(counts)} steps.\n\n"
         f"Machine: {machine}. Versions: Python {platform.python_version()}, {versions}. "
         f"Command: `{options.command}`."
     )
+
+
+def span(numbers: Sequence[int]) -> str:
+    """The smallest and the largest of ascending numbers; one where there is one."""
+    return " to ".join(map(str, [*numbers[:1], *numbers[1:][-1:]]))
 
 
 def processor() -> str:
