@@ -18,7 +18,9 @@ from torch import Tensor, fx
 from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, GraphError, InputError
+from fxseek.passes.facts import tensors_of
 from fxseek.pipeline import Program, build, positions_of, trains
+from fxseek.saved import functions_of
 from fxseek.selecting import Selection
 from fxseek.stages import Learn, Scores
 
@@ -229,7 +231,9 @@ def fxseek_backend(
                 f"{name}={given!r} is an option of fxseek.compile(model, ...), and not of "
                 f'torch.compile(backend="fxseek"), where outputs are always full: leave it out'
             )
-    if trains(gm.graph) and _torch.splits_for_ddp():
+    if not trains(gm.graph):
+        return torch.compiler.disable(gm.forward)
+    if _torch.splits_for_ddp():
         raise GraphError(
             "DistributedDataParallel lets Dynamo split the model at its buckets, and each part "
             "would select tokens of its own. Set torch._dynamo.config.optimize_ddp = False, or use "
@@ -237,9 +241,7 @@ def fxseek_backend(
         )
     # The step holds its recorder, which lives as long as the compiled function.
     step = make_backend(config, Recorder(), full_outputs=True)(gm, example_inputs)
-    if trains(gm.graph):
-        step = _part(step, continues=_torch.continues(gm.graph))
-    return torch.compiler.disable(step)
+    return torch.compiler.disable(_part(step, continues=_torch.continues(gm.graph)))
 
 
 _MADE = "fxseek: made by a compiled step"
@@ -252,32 +254,18 @@ def _part(step: Callable[..., Any], continues: bool) -> Callable[..., Any]:
     """
 
     def run(*inputs: Any) -> Any:
-        if continues and _made_by_a_step(inputs):
+        if continues and any(_MADE in _metadata(node) for node in functions_of(inputs)):
             raise InputError(
                 "the model was captured in several graphs, and each would select tokens of its "
                 "own. torch.compile(..., fullgraph=True) shows the line that breaks the graph"
             )
         outputs = step(*inputs)
-        for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            if isinstance(x, Tensor) and x.grad_fn is not None:
+        for x in tensors_of(outputs):
+            if x.grad_fn is not None:
                 _metadata(x.grad_fn)[_MADE] = True
         return outputs
 
     return run
-
-
-def _made_by_a_step(values: Sequence[Any]) -> bool:
-    """Whether autograd's graph behind the tensors holds an output of a compiled step."""
-    queue, seen = [x.grad_fn for x in values if isinstance(x, Tensor)], set[Any]()
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        if _MADE in _metadata(node):
-            return True
-        seen.add(node)
-        queue += [function for function, _ in node.next_functions]
-    return False
 
 
 def _metadata(node: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from fxseek.passes.ditch import StageGraph
 from fxseek.passes.rematerialise import cheap_regions
 from fxseek.passes.segments import block_inputs, segment
 from fxseek.passes.structure import Structure
-from fxseek.saved import SavedBytes
+from fxseek.saved import SavedBytes, functions_of
 from fxseek.selective import Selectively
 
 BACKENDS = {"aot_eager": "aot_eager_decomp_partition", "inductor": "inductor"}
@@ -230,28 +230,8 @@ def _saved_by_functions(outputs: Any, exclude: tuple[Any, ...]) -> int:
     saved = SavedBytes(exclude)
     counted = [
         saved.count(tensor)
-        for node in _functions(outputs)
+        for node in functions_of(outputs)
         for tensor in getattr(node, "saved_tensors", ()) or ()
         if isinstance(tensor, Tensor)
     ]
     return saved.total if counted else 0
-
-
-def _functions(outputs: Any) -> Iterator[Any]:
-    queue = [x.grad_fn for x in _flat(outputs) if isinstance(x, Tensor) and x.grad_fn is not None]
-    seen: set[Any] = set()
-    while queue:
-        node = queue.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        queue.extend(following for following, _ in node.next_functions if following is not None)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value

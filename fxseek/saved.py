@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,8 +11,22 @@ import torch
 from torch import Tensor
 
 from fxseek import _torch
+from fxseek.passes.facts import tensors_of
 
-__all__ = ["Held", "SavedBytes"]
+__all__ = ["Held", "SavedBytes", "functions_of"]
+
+
+def functions_of(values: Any) -> Iterator[Any]:
+    """The nodes of autograd's graph behind the tensors in a (nested) value, each once."""
+    queue: list[Any] = [x.grad_fn for x in tensors_of(values) if x.grad_fn is not None]
+    seen: set[Any] = set()
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        queue.extend(following for following, _ in node.next_functions if following is not None)
 
 
 class Held:

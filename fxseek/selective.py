@@ -458,11 +458,6 @@ def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callab
         ending.setdefault(watched.last, []).append(region)
     place = {node: index for index, node in enumerate(module.graph.nodes)}
     given: set[tuple[int, fx.Node]] = set()
-
-    def settle(last: fx.Node) -> None:
-        for region in ending.get(last, ()):
-            graph.call_method("settle", (hooks, region))
-
     for node in module.graph.nodes:
         region = region_of.get(node)
         if region is not None:
@@ -471,14 +466,12 @@ def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callab
                     given.add((region, operand))
                     args = (hooks, region, place[operand], copies[operand])
                     graph.call_method("source", args)
-        if node.op == "output":  # nothing runs after it
-            settle(node)
         if region is not None and node in owners:
             graph.call_method("begin", (hooks,))
             copies[node] = graph.node_copy(node, copies.__getitem__)
             graph.call_method("end", (hooks, region, place[node], copies[node]))
         elif node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op != "output":
-            settle(node)
+        for ended in ending.get(node, ()):
+            graph.call_method("settle", (hooks, ended))
     return with_source_lines(fx.GraphModule(module, graph))

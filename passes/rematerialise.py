@@ -30,7 +30,10 @@ from fxseek.passes.rules import find_rule
 
 @dataclass(frozen=True)
 class Region:
-    """Nodes in the order in which they run; `last`: the node after which none of them is read."""
+    """Nodes in the order in which they run.
+
+    `last`: the node after which none of them is read, other than to be returned.
+    """
 
     nodes: tuple[fx.Node, ...]
     last: fx.Node
@@ -73,7 +76,7 @@ def cheap_regions(
     found_regions = []
     for component in nx.connected_components(between):
         nodes = tuple(sorted(component, key=order.__getitem__))
-        readers = [user for node in nodes for user in node.users]
+        readers = [user for node in nodes for user in node.users if user.op != "output"]
         found_regions.append(Region(nodes, max([*nodes, *readers], key=order.__getitem__)))
     return found_regions
 
