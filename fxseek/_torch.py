@@ -264,7 +264,8 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     A module is captured for at most so many kinds of batches (`captures`). `optimize_ddp` would
     split the graph at the buckets of a DistributedDataParallel around the module. Duck shaping
     gives two dimensions of equal length one symbol, so a batch as large as the sequence would be
-    taken for it. The settings live in private config modules.
+    taken for it. A module's hooks are guarded, so that one that is added or removed later counts;
+    by default Dynamo takes it that nobody does. The settings live in private config modules.
     transformers adds `warning_once` to `logging.Logger`; Dynamo breaks on Logger methods
     unless they are listed. In a `first` call, which captures, the garbage collector rests: it
     finds next to nothing in Dynamo's millions of objects and takes a sixth of the time.
@@ -281,7 +282,9 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
         gc.disable()
     try:
         with (
-            torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=captures),
+            torch._dynamo.config.patch(
+                optimize_ddp=False, recompile_limit=captures, skip_nnmodule_hook_guards=False
+            ),
             fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
             _settled(),
         ):
@@ -418,6 +421,33 @@ def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     model's source; a length that was specialised is reported by fxseek after the capture.
     """
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def global_hooks() -> tuple[Any, ...]:
+    """The hooks that run for every module, which no guard of Dynamo's watches, and their options.
+
+    Those that `torch.nn.modules.module.register_module_forward_hook` and its kin add to tables
+    that are public nowhere.
+    """
+    tables = vars(torch.nn.modules.module)
+    return tuple((name, *tables[name].items()) for name in _HOOK_TABLES if tables.get(name))
+
+
+_HOOK_TABLES = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_forward_hooks_with_kwargs",
+    "_global_forward_hooks_always_called",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
+
+
+def backward_hooked(model: torch.nn.Module) -> Iterator[str]:
+    """Names of the modules with hooks on their backward, for which `nn.Module` has no accessor."""
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            yield name
 
 
 def compiled_call(model: torch.nn.Module) -> Callable[..., Any] | None:

@@ -26,6 +26,7 @@ from fxseek import _torch, rows
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.explain import capture
+from fxseek.masks import read_tokens
 from fxseek.memory import (
     StepMemory,
     Tracker,
@@ -575,7 +576,9 @@ class _Run:
             return known[id(value)]
 
         fakes = tuple(map(fake, arguments))
-        padding_mask = fake(batch.get("attention_mask"))
+        mask = batch.get("attention_mask")
+        with mode:
+            padding_mask = None if mask is None else read_tokens(fake(mask))
         trained = [fake(p) for p in model.parameters() if p.requires_grad]
         optimiser = self._start(
             map(fake, module_tensors(model)), map(fake, batch.values()), trained

@@ -17,13 +17,34 @@ from torch.utils.checkpoint import checkpoint
 from fxseek import _torch
 from fxseek.errors import InputError
 
-__all__ = ["MaskMaker", "MaskRows", "attend", "attend_all", "attend_in_chunks", "queries_of"]
+__all__ = [
+    "MaskMaker",
+    "MaskRows",
+    "attend",
+    "attend_all",
+    "attend_in_chunks",
+    "queries_of",
+    "read_tokens",
+]
 
 _COMPARED_ROWS = 256
 """Rows of a mask that are compared with the causal mask's at a time."""
 
 _CHUNK_BYTES = 64 << 20
 """The largest part of a mask, as float32 entries of one head, given to an attention at once."""
+
+
+def read_tokens(mask: Tensor) -> Tensor:
+    """Which tokens a mask lets the model read, the others being padding: Bool[batch or 1, tokens].
+
+    Shapes: [batch, tokens], or [batch or 1, heads or 1, tokens, tokens], where a token is read if
+    any query reads it. An entry that is 0 is not read; in an additive mask, which has negative
+    entries, it is the only one that is.
+    """
+    read = mask != 0
+    if mask.is_floating_point():
+        read = read ^ (mask < 0).any()
+    return read if mask.dim() == 2 else read.flatten(1, 2).any(1)
 
 
 def queries_of(x: Tensor, kept: Tensor) -> Tensor:

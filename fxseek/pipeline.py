@@ -21,6 +21,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
 from fxseek.head import ChunkedHead
@@ -32,13 +33,17 @@ from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
     Facts,
+    Rows,
     Sizes,
     descendants,
     example,
     find_sizes,
     is_tensor,
     needs_grad,
+    primary,
     switches_mode,
+    user_tensors,
+    where,
 )
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.head import Head, attach_head, find_head
@@ -148,6 +153,7 @@ def _find_tokens(program: Program) -> None:
 def _find_structure(program: Program) -> None:
     assert program.facts is not None
     program.structure = find_structure(program.graph, program.facts)
+    _refuse_unselected(program.graph, program.facts, program.structure, program.config.token_dim)
 
 
 def _ditch(program: Program, full_outputs: bool) -> None:
@@ -196,6 +202,33 @@ def _ditch(program: Program, full_outputs: bool) -> None:
             share_masks(program.learn)
     if program.config.kv == "offload":
         program.on_host = take_from_host(program.learn)
+
+
+def _refuse_unselected(graph: fx.Graph, facts: Facts, structure: Structure, dim: int) -> None:
+    """A step that would train every token must not say that it selects some."""
+    trained = [node for node in graph.nodes if needs_grad(node) and facts.token_sized(node)]
+    first = (primary(user_tensors(graph)) or user_tensors(graph))[0]
+    name = _torch.source_name(first) or first.name
+    shape = [_torch.size_hint(size) for size in example(first).shape]
+    if trained and not any(isinstance(facts.rows.get(node), Rows) for node in trained):
+        raise GraphError(
+            f"nothing to select: tokens are in dimension {dim} of {name} {shape}, and no value with "
+            "gradient has them in a dimension of their own beside the batch, so that every token "
+            "would be trained. Pass token_dim= if tokens are in another dimension; a model that "
+            "compares choices [batch, choices, tokens] is to be trained without fxseek.compile."
+        )
+    ids = not example(first).is_floating_point() and example(first).dim() > dim + 1
+    others = [
+        node
+        for node in facts.token_made
+        if operation(node) in ("scaled_dot_product_attention", "softmax")
+        and example(node).dim() == 4
+    ]
+    if ids and others and not structure.attentions:
+        raise GraphError(
+            f"dimension {dim} of {name} {shape} counts no tokens: an attention reads another one, "
+            f"at {where(others[0])}. Pass token_dim= the dimension that counts tokens."
+        )
 
 
 def _ends(head: Head, wanted: list[tuple[str, fx.Node]]) -> bool:

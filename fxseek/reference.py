@@ -262,15 +262,21 @@ def _run_recorded(
     tokens = given - 1 if given > 1 else 2
     keep = torch.arange(tokens).clamp(max=given - 1)
 
-    def resized(name: str, value: Any) -> Any:
-        counts = name in counting and isinstance(value, Tensor) and value.ndim >= 2
-        if counts and value.shape[1] == given:
-            return value.index_select(1, keep.to(value.device))
+    def resized(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: resized(part) for key, part in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        for dim in range(1, value.ndim):  # embeddings have a width, which may be the same number
+            counts = dim == 1 or value.ndim == 4 or not value.is_floating_point()
+            if counts and value.shape[dim] == given:
+                value = value.index_select(dim, keep.to(value.device))
         return value
 
+    other = {name: resized(x) if name in counting else x for name, x in inputs.items()}
     try:
         with torch.no_grad(), _hooked(model, record):
-            _run(model, {name: resized(name, value) for name, value in inputs.items()})
+            _run(model, other)
     except Exception:
         return None  # a length the model does not take: sizes must do
     return _Sizes(sizes.batch, tokens + virtual), dict(shapes)

@@ -108,7 +108,7 @@ def _inputs(graph: fx.Graph, facts: Facts, config: SeekConfig) -> dict[str, Any]
     by_name = {_torch.source_name(node): node for node in counting}
     primary = next((by_name[name] for name in PRIMARY_INPUTS if name in by_name), counting[0])
     mask = by_name.get("decoder_attention_mask", by_name.get("attention_mask"))
-    if mask is not None and (example(mask).dim() != 2 or example(mask).is_floating_point()):
+    if mask is not None and example(mask).dim() not in (2, 4):
         mask = None
     return {
         "ids": named.get("input_ids"),  # of an encoder, where there are two

@@ -22,7 +22,7 @@ from fxseek.errors import ScoreError
 from fxseek.head import ChunkedHead, chunks_of
 from fxseek.loss import Scratch
 from fxseek.lowering import Run
-from fxseek.masks import MaskRows
+from fxseek.masks import MaskRows, read_tokens
 from fxseek.offload import HostTensor, link
 from fxseek.passes.ditch import StageGraph, StageInput
 from fxseek.passes.facts import Rows
@@ -141,8 +141,8 @@ class Score(nn.Module):
     ) -> Scores:
         """Scores by the configured rule (docs/scoring.md).
 
-        `padding_mask` [batch, tokens], nonzero at tokens, is the caller's: a model that does not
-        read its attention mask has none in its graph.
+        `padding_mask`: Bool[batch or 1, tokens], False at padding, is the caller's: a model that
+        does not read its attention mask has none in its graph.
         """
         plan, config = self.plan, self.config
 
@@ -156,11 +156,11 @@ class Score(nn.Module):
         device = primary.device
         valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
         if padding_mask is None and plan.mask is not None:
-            padding_mask = read(plan.mask)
+            padding_mask = read_tokens(read(plan.mask))
         padded = padding_mask is not None and padding_mask.shape[-1] == tokens - plan.virtual
         if padded:
             assert padding_mask is not None
-            own = padding_mask.to(torch.bool).expand(batch, -1)
+            own = padding_mask.expand(batch, -1)
             valid = torch.cat((valid[:, : plan.virtual], own), dim=1)
         supervised = targets = None
         if plan.target is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import warnings
@@ -19,7 +20,8 @@ from fxseek.backend import Recorder, StepReport, latest_recorder, make_backend
 from fxseek.config import SeekConfig
 from fxseek.errors import CaptureError, ConfigError, FxseekError, InputError
 from fxseek.limits import refuse_attention, refuse_wrapper
-from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS
+from fxseek.masks import read_tokens
+from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS, may_batch, may_count
 
 __all__ = ["SeekStep", "compile", "report", "resume", "step_of", "uncompile"]
 
@@ -143,6 +145,7 @@ class SeekStep:
         self.recorder = Recorder()
         self.signature = inspect.signature(model.forward)
         self._restore: list[Callable[[], None]] = []
+        self._told: set[str] = set()
         self._largest = 0
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.token_inputs = DECODER_INPUTS if self.seq2seq else None
@@ -152,20 +155,21 @@ class SeekStep:
 
     def use_backend(self, backend: Callable[..., Any]) -> None:
         """Compile the model's call with this backend (nothing is captured before a call)."""
+        self._backend, self._global_hooks = backend, _torch.global_hooks()
         model, loss = self.model, self.config.loss
         call = _torch.eager_call(model)
         options: dict[str, Any] = {"backend": backend, "fullgraph": True}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
             options["isolate_recompiles"] = True  # models share code: each counts its own captures
-        if loss is None:
-            self._compiled = torch.compile(call, **options)
-            return
+
+        def with_hooks(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)  # alone, Dynamo would break it up at the model's own hooks
 
         def with_loss(*args: Any, **kwargs: Any) -> Any:
             outputs = call(*args, **kwargs)
             return loss(outputs, kwargs), outputs
 
-        self._compiled = torch.compile(with_loss, **options)
+        self._compiled = torch.compile(with_hooks if loss is None else with_loss, **options)
 
     # ---- the call ------------------------------------------------------------------------
 
@@ -195,8 +199,11 @@ class SeekStep:
                 "inference call model.eval() or use torch.no_grad()."
             )
         self.switch_off_checkpointing()
+        self._refuse_cache(batch)
         if self._takes_use_cache(batch):
-            batch["use_cache"] = False
+            self._without_cache(batch)
+        if self._global_hooks != _torch.global_hooks():
+            self.use_backend(self._backend)
         marked = self._marked(batch)
         if not self.shapes_only:
             self._fit_budget(batch)
@@ -207,10 +214,19 @@ class SeekStep:
             self.recorder.padding_mask = None
 
     def padding_mask(self, batch: dict[str, Any]) -> Tensor | None:
-        """The batch's mask of tokens [batch, tokens]; None where it has another kind, or none."""
+        """Which tokens of the batch are no padding, Bool[batch or 1, tokens]; None without a mask.
+
+        A mask is [batch, tokens], or one of tokens × tokens, or some of these in a dictionary.
+        """
         mask = batch.get("decoder_attention_mask" if self.seq2seq else "attention_mask")
-        plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
-        return mask if plain else None
+        parts = [
+            part
+            for part in (mask.values() if isinstance(mask, dict) else (mask,))
+            if isinstance(part, Tensor) and part.dim() in (2, 4)
+        ]
+        if not parts or any(part.is_meta for part in parts):
+            return None
+        return functools.reduce(torch.logical_or, map(read_tokens, parts))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name (positional ones get the names of the signature)."""
@@ -246,6 +262,52 @@ class SeekStep:
             parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
         )
 
+    def _refuse_cache(self, batch: dict[str, Any]) -> None:
+        """Keys and values of earlier tokens are not trained through: a step has no place for them."""
+        for name in _CACHES:
+            if batch.get(name) is not None:
+                raise InputError(
+                    f"{name} was given: a training step reads the tokens that it is given, and no "
+                    "keys, values or states of earlier ones. Leave it out and pass all tokens of "
+                    "a row, or call the model in eval mode."
+                )
+
+    def _without_cache(self, batch: dict[str, Any]) -> None:
+        """A training step makes no cache, and computes what the model computes with it.
+
+        Models of transformers take position ids that start again for the documents of a packed row,
+        and keep these apart, but only where they make no cache and are given no mask. A mask of
+        ones says for a model with a cache that its rows are one document.
+        """
+        cached = batch.get("use_cache")
+        if cached is None:
+            cached = getattr(self.model.config, "use_cache", False)
+        elif cached:
+            self._tell("use_cache=True is ignored: a training step returns no past_key_values")
+        batch["use_cache"] = False
+        positions, masks = batch.get("position_ids"), "attention_mask"
+        alone = isinstance(positions, Tensor) and batch.get(masks) is None
+        if not (cached and alone and masks in self.signature.parameters and not self.seq2seq):
+            return
+        primary = [batch[name] for name in self._primary_names(batch)][:1]
+        if self.config.token_dim != 1 or not primary or primary[0].dim() < 2:
+            return
+        batch[masks] = primary[0].new_ones(primary[0].shape[:2], dtype=torch.int64)
+        if "packed" not in self._told and not positions.is_meta:
+            self._told.add("packed")
+            if bool((positions.diff(dim=-1) != 1).any()):
+                log.warning(
+                    "fxseek: position_ids start again within a row. As in ordinary training, the "
+                    "model lets the documents of such a row see each other, since its use_cache is "
+                    "on: pass use_cache=False, or set it in the model's config, to keep them apart"
+                )
+
+    def _tell(self, message: str) -> None:
+        """Log a warning, once for each model."""
+        if message not in self._told:
+            self._told.add(message)
+            log.warning("fxseek: %s", message)
+
     def _primary_names(self, batch: dict[str, Any]) -> list[str]:
         """Arguments that may count the tokens, the likeliest first."""
         names = [name for name in PRIMARY_INPUTS if isinstance(batch.get(name), Tensor)]
@@ -277,18 +339,20 @@ class SeekStep:
         aliases: dict[int, Tensor] = {}
 
         def alias(value: Any) -> Any:
+            if type(value) is dict:
+                return {key: alias(part) for key, part in value.items()}
+            if type(value) in (list, tuple):
+                return type(value)(alias(part) for part in value)
             if not isinstance(value, Tensor) or value.dim() == 0:
                 return value
             if id(value) in aliases:
                 return aliases[id(value)]
             view = value.view_as(value)
-            if value.dim() > dim and value.shape[dim] in lengths:
-                _torch.mark_dynamic(view, dim)
-            if value.dim() == 4 and value.shape[2:] == (tokens, tokens) and tokens > 1:
-                _torch.mark_dynamic(view, 2)
-                _torch.mark_dynamic(view, 3)
-            if value.shape[0] == rows and rows > 1 and dim > 0:
-                _torch.mark_dynamic(view, 0)
+            for at, size in enumerate(value.shape):
+                if (size in lengths and may_count(value, at, dim)) or (
+                    size == rows > 1 and dim > 0 and may_batch(value, at)
+                ):
+                    _torch.mark_dynamic(view, at)
             aliases[id(value)] = view
             return view
 
@@ -348,7 +412,9 @@ class SeekStep:
             return
         for name in ("labels", "attention_mask", "position_ids"):
             other = batch.get(name)
-            if not isinstance(other, Tensor) or other.dim() != 2 or other.is_floating_point():
+            if not isinstance(other, Tensor) or other.dim() != 2:
+                continue
+            if other.is_floating_point() and name == "labels":
                 continue
             if other.shape[0] not in (1, rows) or other.shape[1] != tokens:
                 raise InputError(
@@ -370,7 +436,7 @@ class SeekStep:
                 "shows what; keep it constant, or call torch._dynamo.reset()."
             ) from error
         except Exception as error:
-            told = _torch.translated(error, type(self.model).__name__)
+            told = self._hooked(error) or _torch.translated(error, type(self.model).__name__)
             try:
                 if told is None:
                     raise
@@ -381,6 +447,24 @@ class SeekStep:
             return result
         loss, outputs = result
         return _with_loss(outputs, loss)
+
+    def _hooked(self, error: Exception) -> CaptureError | None:
+        """The error to raise where hooks on a backward were in the way of a capture."""
+        if not isinstance(error, _torch.CaptureFailure):
+            return None
+        hooked = [
+            repr(name) if name else "the model" for name in _torch.backward_hooked(self.model)
+        ]
+        if any(name.startswith("_global_backward") for name, *_ in self._global_hooks):
+            hooked.append("every module (register_module_full_backward_hook)")
+        if not hooked:
+            return None
+        more = f" (and {len(hooked) - 1} more)" if len(hooked) > 1 else ""
+        return CaptureError(
+            f"{hooked[0]}{more} has a hook on its backward, which cannot be captured. Remove it, "
+            "or hook the gradient of a value instead: a forward hook that calls "
+            "output.register_hook(...) is captured."
+        )
 
     # ---- what is in the way of a capture -------------------------------------------------
 
@@ -412,6 +496,9 @@ class SeekStep:
         """Undo `switch_off_checkpointing`."""
         while self._restore:
             self._restore.pop()()
+
+
+_CACHES = ("past_key_values", "cache_params", "past_buckets_states")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ two token dimensions is the *row* (the token that a value belongs to) and which 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -261,7 +262,11 @@ def module_path(node: fx.Node) -> str:
     path = ""
     for entry in stack.values():
         path = entry[0]
-    return path.replace("L['self'].", "").replace("L['self']", "")
+    return _MODEL.sub("", path)
+
+
+# How Dynamo names the captured model: by itself, or as the owner of the call that a step captures.
+_MODEL = re.compile(r"L\['(self|call)'\](\.__self__)?\.?")
 
 
 def user_tensors(graph: fx.Graph) -> list[fx.Node]:
@@ -352,19 +357,15 @@ def find_sizes(
         for dim, size in enumerate(sizes):
             if not isinstance(size, sympy.Symbol) or size in (tokens, batch):
                 continue
-            square = len(sizes) == 4 and dim >= 2  # a mask [batch, 1, tokens, tokens]
-            longest = counts and (dim == token_dim or square)
-            if longest and hints.get(size) == hints.get(tokens):
-                same[size] = tokens
-                like = shape[token_dim]
-            elif dim == 0 and batch is not None and hints.get(size) == hints.get(batch):
+            value, hint = example(node), hints[size]
+            of_tokens = counts and hint == hints[tokens] and may_count(value, dim, token_dim)
+            of_batch = batch is not None and hint == hints[batch] and may_batch(value, dim)
+            if batch is not None and of_batch:
                 same[size] = batch
-                like = shape[0]
-            else:
-                continue
-            # Asking makes it a guard of the graph: lengths that are equal by chance may differ in
-            # the next batch, which then has a graph of its own. Either symbol may go on for both.
-            assert bool(example(node).shape[dim] == like)
+                _guard_equal(value.shape[dim], shape[0])
+            elif of_tokens:
+                same[size] = tokens
+                _guard_equal(value.shape[dim], shape[token_dim])
     before = (tokens, batch)
     tokens = _symbol(shape[token_dim])
     batch = None if batch is None else _symbol(shape[0])
@@ -384,9 +385,40 @@ def find_sizes(
     return Sizes(tokens, batch, same, hints, virtual)
 
 
+def may_count(value: torch.Tensor, dim: int, token_dim: int) -> bool:
+    """Whether a dimension as long as the tokens counts them.
+
+    In ids, positions and masks any dimension but the batch does; in activations and images only
+    the token dimension, and the last two of a mask [batch, 1, tokens, tokens].
+    """
+    if dim == token_dim:
+        return True
+    if value.is_floating_point():
+        return value.dim() == 4 and dim >= 2 and value.shape[1] == 1
+    return dim > 0 or value.dim() == 1
+
+
+def may_batch(value: torch.Tensor, dim: int) -> bool:
+    """Whether a dimension as long as the batch counts its rows: the first, or one of positions'.
+
+    Multimodal models take positions [3, batch, tokens].
+    """
+    return dim == 0 or (not value.is_floating_point() and 0 < dim < value.dim() - 1)
+
+
+def _guard_equal(size: int | torch.SymInt, like: int | torch.SymInt) -> None:
+    """Guard the captured graph to batches where two lengths are equal, as they are in this one.
+
+    They may be so by chance. Asking is what makes it a guard; either symbol may go on for both.
+    """
+    if not bool(size == like):
+        raise GraphError(f"the lengths {size} and {like} of two inputs differ and must be equal")
+
+
 def _symbol(size: int | torch.SymInt) -> sympy.Symbol:
     found = _torch.size_expression(size)
-    assert isinstance(found, sympy.Symbol), found
+    if not isinstance(found, sympy.Symbol):
+        raise GraphError(f"the model's code fixes a length to {found}: it must not be a constant")
     return found
 
 
