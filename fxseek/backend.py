@@ -23,6 +23,7 @@ from fxseek.pipeline import Program, build, positions_of, trains
 from fxseek.saved import functions_of
 from fxseek.selecting import Selection
 from fxseek.stages import Learn, Scores
+from fxseek.uncomputed import Uncomputed
 
 log = logging.getLogger("fxseek")
 
@@ -69,6 +70,8 @@ class Recorder:
     timed: bool = False
     last: StepReport | None = None
     padding_mask: Tensor | None = None
+    uncomputed: list[Uncomputed] = field(default_factory=list)
+    """What the last step returned in the place of activations."""
     programs: list[Program] = field(default_factory=list)
     program: Program | None = None
     """The one that ran last."""
@@ -142,6 +145,11 @@ def _step(program: Program, recorder: Recorder, config: SeekConfig) -> Callable[
             outputs, selection, scores = module(inputs, positions, index, recorder.padding_mask)
         recorder.step += 1
         recorder.program = program
+        recorder.uncomputed = [Uncomputed() for _ in program.dropped]
+        if program.dropped:
+            outputs = list(outputs)
+            for at, stand_in in zip(program.dropped, recorder.uncomputed, strict=True):
+                outputs[at] = stand_in
         recorder.last = _report(selection, scores, learn.saved_bytes, index, timings)
         _LATEST.recorder = weakref.ref(recorder)
         return outputs

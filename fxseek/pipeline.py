@@ -75,6 +75,8 @@ class Program:
     learn: StageGraph | None = None
     gathers: list[tuple[StageInput, tuple[Any, ...]]] = field(default_factory=list)
     masks: set[StageInput] = field(default_factory=set)
+    dropped: list[int] = field(default_factory=list)
+    """Which of the captured outputs the step does not compute."""
     on_host: list[fx.Node] = field(default_factory=list)
     score: ScorePlan | None = None
     prefill: StageGraph | None = None
@@ -174,6 +176,9 @@ def _ditch(program: Program, full_outputs: bool) -> None:
         return _Slot(len(wanted) - 1)
 
     program_outputs.append(map_arg(output.args[0], want))
+    given: Any = output.args[0]
+    made: Any = program_outputs[0]
+    program.dropped = [i for i, node in enumerate(given) if node is not None and made[i] is None]
     carrying = {node for node in program.graph.nodes if needs_grad(node)}
     constants = made_from_rows(program.graph, facts)
     program.head = head = find_head(facts, structure)
@@ -212,10 +217,10 @@ def _refuse_unselected(graph: fx.Graph, facts: Facts, structure: Structure, dim:
     shape = [_torch.size_hint(size) for size in example(first).shape]
     if trained and not any(isinstance(facts.rows.get(node), Rows) for node in trained):
         raise GraphError(
-            f"nothing to select: tokens are in dimension {dim} of {name} {shape}, and no value with "
-            "gradient has them in a dimension of their own beside the batch, so that every token "
-            "would be trained. Pass token_dim= if tokens are in another dimension; a model that "
-            "compares choices [batch, choices, tokens] is to be trained without fxseek.compile."
+            f"nothing to select: tokens are in dimension {dim} of {name} {shape}, and no value "
+            "with gradient has them in a dimension of their own beside the batch, so that every "
+            "token would be trained. Pass token_dim= if tokens are in another dimension. Train a "
+            "model that compares choices [batch, choices, tokens] without fxseek.compile."
         )
     ids = not example(first).is_floating_point() and example(first).dim() > dim + 1
     others = [
@@ -312,9 +317,9 @@ def _read_whole(program: Program) -> Iterator[fx.Node]:
                 yield item.node
     if structure.attentions and operation(structure.attentions[-1]) == "softmax":
         yield from score.context_reads
-    for item, where in program.gathers:
+    for item, place in program.gathers:
         rank = example(item.node).dim() if item.node is not None else 0
-        if where not in ((0, rank - 2, 0, False, 1), (0, rank - 2, None, False, 1)):
+        if place not in ((0, rank - 2, 0, False, 1), (0, rank - 2, None, False, 1)):
             assert item.node is not None
             yield item.node
 

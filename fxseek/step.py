@@ -22,6 +22,7 @@ from fxseek.errors import CaptureError, ConfigError, FxseekError, InputError
 from fxseek.limits import refuse_attention, refuse_wrapper
 from fxseek.masks import read_tokens
 from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS, may_batch, may_count
+from fxseek.uncomputed import Uncomputed, cleared
 
 __all__ = ["SeekStep", "compile", "report", "resume", "step_of", "uncompile"]
 
@@ -263,7 +264,7 @@ class SeekStep:
         )
 
     def _refuse_cache(self, batch: dict[str, Any]) -> None:
-        """Keys and values of earlier tokens are not trained through: a step has no place for them."""
+        """A step has no place for keys and values of earlier tokens."""
         for name in _CACHES:
             if batch.get(name) is not None:
                 raise InputError(
@@ -443,10 +444,25 @@ class SeekStep:
                 raise told from error
             finally:
                 del told  # its traceback holds this frame
+        if self.recorder.uncomputed:
+            result = self._cleared(result)
         if self.config.loss is None:
             return result
         loss, outputs = result
         return _with_loss(outputs, loss)
+
+    def _cleared(self, result: Any) -> Any:
+        """The model's output with None for activations; says so where somebody else keeps one."""
+        met: list[Uncomputed] = []
+        result = cleared(result, met)
+        if len({id(x) for x in met}) < len(self.recorder.uncomputed):
+            self._tell(
+                "a hook or the model keeps activations that a training step does not compute, and "
+                'reading one is an error: compile with outputs="full" to have them, or with '
+                'outputs="selected" to have their selected rows'
+            )
+        self.recorder.uncomputed = []
+        return result
 
     def _hooked(self, error: Exception) -> CaptureError | None:
         """The error to raise where hooks on a backward were in the way of a capture."""
