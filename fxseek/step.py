@@ -147,6 +147,7 @@ class SeekStep:
         self.signature = inspect.signature(model.forward)
         self._restore: list[Callable[[], None]] = []
         self._told: set[str] = set()
+        self._seen_positions = False
         self._largest = 0
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.token_inputs = DECODER_INPUTS if self.seq2seq else None
@@ -163,14 +164,12 @@ class SeekStep:
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
             options["isolate_recompiles"] = True  # models share code: each counts its own captures
 
-        def with_hooks(*args: Any, **kwargs: Any) -> Any:
-            return call(*args, **kwargs)  # alone, Dynamo would break it up at the model's own hooks
-
         def with_loss(*args: Any, **kwargs: Any) -> Any:
+            # a function of ours: Dynamo would break a bare call up at the model's own hooks
             outputs = call(*args, **kwargs)
-            return loss(outputs, kwargs), outputs
+            return None if loss is None else loss(outputs, kwargs), outputs
 
-        self._compiled = torch.compile(with_hooks if loss is None else with_loss, **options)
+        self._compiled = torch.compile(with_loss, **options)
 
     # ---- the call ------------------------------------------------------------------------
 
@@ -286,21 +285,25 @@ class SeekStep:
         elif cached:
             self._tell("use_cache=True is ignored: a training step returns no past_key_values")
         batch["use_cache"] = False
-        positions, masks = batch.get("position_ids"), "attention_mask"
-        alone = isinstance(positions, Tensor) and batch.get(masks) is None
-        if not (cached and alone and masks in self.signature.parameters and not self.seq2seq):
+        positions, primary = batch.get("position_ids"), batch.get(self._primary_names(batch)[0])
+        if (
+            not cached
+            or self.seq2seq
+            or not isinstance(positions, Tensor)
+            or not isinstance(primary, Tensor)
+            or primary.dim() < 2
+            or batch.get("attention_mask") is not None
+            or "attention_mask" not in self.signature.parameters
+        ):
             return
-        primary = [batch[name] for name in self._primary_names(batch)][:1]
-        if self.config.token_dim != 1 or not primary or primary[0].dim() < 2:
-            return
-        batch[masks] = primary[0].new_ones(primary[0].shape[:2], dtype=torch.int64)
-        if "packed" not in self._told and not positions.is_meta:
-            self._told.add("packed")
+        batch["attention_mask"] = primary.new_ones(primary.shape[:2], dtype=torch.int64)
+        if not self._seen_positions and not positions.is_meta:
+            self._seen_positions = True
             if bool((positions.diff(dim=-1) != 1).any()):
                 log.warning(
                     "fxseek: position_ids start again within a row. As in ordinary training, the "
-                    "model lets the documents of such a row see each other, since its use_cache is "
-                    "on: pass use_cache=False, or set it in the model's config, to keep them apart"
+                    "documents of such a row see each other, since the model's use_cache is on: "
+                    "pass use_cache=False, or set it in the model's config, to keep them apart"
                 )
 
     def _tell(self, message: str) -> None:
@@ -446,10 +449,8 @@ class SeekStep:
                 del told  # its traceback holds this frame
         if self.recorder.uncomputed:
             result = self._cleared(result)
-        if self.config.loss is None:
-            return result
         loss, outputs = result
-        return _with_loss(outputs, loss)
+        return outputs if self.config.loss is None else _with_loss(outputs, loss)
 
     def _cleared(self, result: Any) -> Any:
         """The model's output with None for activations; says so where somebody else keeps one."""
