@@ -211,7 +211,8 @@ def test_lengths_that_are_equal_by_chance_without_assertions():
 
             def forward(self, input_ids, others, labels):
                 x = self.mix(self.embed(input_ids)) + self.other(others).sum(1, keepdim=True)
-                return {"loss": F.cross_entropy(self.head(x.tanh()).flatten(0, 1), labels.flatten())}
+                logits = self.head(x.tanh()).flatten(0, 1)
+                return {"loss": F.cross_entropy(logits, labels.flatten())}
 
         torch.manual_seed(0)
         model = Model().double()
