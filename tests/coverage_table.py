@@ -27,9 +27,6 @@ from xml.etree import ElementTree
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 TUNINGS = ("full", "LoRA", "QLoRA")
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-ADAPTED = {"mamba2": ["in_proj"]}
-"""What peft adapts in families of which it refuses some layers."""
 NO_ATTENTION = ("mamba2",)
 """Families without attention are scored at random."""
 BEYOND_HOOKS = {"mamba2": "all of the mixer"}
@@ -60,6 +57,7 @@ named. LoRA is on all linear layers; in mixtures of experts on those of attentio
 def family_cell(name: str, attention: str, tuning: str) -> str:
     """One family, attention implementation and tuning: what happened."""
     _quiet()
+    import torch
     from families import FAMILIES
     from models import double_throughout
 
@@ -72,7 +70,9 @@ def family_cell(name: str, attention: str, tuning: str) -> str:
         model = model.double()
         return model if tuning == "full" else _with_lora(model, family).double()
 
-    batch = family.batch(batch=5) if name in BEYOND_HOOKS else family.batch()
+    rows = 5 if name in BEYOND_HOOKS else 2
+    dtype = torch.float32 if tuning == "QLoRA" else torch.float64
+    batch = family.batch(rows, dtype=dtype)
     with contextlib.nullcontext() if tuning == "QLoRA" else double_throughout():
         return _checked(make, batch, 1e-4 if tuning == "QLoRA" else 1e-9, name)
 
@@ -127,9 +127,7 @@ def _with_lora(model: Any, family: Any) -> Any:
     import peft
     from tuners import spread
 
-    targets: Any = ADAPTED.get(family.name, "all-linear")
-    if "experts_implementation" in family.options:
-        targets = ATTENTION
+    targets: Any = list(family.lora) or "all-linear"
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, lora_dropout=0.0)
     tuned = peft.get_peft_model(model, config)
     spread(tuned)
