@@ -33,11 +33,16 @@ BEYOND_HOOKS = {"mamba2": "all of the mixer"}
 """Their layers mix tokens outside of modules, where the reference's hooks cannot cut; they are
 checked operation by operation. What takes the general path is named as a whole."""
 NOTES = """
-Mixtures of experts: peft's `all-linear` adapts the experts' stacked weights by a parametrization,
-which Dynamo cannot capture (`torch/nn/utils/parametrize.py`: `dest.set_(src)`); the user gets that
-as a `CaptureError`. Attention layers, routers and shared layers can be adapted. Mamba-2's LoRA is
-on `in_proj` (peft refuses `out_proj`), and its gradients are compared operation by operation, as
-its mixers mix tokens and use parameters outside of modules.
+Mixtures of experts: where peft's `all-linear` adapts the experts' stacked weights, it does so by a
+parametrization, which Dynamo cannot capture (`torch/nn/utils/parametrize.py`: `dest.set_(src)`);
+the user gets that as a `CaptureError`. Attention layers, routers and shared layers can be adapted;
+not Llama 4's router, whose result is a tuple, to which peft adds a tensor. peft refuses Mamba-2's
+`out_proj`, and its gradients are compared operation by operation, as its mixers mix tokens and use
+parameters outside of modules.
+
+Models of images and text learn from rows of text alone (`_text`) and from rows that start with an
+image (`_images`). Where an encoder reads words (T5, BART), speech (Whisper) or an image (a ViT in
+front of TrOCR's decoder), the tokens that are selected are the decoder's.
 """
 
 HEAD = """# Coverage
@@ -49,8 +54,7 @@ random model of the family, compiled by `fxseek.compile(model, 0.3)`, a padded b
 whose gradients are compared with [masked full backprop](masked-backprop.md): **exact** is to 1e-9
 in float64, and to 1e-4 in float32 where weights are quantised (NF4). Operations on the
 [general path](architecture.md) are exact too and cost an activation of all tokens each; they are
-named. LoRA is on all linear layers; in mixtures of experts on those of attention, and in Mamba-2 on
-`in_proj` (see below).
+named. LoRA is on all linear layers, or on those that are listed below the table.
 """
 
 
@@ -196,6 +200,21 @@ def family_rows(names: Sequence[str], pool: Any = None) -> list[str]:
     ]
 
 
+def adapted(names: Sequence[str]) -> str:
+    """What LoRA is on, in families where it is not on all linear layers."""
+    from families import FAMILIES
+
+    by_layers: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        if FAMILIES[name].lora:
+            by_layers.setdefault(FAMILIES[name].lora, []).append(name)
+    listed = [
+        f"{', '.join(families)} on {', '.join(f'`{layer}`' for layer in layers)}"
+        for layers, families in by_layers.items()
+    ]
+    return f"\nLoRA is on all linear layers, but for {'; '.join(listed)}." if listed else ""
+
+
 def tuner_rows(names: Sequence[str], pool: Any = None) -> list[str]:
     """The lines of the table of tuners."""
     run = map if pool is None else pool.map
@@ -258,7 +277,8 @@ def page(
     parts += ["| family | attention | full | LoRA | QLoRA (NF4) |", "|---|---|---|---|---|"]
     parts += family_rows(families, pool)
     dense = ", ".join(name for name in families if FAMILIES[name].dense)
-    parts += [f"\nDense decoders, where no operation may take the general path: {dense}.", NOTES]
+    parts += [f"\nDense decoders, where no operation may take the general path: {dense}."]
+    parts += [adapted(families), NOTES]
     parts += ["## Tuners of peft, on a tiny Llama\n", "| tuner | |", "|---|---|"]
     parts += tuner_rows(tuners, pool)
     if loops:
