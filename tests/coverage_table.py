@@ -27,20 +27,22 @@ from xml.etree import ElementTree
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 TUNINGS = ("full", "LoRA", "QLoRA")
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-ADAPTED = {"mamba2": ["in_proj"]}
-"""What peft adapts in families of which it refuses some layers."""
 NO_ATTENTION = ("mamba2",)
 """Families without attention are scored at random."""
 BEYOND_HOOKS = {"mamba2": "all of the mixer"}
 """Their layers mix tokens outside of modules, where the reference's hooks cannot cut; they are
 checked operation by operation. What takes the general path is named as a whole."""
 NOTES = """
-Mixtures of experts: peft's `all-linear` adapts the experts' stacked weights by a parametrization,
-which Dynamo cannot capture (`torch/nn/utils/parametrize.py`: `dest.set_(src)`); the user gets that
-as a `CaptureError`. Attention layers, routers and shared layers can be adapted. Mamba-2's LoRA is
-on `in_proj` (peft refuses `out_proj`), and its gradients are compared operation by operation, as
-its mixers mix tokens and use parameters outside of modules.
+Mixtures of experts: where peft's `all-linear` adapts the experts' stacked weights, it does so by a
+parametrization, which Dynamo cannot capture (`torch/nn/utils/parametrize.py`: `dest.set_(src)`);
+the user gets that as a `CaptureError`. Attention layers, routers and shared layers can be adapted;
+not Llama 4's router, whose result is a tuple, to which peft adds a tensor. peft refuses Mamba-2's
+`out_proj`, and its gradients are compared operation by operation, as its mixers mix tokens and use
+parameters outside of modules.
+
+Models of images and text learn from rows of text alone (`_text`) and from rows that start with an
+image (`_images`). Where an encoder reads words (T5, BART), speech (Whisper) or an image (a ViT in
+front of TrOCR's decoder), the tokens that are selected are the decoder's.
 """
 
 HEAD = """# Coverage
@@ -52,14 +54,14 @@ random model of the family, compiled by `fxseek.compile(model, 0.3)`, a padded b
 whose gradients are compared with [masked full backprop](masked-backprop.md): **exact** is to 1e-9
 in float64, and to 1e-4 in float32 where weights are quantised (NF4). Operations on the
 [general path](architecture.md) are exact too and cost an activation of all tokens each; they are
-named. LoRA is on all linear layers; in mixtures of experts on those of attention, and in Mamba-2 on
-`in_proj` (see below).
+named. LoRA is on all linear layers, or on those that are listed below the table.
 """
 
 
 def family_cell(name: str, attention: str, tuning: str) -> str:
     """One family, attention implementation and tuning: what happened."""
     _quiet()
+    import torch
     from families import FAMILIES
     from models import double_throughout
 
@@ -72,7 +74,9 @@ def family_cell(name: str, attention: str, tuning: str) -> str:
         model = model.double()
         return model if tuning == "full" else _with_lora(model, family).double()
 
-    batch = family.batch(batch=5) if name in BEYOND_HOOKS else family.batch()
+    rows = 5 if name in BEYOND_HOOKS else 2
+    dtype = torch.float32 if tuning == "QLoRA" else torch.float64
+    batch = family.batch(rows, dtype=dtype)
     with contextlib.nullcontext() if tuning == "QLoRA" else double_throughout():
         return _checked(make, batch, 1e-4 if tuning == "QLoRA" else 1e-9, name)
 
@@ -127,9 +131,7 @@ def _with_lora(model: Any, family: Any) -> Any:
     import peft
     from tuners import spread
 
-    targets: Any = ADAPTED.get(family.name, "all-linear")
-    if "experts_implementation" in family.options:
-        targets = ATTENTION
+    targets: Any = list(family.lora) or "all-linear"
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, lora_dropout=0.0)
     tuned = peft.get_peft_model(model, config)
     spread(tuned)
@@ -198,6 +200,21 @@ def family_rows(names: Sequence[str], pool: Any = None) -> list[str]:
     ]
 
 
+def adapted(names: Sequence[str]) -> str:
+    """What LoRA is on, in families where it is not on all linear layers."""
+    from families import FAMILIES
+
+    by_layers: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        if FAMILIES[name].lora:
+            by_layers.setdefault(FAMILIES[name].lora, []).append(name)
+    listed = [
+        f"{', '.join(families)} on {', '.join(f'`{layer}`' for layer in layers)}"
+        for layers, families in by_layers.items()
+    ]
+    return f"\nLoRA is on all linear layers, but for {'; '.join(listed)}." if listed else ""
+
+
 def tuner_rows(names: Sequence[str], pool: Any = None) -> list[str]:
     """The lines of the table of tuners."""
     run = map if pool is None else pool.map
@@ -260,7 +277,8 @@ def page(
     parts += ["| family | attention | full | LoRA | QLoRA (NF4) |", "|---|---|---|---|---|"]
     parts += family_rows(families, pool)
     dense = ", ".join(name for name in families if FAMILIES[name].dense)
-    parts += [f"\nDense decoders, where no operation may take the general path: {dense}.", NOTES]
+    parts += [f"\nDense decoders, where no operation may take the general path: {dense}."]
+    parts += [adapted(families), NOTES]
     parts += ["## Tuners of peft, on a tiny Llama\n", "| tuner | |", "|---|---|"]
     parts += tuner_rows(tuners, pool)
     if loops:

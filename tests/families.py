@@ -7,7 +7,7 @@ are as different from each other as the families allow, and no width equals a nu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ import transformers
 from torch import Tensor, nn
 
 VOCAB = 97
+IMAGE = VOCAB
+"""The token that an image's features take the place of, in vocabularies of one more."""
+IMAGE_TOKENS = 4
+FRAMES = 19
 DENSE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 40,
@@ -45,6 +49,9 @@ EXPERTS: dict[str, Any] = {
 }
 
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
 @dataclass(frozen=True)
 class Family:
     """How to make a tiny random model of a family, and a batch for it."""
@@ -57,7 +64,10 @@ class Family:
     attentions: tuple[str, ...] = ("sdpa", "eager")
     dense: bool = True
     """A dense decoder: no operation may take the general path."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    lora: tuple[str, ...] = ()
+    """The layers that LoRA adapts; all linear layers where it is empty."""
+    refused: str = ""
+    """A part of the error's message, where the family cannot be trained."""
 
     def make(self, attention: str = "sdpa", **changes: Any) -> nn.Module:
         """The model in training mode, float32, the same weights every time."""
@@ -68,11 +78,26 @@ class Family:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():  # a factor of 0 would hide every gradient behind it
+                    parameter.normal_(std=0.1)
         return model.train()
 
-    def batch(self, batch: int = 2, tokens: int = 23, seed: int = 0) -> dict[str, Tensor]:
-        """The arguments of a training step: padding on the right, some positions without label."""
-        return BATCHES[self.task](batch, tokens, torch.Generator().manual_seed(seed))
+    def batch(
+        self,
+        batch: int = 2,
+        tokens: int = 23,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Tensor]:
+        """The arguments of a training step: padding on the right, some positions without label.
+
+        `tokens` are those that the loss is over: the decoder's in a model with an encoder.
+        `dtype`: of images and speech.
+        """
+        made = BATCHES[self.task](batch, tokens, torch.Generator().manual_seed(seed))
+        return {n: x.to(dtype) if x.is_floating_point() else x for n, x in made.items()}
 
 
 def _words(batch: int, tokens: int, draw: torch.Generator) -> dict[str, Tensor]:
@@ -100,9 +125,41 @@ def _translation(batch: int, tokens: int, draw: torch.Generator) -> dict[str, Te
     return {**words, "labels": torch.randint(3, VOCAB, (batch, tokens), generator=draw)}
 
 
+def _speech(batch: int, tokens: int, draw: torch.Generator) -> dict[str, Tensor]:
+    labels = torch.randint(3, VOCAB, (batch, tokens), generator=draw)
+    return {"input_features": torch.randn(batch, 12, 2 * FRAMES, generator=draw), "labels": labels}
+
+
 def _images(batch: int, tokens: int, draw: torch.Generator) -> dict[str, Tensor]:
     pixels = torch.randn(batch, 3, 20, 20, generator=draw)
     return {"pixel_values": pixels, "labels": torch.randint(0, 3, (batch,), generator=draw)}
+
+
+def _transcription(batch: int, tokens: int, draw: torch.Generator) -> dict[str, Tensor]:
+    labels = torch.randint(3, VOCAB, (batch, tokens), generator=draw)
+    return {**_images(batch, tokens, draw), "labels": labels}
+
+
+def _prefix(batch: int, tokens: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """A prefix that attends in both directions, and what is to be learned after it."""
+    words = _causal(batch, tokens, draw)
+    kinds = torch.ones_like(words["input_ids"])
+    kinds[:, :IMAGE_TOKENS] = 0
+    return {**words, "token_type_ids": kinds}
+
+
+def _after_images(
+    words: Callable[[int, int, torch.Generator], dict[str, Tensor]], *shape: int
+) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
+    """`words` whose rows start with the tokens of an image; `shape`: of the pixels of a row."""
+
+    def build(batch: int, tokens: int, draw: torch.Generator) -> dict[str, Tensor]:
+        made = words(batch, tokens, draw)
+        made["input_ids"][:, :IMAGE_TOKENS] = IMAGE
+        made["labels"][:, :IMAGE_TOKENS] = -100
+        return {**made, "pixel_values": torch.randn(batch, *shape, generator=draw)}
+
+    return build
 
 
 BATCHES: dict[str, Callable[[int, int, torch.Generator], dict[str, Tensor]]] = {
@@ -110,7 +167,12 @@ BATCHES: dict[str, Callable[[int, int, torch.Generator], dict[str, Tensor]]] = {
     "masked": _causal,
     "classification": _classification,
     "translation": _translation,
+    "speech": _speech,
     "images": _images,
+    "transcription": _transcription,
+    "prefix": _prefix,
+    "images and text": _after_images(_causal, 1, 3, 20, 20),
+    "images and prefix": _after_images(_prefix, 3, 20, 20),
 }
 
 _GPT = {
@@ -124,6 +186,37 @@ _GEMMA = {
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 _NO_GROUPS = {**DENSE, "num_key_value_heads": 4}
+_NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+_SPEAKER = {
+    "vocab_size": VOCAB, "d_model": 40, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 44, **_NO_DROPOUT, **_ENDS,
+}  # fmt: skip
+_LATENT = {
+    **_NO_GROUPS, **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1,
+    "moe_intermediate_size": 28, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+    "q_lora_rank": 14, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6,
+    "v_head_dim": 10,
+}  # fmt: skip
+_LATENT_LORA = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+_EYES = {
+    "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "image_size": 20,
+}  # fmt: skip
+_READER = {**DENSE, "vocab_size": VOCAB + 1}
+_SMOLVLM = {
+    "text_config": {"model_type": "llama", **_READER}, "vision_config": {**_EYES, "patch_size": 5},
+    "scale_factor": 2, "image_token_id": IMAGE,
+}  # fmt: skip
+_PALIGEMMA = {
+    "text_config": {"model_type": "gemma", "head_dim": 10, **_READER},
+    "vision_config": {
+        "model_type": "siglip_vision_model", **_EYES, "patch_size": 10, "vision_use_head": False,
+    },
+    "projection_dim": 40, "hidden_size": 40, "image_token_index": IMAGE, "pad_token_id": 0,
+}  # fmt: skip
+_VIT = {k: v for k, v in ENCODER.items() if k not in ("vocab_size", "pad_token_id")}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -136,6 +229,12 @@ FAMILIES: dict[str, Family] = {
                attentions=("eager",)),
         Family("gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", {**DENSE, **_GEMMA}),
         Family("phi3", "Phi3Config", "Phi3ForCausalLM", DENSE),
+        Family("phi3_longrope", "Phi3Config", "Phi3ForCausalLM",
+               {**DENSE, "original_max_position_embeddings": 64,
+                "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0,
+                                    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4],
+                                    "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4]}},
+               dense=False, refused="longrope_frequency_update"),
         Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", DENSE),
         Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM",
                {**DENSE, "no_rope_layers": [1, 0]}),
@@ -143,6 +242,23 @@ FAMILIES: dict[str, Family] = {
         Family("granite", "GraniteConfig", "GraniteForCausalLM",
                {**DENSE, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
                 "attention_multiplier": 0.2, "logits_scaling": 2.0}),
+        Family("diffllama", "DiffLlamaConfig", "DiffLlamaForCausalLM", DENSE),
+        Family("qwen3_vl_text", "Qwen3VLConfig", "Qwen3VLForConditionalGeneration",
+               {"text_config": {**_READER, "head_dim": 12,
+                                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                                    "mrope_section": [2, 2, 2],
+                                                    "mrope_interleaved": True}},
+                "vision_config": {"depth": 1, "hidden_size": 36, "intermediate_size": 52,
+                                  "num_heads": 3, "patch_size": 5, "out_hidden_size": 40,
+                                  "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+                "image_token_id": IMAGE}, dense=False, refused="recomposition_frequencies"),
+        Family("gemma3n", "Gemma3nTextConfig", "Gemma3nForCausalLM",
+               {**DENSE, "head_dim": 10, **_SLIDING, "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB,
+                "hidden_size_per_layer_input": 12, "altup_num_inputs": 3, "laurel_rank": 6,
+                "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+               dense=False, refused="altup"),
         Family("gpt2", "GPT2Config", "GPT2LMHeadModel", _GPT),
         Family("gpt_neox", "GPTNeoXConfig", "GPTNeoXForCausalLM", DENSE),
         Family("opt", "OPTConfig", "OPTForCausalLM",
@@ -155,21 +271,55 @@ FAMILIES: dict[str, Family] = {
         Family("bloom", "BloomConfig", "BloomForCausalLM",
                {"vocab_size": VOCAB, "hidden_size": 40, "n_layer": 2, "n_head": 4,
                 "hidden_dropout": 0.0, "attention_dropout": 0.0}, attentions=("eager",)),
+        Family("mpt", "MptConfig", "MptForCausalLM",
+               {"vocab_size": VOCAB, "d_model": 40, "n_layers": 2, "n_heads": 4,
+                "max_seq_len": 128, "expansion_ratio": 2}, attentions=("eager",)),
         Family("mixtral", "MixtralConfig", "MixtralForCausalLM",
-               {**DENSE, **EXPERTS, "num_local_experts": 4}, dense=False),
+               {**DENSE, **EXPERTS, "num_local_experts": 4}, dense=False, lora=ATTENTION),
         Family("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
                {**DENSE, **EXPERTS, "num_experts": 4, "moe_intermediate_size": 28, "head_dim": 10},
+               dense=False, lora=ATTENTION),
+        Family("qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeForCausalLM",
+               {**DENSE, **EXPERTS, "num_experts": 4, "moe_intermediate_size": 28,
+                "shared_expert_intermediate_size": 36}, dense=False),
+        Family("jetmoe", "JetMoeConfig", "JetMoeForCausalLM",
+               {**DENSE, "kv_channels": 10, "num_local_experts": 4, "num_experts_per_tok": 2},
                dense=False),
+        Family("llama4", "Llama4TextConfig", "Llama4ForCausalLM",
+               {**DENSE, "head_dim": 10, "intermediate_size_mlp": 44, "num_local_experts": 4,
+                "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0],
+                "attention_chunk_size": 8, "floor_scale": 8}, dense=False,
+               lora=(*ATTENTION, "gate_proj", "up_proj", "down_proj")),
+        Family("deepseek_v2", "DeepseekV2Config", "DeepseekV2ForCausalLM",
+               {**_LATENT, "topk_method": "group_limited_greedy"}, dense=False,
+               lora=_LATENT_LORA, refused="expand_kv"),
+        Family("deepseek_v3", "DeepseekV3Config", "DeepseekV3ForCausalLM", _LATENT,
+               dense=False, lora=_LATENT_LORA, refused="expand_kv"),
         Family("mamba2", "Mamba2Config", "Mamba2ForCausalLM",
                {"vocab_size": VOCAB, "hidden_size": 40, "num_hidden_layers": 2, "num_heads": 8,
                 "head_dim": 10, "state_size": 12, "n_groups": 2, "chunk_size": 8, "expand": 2},
-               attentions=("eager",), dense=False),
+               attentions=("eager",), dense=False, lora=("in_proj",)),
         Family("bert", "BertConfig", "BertForMaskedLM", ENCODER, "masked", dense=False),
         Family("roberta", "RobertaConfig", "RobertaForMaskedLM", ENCODER, "masked", dense=False),
         Family("distilbert", "DistilBertConfig", "DistilBertForMaskedLM",
                {"vocab_size": VOCAB, "dim": 40, "hidden_dim": 56, "n_layers": 2, "n_heads": 4,
                 "max_position_embeddings": 128, "dropout": 0.0, "attention_dropout": 0.0},
                "masked", dense=False),
+        Family("albert", "AlbertConfig", "AlbertForMaskedLM",
+               {**ENCODER, "embedding_size": 12}, "masked", dense=False),
+        Family("electra", "ElectraConfig", "ElectraForMaskedLM",
+               {**ENCODER, "embedding_size": 12}, "masked", dense=False),
+        Family("modernbert", "ModernBertConfig", "ModernBertForMaskedLM",
+               {**{k: v for k, v in ENCODER.items() if "dropout" not in k},
+                "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+                "layer_types": ["full_attention", "sliding_attention"], "local_attention": 8},
+               "masked", dense=False),
+        Family("esm", "EsmConfig", "EsmForMaskedLM",
+               {**ENCODER, "mask_token_id": 3, "token_dropout": True,
+                "position_embedding_type": "rotary", "emb_layer_norm_before": False},
+               "masked", dense=False),
+        Family("roformer", "RoFormerConfig", "RoFormerForMaskedLM",
+               {**ENCODER, "embedding_size": 12}, "masked", attentions=("eager",), dense=False),
         Family("bert_classes", "BertConfig", "BertForSequenceClassification",
                {**ENCODER, "num_labels": 3}, "classification", dense=False),
         Family("roberta_classes", "RobertaConfig", "RobertaForSequenceClassification",
@@ -185,8 +335,29 @@ FAMILIES: dict[str, Family] = {
                 "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
                 "decoder_start_token_id": 0, "pad_token_id": 0}, "translation",
                dense=False),
+        Family("bart", "BartConfig", "BartForConditionalGeneration",
+               {**_SPEAKER, "max_position_embeddings": 128}, "translation", dense=False),
+        Family("whisper", "WhisperConfig", "WhisperForConditionalGeneration",
+               {**_SPEAKER, "num_mel_bins": 12, "max_source_positions": FRAMES,
+                "max_target_positions": 128}, "speech", dense=False),
+        Family("trocr", "VisionEncoderDecoderConfig", "VisionEncoderDecoderModel",
+               {"encoder": {"model_type": "vit", **_VIT, "image_size": 20, "patch_size": 4},
+                "decoder": {"model_type": "trocr", "vocab_size": VOCAB, "d_model": 40,
+                            "decoder_layers": 2, "decoder_attention_heads": 4,
+                            "decoder_ffn_dim": 44, "cross_attention_hidden_size": 40,
+                            "is_decoder": True, "add_cross_attention": True,
+                            "max_position_embeddings": 128, **_NO_DROPOUT, **_ENDS},
+                "pad_token_id": 0, "decoder_start_token_id": 2},
+               "transcription", attentions=("eager",), dense=False),
+        Family("smolvlm_text", "SmolVLMConfig", "SmolVLMForConditionalGeneration", _SMOLVLM),
+        Family("smolvlm_images", "SmolVLMConfig", "SmolVLMForConditionalGeneration", _SMOLVLM,
+               "images and text", dense=False),
+        Family("paligemma_text", "PaliGemmaConfig", "PaliGemmaForConditionalGeneration",
+               _PALIGEMMA, "prefix", dense=False),
+        Family("paligemma_images", "PaliGemmaConfig", "PaliGemmaForConditionalGeneration",
+               _PALIGEMMA, "images and prefix", dense=False),
         Family("vit", "ViTConfig", "ViTForImageClassification",
-               {**{k: v for k, v in ENCODER.items() if k not in ("vocab_size", "pad_token_id")},
-                "image_size": 20, "patch_size": 4, "num_labels": 3}, "images", dense=False),
+               {**_VIT, "image_size": 20, "patch_size": 4, "num_labels": 3}, "images",
+               dense=False, refused="patches of an image"),
     )
 }  # fmt: skip

@@ -172,7 +172,7 @@ FEW = {"gemma3", "t5", "mixtral", "bert"}
     [
         pytest.param(name, marks=() if name in FEW else pytest.mark.sweep)
         for name in FAMILIES
-        if FAMILIES[name].attentions and name != "vit"  # which is refused
+        if not FAMILIES[name].refused
     ],
 )
 def test_families(family: str, always: None, one_thread: None):
