@@ -96,6 +96,12 @@ def is_module_state(node: fx.Node) -> bool:
     )
 
 
+def is_buffer(node: fx.Node) -> bool:
+    """Whether a placeholder is a buffer of a module."""
+    given = given_tensor(node)
+    return "_buffers[" in (source_path(node) or "") and not isinstance(given, torch.nn.Parameter)
+
+
 def given_tensor(node: fx.Node) -> torch.Tensor | None:
     """The very tensor that a placeholder was captured with; None for a fake one.
 

@@ -141,8 +141,13 @@ def _step(program: Program, recorder: Recorder, config: SeekConfig) -> Callable[
                 'of torch.utils.checkpoint; recompute="block" of fxseek.compile keeps less.'
             )
         timings: dict[str, float] | None = {} if recorder.timed else None
+        given = list(inputs)
+        for at in program.written:  # what autograd saves of them must not change
+            given[at] = inputs[at].clone()
         with nullcontext() if timings is None else stage_seconds(module, timings):
-            outputs, selection, scores = module(inputs, positions, index, recorder.padding_mask)
+            outputs, selection, scores = module(given, positions, index, recorder.padding_mask)
+        if program.written:
+            outputs = _write(outputs, inputs, program)
         recorder.step += 1
         recorder.program = program
         recorder.uncomputed = [Uncomputed() for _ in program.dropped]
@@ -155,6 +160,18 @@ def _step(program: Program, recorder: Recorder, config: SeekConfig) -> Callable[
         return outputs
 
     return step
+
+
+@torch.no_grad()
+def _write(outputs: Sequence[Any], inputs: Sequence[Any], program: Program) -> list[Any]:
+    """Write the last outputs to the buffers that they are for; the others."""
+    count = len(outputs) - len(program.written)
+    for at, value in zip(program.written, outputs[count:], strict=True):
+        inputs[at].copy_(value)
+    return [
+        inputs[program.returned[i]] if i in program.returned else value
+        for i, value in enumerate(outputs[:count])
+    ]
 
 
 @contextmanager

@@ -75,6 +75,10 @@ class Program:
     learn: StageGraph | None = None
     gathers: list[tuple[StageInput, tuple[Any, ...]]] = field(default_factory=list)
     masks: set[StageInput] = field(default_factory=set)
+    written: tuple[int, ...] = ()
+    """Which inputs are buffers that the step writes to; their new values are its last outputs."""
+    returned: dict[int, int] = field(default_factory=dict)
+    """Which outputs are such a buffer itself."""
     dropped: list[int] = field(default_factory=list)
     """Which of the captured outputs the step does not compute."""
     on_host: list[fx.Node] = field(default_factory=list)
@@ -131,7 +135,11 @@ def build(
 
 
 def _functionalise(program: Program) -> None:
-    program.graph = functionalise(inline(program.captured))
+    functional = functionalise(inline(program.captured))
+    program.graph = functional.graph
+    places = positions_of(program.graph)
+    program.written = tuple(places[node] for node in functional.written)
+    program.returned = {i: places[node] for i, node in functional.returned.items()}
     program.graph.lint()
 
 
@@ -175,9 +183,13 @@ def _ditch(program: Program, full_outputs: bool) -> None:
             wanted.append(("value", node))
         return _Slot(len(wanted) - 1)
 
-    program_outputs.append(map_arg(output.args[0], want))
     given: Any = output.args[0]
-    made: Any = program_outputs[0]
+    count = len(given) - len(program.written)
+    made: Any = map_arg(given[:count], want)
+    for node in given[count:]:
+        wanted.append(("full", node))
+        made = (*made, _Slot(len(wanted) - 1))
+    program_outputs.append(made)
     program.dropped = [i for i, node in enumerate(given) if node is not None and made[i] is None]
     carrying = {node for node in program.graph.nodes if needs_grad(node)}
     constants = made_from_rows(program.graph, facts)

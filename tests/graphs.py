@@ -58,7 +58,7 @@ def capture(
 
     def backend(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         assert not made, "the call was captured twice"
-        graph = normalise(functionalise(gm.graph))
+        graph = normalise(functionalise(gm.graph).graph)
         graph.lint()
         facts = find_tokens(graph, find_sizes(graph, token_dim))
         made.append(Captured(gm.graph, graph, facts))

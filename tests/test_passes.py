@@ -137,7 +137,7 @@ def test_functionalise():
         return y * x
 
     same(
-        functionalise(captured(body, hidden(), weight()).raw),
+        functionalise(captured(body, hidden(), weight()).raw).graph,
         """
         y = linear(x, w)
         add = add(y, 1)
@@ -157,7 +157,7 @@ def test_normalise_spellings():
 
     made = captured(body, hidden(), weight())
     same(
-        normalise(functionalise(made.raw)),
+        normalise(functionalise(made.raw).graph),
         """
         float_1 = to(x, torch.float32)
         add = add(float_1, 1)
@@ -179,7 +179,7 @@ def test_normalise_takes_keys_before_they_are_repeated():
         return F.scaled_dot_product_attention(q, repeated, repeated)
 
     made = captured(body, ones(BATCH, 4, TOKENS, 5), ones(BATCH, 2, TOKENS, 5), token_dim=2)
-    graph = normalise(functionalise(made.raw))
+    graph = normalise(functionalise(made.raw).graph)
     drop_dead_code(graph)
     same(
         graph,

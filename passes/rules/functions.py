@@ -174,7 +174,7 @@ def _body(attribute: Any) -> fx.Graph | None:
     if not isinstance(body, fx.GraphModule):
         return None
     try:
-        return normalise(functionalise(body.graph))
+        return normalise(functionalise(body.graph).graph)
     except GraphError:  # it writes to what it is given
         return None
 
