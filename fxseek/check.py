@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,39 +103,20 @@ def _reference(
 ) -> Reference:
     """Masked full backprop of what the step selected."""
     program = step.recorder.program
-    virtual = 0 if program is None or program.sizes is None else program.sizes.virtual
-    loss = _reference_loss(step)
-    try:
-        return masked_backprop(
-            model, batch, last.selected, weights=last.weights, loss=loss, virtual=virtual
-        )
-    except InputError:
-        if loss is not None:
-            raise
-    # Something is added to the token loss (a regulariser, say): take the model's own sum.
-    with _SelectedCrossEntropy(last):
-        return masked_backprop(model, batch, last.selected, loss=_own_loss, virtual=virtual)
-
-
-def _reference_loss(step: SeekStep) -> Callable[[Any, Mapping[str, Any]], Tensor] | None:
-    """The caller's loss, with its token cross-entropies over the selected positions only.
-
-    A model whose own loss is none over tokens (a classifier's) is held to that loss as it is.
-    """
-    loss, last = step.config.loss, step.recorder.last
-    program = step.recorder.program
     structure = None if program is None else program.structure
-    if loss is None and structure is not None and structure.loss is None:
-        return _own_loss
-    if loss is None or last is None:
-        return None
-    given, report = loss, last
-
-    def over_selected(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
-        with _SelectedCrossEntropy(report):
-            return given(outputs, batch)
-
-    return over_selected
+    virtual = 0 if program is None or program.sizes is None else program.sizes.virtual
+    loss = step.config.loss
+    restricted = structure is None or bool(structure.losses)
+    if loss is None and restricted and not (structure and structure.unrestricted):
+        # the model's own, written by hand
+        with suppress(InputError):
+            return masked_backprop(
+                model, batch, last.selected, weights=last.weights, virtual=virtual
+            )
+    # Something else is a part of the loss, or a caller's own: its cross-entropies over the selected
+    # positions, wherever they are computed.
+    with _SelectedCrossEntropy(last) if restricted else nullcontext():
+        return masked_backprop(model, batch, last.selected, loss=loss or _own_loss, virtual=virtual)
 
 
 def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -144,34 +125,102 @@ def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     return outputs[0] if isinstance(outputs, tuple) else outputs["loss"]
 
 
+class _Terms(NamedTuple):
+    """Losses of all positions, and what each counts for in their mean (the class weight)."""
+
+    losses: Tensor
+    masses: Tensor
+
+
+_SCALING = ("Mul", "Div", "Neg", "ToCopy", "MaskedFill", "Where")
+_MOVING = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone")
+
+
 class _SelectedCrossEntropy(TorchFunctionMode):
-    """Replaces a token cross-entropy by its weighted mean over selected labelled positions."""
+    """Replaces a token cross-entropy by its weighted mean over selected labelled positions.
+
+    And a sum (or a mean) of such terms, each scaled by a constant, by that of the selected ones.
+    """
 
     def __init__(self, report: StepReport) -> None:
         super().__init__()
         self.report = report
+        self.terms: list[_Terms] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.cross_entropy or kwargs.get("reduction", "mean") == "none":
-            return func(*args, **kwargs)
-        bound = inspect.signature(F.cross_entropy).bind(*args, **kwargs).arguments
-        target, report = bound["target"], self.report
-        rows, length = report.selected.shape[0], target.numel() // report.selected.shape[0]
-        if length not in (report.tokens, report.tokens - 1) or bound.get("weight") is not None:
-            return func(*args, **kwargs)
-        per_token = target.new_zeros(rows, report.tokens + 1, dtype=report.weights.dtype)
+        if func is F.cross_entropy:
+            bound = inspect.signature(F.cross_entropy).bind(*args, **kwargs)
+            bound.apply_defaults()
+            terms = self._terms(bound.arguments)
+            reduction = bound.arguments["reduction"]
+            if terms is None:
+                return func(*args, **kwargs)
+            if reduction != "none":
+                return self._selected(terms, torch.ones_like(terms.losses), reduction)
+            self.terms.append(terms)
+            return terms.losses
+        if func is torch.where and len(args) == 3 and self._detaches_terms(*args[1:]):
+            return args[1]  # the hook of a module that returns them
+        result = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in ("sum", "mean") and isinstance(result, Tensor):
+            terms = self._scaled(result) if result.dim() == 0 else None
+            if terms is not None and args[0].numel() == terms.losses.numel():
+                (scale,) = torch.autograd.grad(result, terms.losses, retain_graph=True)
+                return self._selected(terms, scale, "sum")
+        return result
+
+    def _terms(self, call: dict[str, Any]) -> _Terms | None:
+        """The terms of a call of `F.cross_entropy`; None where they are not one for each token."""
+        target, report = call["target"], self.report
+        if call["size_average"] is not None or call["reduce"] is not None:
+            return None
+        probabilities = target.is_floating_point()
+        classes = call["input"].shape[0 if call["input"].dim() == 1 else 1]
+        rows, count = report.selected.shape[0], target.numel() // (classes if probabilities else 1)
+        if count not in (rows * report.tokens, rows * (report.tokens - 1)):
+            return None
+        losses = F.cross_entropy(**{**call, "reduction": "none"})
+        if probabilities:
+            return _Terms(losses, torch.ones_like(losses))
+        labelled = target != call["ignore_index"]
+        if call["weight"] is None:
+            return _Terms(losses, labelled)
+        masses = call["weight"][target.where(labelled, 0)]
+        return _Terms(losses, masses.where(labelled, 0))
+
+    def _selected(self, terms: _Terms, scale: Tensor, reduction: str) -> Tensor:
+        """The weighted mean over selected positions, or that times the mass of all."""
+        report = self.report
+        shape, length = terms.losses.shape, terms.losses.numel() // report.selected.shape[0]
+        per_token = report.weights.new_zeros(len(report.selected), report.tokens + 1)
         at = report.selected.where(report.selected >= 0, report.tokens)  # -1: a place of its own
-        per_token.scatter_(1, at, report.weights)
         chosen = torch.zeros_like(per_token, dtype=torch.bool).scatter_(1, at, True)
-        ignored = bound.get("ignore_index", -100)
-        weights = per_token[:, :length].reshape(target.shape)
-        labelled = (target != ignored) & chosen[:, :length].reshape(target.shape)
-        losses = F.cross_entropy(**{**bound, "reduction": "none"})
-        mean = (losses * weights).sum() / labelled.sum().clamp(min=1)
-        if bound.get("reduction", "mean") == "sum":
-            return mean * (target != ignored).sum()
-        return mean
+        chosen = chosen[:, :length].reshape(shape)
+        weights = per_token.scatter_(1, at, report.weights)[:, :length].reshape(shape)
+        masses = terms.masses * scale.abs()
+        counts = chosen & (masses != 0)
+        total = (terms.losses * scale * weights).masked_fill(~counts, 0).sum()
+        mass = masses[counts].sum()
+        mean = total / mass.where(mass != 0, 1)
+        return mean * masses.sum() if reduction == "sum" else mean
+
+    def _scaled(self, value: Tensor) -> _Terms | None:
+        """The terms that a value is made of by constant factors alone, as autograd recorded it."""
+        of_terms = {x.losses.grad_fn: x for x in self.terms if x.losses.grad_fn is not None}
+        node, last = value.grad_fn, True
+        while node is not None and node not in of_terms:
+            name = node.name()
+            summed = last and name.startswith(("Sum", "Mean"))
+            if not summed and not name.startswith((*_SCALING, *_MOVING)):
+                return None
+            before = [x for x, _ in node.next_functions if x is not None]
+            node, last = before[0] if len(before) == 1 else None, False
+        return None if node is None else of_terms[node]
+
+    def _detaches_terms(self, x: Any, other: Any) -> bool:
+        tensors = isinstance(x, Tensor) and isinstance(other, Tensor)
+        return tensors and x.data_ptr() == other.data_ptr() and self._scaled(x) is not None
 
 
 def _tolerance(step: SeekStep) -> float:
