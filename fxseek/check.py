@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxseek.backend import StepReport
 from fxseek.errors import GradientMismatch, InputError
-from fxseek.passes.facts import example, tensors_of
+from fxseek.passes.facts import (
+    Facts,
+    Rows,
+    example,
+    module_path,
+    needs_grad,
+    tensors_of,
+    where,
+)
+from fxseek.passes.rules import Full, Plan, operation, wants_of
 from fxseek.reference import Reference, compare, masked_backprop
 from fxseek.step import SeekStep, step_of
 
@@ -59,7 +68,9 @@ def check_gradients(
     Raises:
         GradientMismatch: the error is above the tolerance.
         InputError: the model is not compiled, or dropout is on (prefill and learn draw
-            separately, so that exactness is stated with dropout off).
+            separately, so that exactness is stated with dropout off); or the error is above the
+            tolerance and the reference can't tell, since keys or values of all tokens are made from
+            a parameter by a plain function, whose result no module's hook sees.
     """
     step = step_of(model)
     if step is None:
@@ -89,6 +100,7 @@ def check_gradients(
     allowed = _tolerance(step) if tolerance is None else tolerance
     worst = compare(found, reference.gradients)
     if not worst.error <= allowed:
+        _refuse_hidden_rows(step)
         raise GradientMismatch(
             f"the gradient of {worst.name!r} differs from masked full backprop by "
             f"{worst.error:.3g} relative (allowed {allowed:.3g}). If the model draws random "
@@ -159,7 +171,7 @@ class _SelectedCrossEntropy(TorchFunctionMode):
             if reduction != "none":
                 return self._selected(terms, torch.ones_like(terms.losses), reduction)
             self.terms.append(terms)
-            return terms.losses
+            return terms.losses.clone()  # which may be written to
         if func is torch.where and len(args) == 3 and self._detaches_terms(*args[1:]):
             return args[1]  # the hook of a module that returns them
         result = func(*args, **kwargs)
@@ -221,6 +233,63 @@ class _SelectedCrossEntropy(TorchFunctionMode):
     def _detaches_terms(self, x: Any, other: Any) -> bool:
         tensors = isinstance(x, Tensor) and isinstance(other, Tensor)
         return tensors and x.data_ptr() == other.data_ptr() and self._scaled(x) is not None
+
+
+def _refuse_hidden_rows(step: SeekStep) -> None:
+    """Say where the reference can't cut a gradient that the step cuts.
+
+    Raises:
+        InputError: rows that a parameter makes reach an operation that reads all of them, and are
+            the result of no module on the way.
+    """
+    program = step.recorder.program
+    facts = None if program is None else program.facts
+    for node in [] if program is None or facts is None else program.graph.nodes:
+        plan = facts.plans.get(node) if facts is not None else None
+        if facts is None or not isinstance(plan, Plan) or not isinstance(plan.rows, Rows):
+            continue
+        if not any(needs_grad(x) and not facts.token_sized(x) for x in node.all_input_nodes):
+            continue
+        reader = _reader_of_all(node, facts)
+        if reader is not None:
+            raise InputError(
+                f"check_gradients can't tell for this model: {_called(node)} in "
+                f"{module_path(node) or 'the model'} makes rows from a parameter, and "
+                f"{_called(reader)} reads those of all tokens. No module has them as its result, "
+                "so that the module hooks of the reference can't cut gradients where masked "
+                f"backprop does ({where(node)}). Make them by a module (torch.nn.Linear) for the "
+                "check, or compare a model without this operation."
+            )
+
+
+def _reader_of_all(start: fx.Node, facts: Facts) -> fx.Node | None:
+    """What reads a value of all tokens that per-token operations of one module make of `start`."""
+    seen: set[fx.Node] = set()
+    queue = [start]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            if user.op == "output" or not needs_grad(user) or not _same_module(node, user):
+                continue
+            plan = facts.plans.get(user)
+            wanted = [w.node for w in wants_of(plan) if isinstance(w, Full)] if plan else [node]
+            if node in wanted:
+                return user
+            queue.append(user)
+    return None
+
+
+def _same_module(node: fx.Node, user: fx.Node) -> bool:
+    """Whether a value is read within the module that makes it, before its hook."""
+    innermost = list(node.meta.get("nn_module_stack") or ())[-1:]
+    return all(module in (user.meta.get("nn_module_stack") or ()) for module in innermost)
+
+
+def _called(node: fx.Node) -> str:
+    return operation(node) or str(getattr(node.target, "__name__", node.target))
 
 
 def _tolerance(step: SeekStep) -> float:

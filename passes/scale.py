@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.fx.node import map_arg
 
 from fxseek.loss import scaled_cross_entropy
 from fxseek.passes.facts import Sizes, example, is_tensor, needs_grad
@@ -66,11 +65,10 @@ def _scaled_sum(graph: fx.Graph, total: fx.Node, sizes: Sizes) -> fx.Node | None
     if loss is None or loss.reduction != "none":
         return None
 
-    def make(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    def make(function: Callable[..., Any], like: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
         node = graph.call_function(function, args, kwargs)
-        values = map_arg((args, kwargs), example)
-        node.meta = {**total.meta, "example_value": function(*values[0], **values[1])}
-        return node
+        node.meta = {**total.meta, "example_value": example(like)}
+        return _constant(node)
 
     rest = {
         "weight": loss.class_weights,
@@ -79,20 +77,23 @@ def _scaled_sum(graph: fx.Graph, total: fx.Node, sizes: Sizes) -> fx.Node | None
     }
     with graph.inserting_before(total):
         if not chain and operation(total) == "sum":
-            made = make(F.cross_entropy, loss.logits, loss.target, reduction="sum", **rest)
+            rest["reduction"] = "sum"
+            made = graph.call_function(F.cross_entropy, (loss.logits, loss.target), rest)
         else:
             like: Any = loss.target
-            if loss.probabilities:
-                like = make(torch.select, like, 0 if example(like).dim() == 1 else 1, 0)
-            scale = ones = make(torch.ones_like, like, dtype=example(at).dtype)
+            if loss.probabilities:  # those of one class
+                like = make(torch.select, at, like, 0 if example(like).dim() == 1 else 1, 0)
+            ones = make(torch.ones_like, at, like, dtype=example(at).dtype)
+            scale = ones
             for before, node in reversed(chain):
                 scale = _again(graph, node, before, scale)
             if operation(total) == "mean":
-                scale = make(_divided_by_its_size, scale)
+                scale = make(_divided_by_its_size, scale, scale)
             if sizes.shape(example(scale)) != sizes.shape(example(ones)):
-                scale = make(torch.Tensor.reshape_as, scale, ones)
-            made = make(scaled_cross_entropy, loss.logits, loss.target, scale=scale, **rest)
-    made.meta["example_value"] = example(total)
+                scale = make(torch.Tensor.reshape_as, ones, scale, ones)
+            rest["scale"] = scale
+            made = graph.call_function(scaled_cross_entropy, (loss.logits, loss.target), rest)
+    made.meta = dict(total.meta)
     total.replace_all_uses_with(made)
     graph.erase_node(total)
     return made
@@ -105,10 +106,13 @@ def _divided_by_its_size(scale: torch.Tensor) -> torch.Tensor:
 def _again(graph: fx.Graph, node: fx.Node, before: fx.Node, operand: fx.Node) -> fx.Node:
     """A copy of `node` that reads `operand` in the place of `before`."""
     made = graph.node_copy(node, lambda x: operand if x is before else x)
-    args, kwargs = map_arg((made.args, made.kwargs), example)
-    assert callable(made.target)
-    made.meta = {**node.meta, "example_value": made.target(*args, **kwargs)}
-    return made
+    return _constant(made)
+
+
+def _constant(node: fx.Node) -> fx.Node:
+    """The node, whose example value was that of another of its kind, without gradient."""
+    node.meta = {**node.meta, "example_value": example(node).detach()}
+    return node
 
 
 def _scaled_by_constants(node: fx.Node, sizes: Sizes) -> fx.Node | None:
@@ -129,26 +133,18 @@ def _scaled_by_constants(node: fx.Node, sizes: Sizes) -> fx.Node | None:
     others = [x for x in node.all_input_nodes if x is not operand]
     if any(needs_grad(x) for x in others) or not needs_grad(operand):
         return None
-    before, after = example(operand), example(node)
-    if not after.is_floating_point() or (name != "to" and after.dtype != before.dtype):
-        promoted = name in ("mul", "div") and after.is_floating_point()
-        if not promoted:
-            return None
-    if name == "to":
-        return operand
-    if name in _MOVES:
-        return operand
-    if name == "neg":
-        return operand
-    if _elements(sizes, before) != _elements(sizes, after):
+    if not example(node).is_floating_point():
         return None
+    if name in ("to", "neg") or (name in _MOVES and example(node).dtype == example(operand).dtype):
+        return operand
+    if _elements(sizes, operand) != _elements(sizes, node):
+        return None  # it multiplies each by several
     if name in ("mul", "div") and len(args) == 2 and not node.kwargs:
         return operand
     if name == "masked_fill" and argument(node, 2, "value") == 0:
         return operand
     if name == "where" and len(args) == 3 and args[0] is not operand:
-        other = args[2] if args[1] is operand else args[1]
-        return operand if _is_zero(other) else None
+        return operand if _is_zero(args[2] if args[1] is operand else args[1]) else None
     return None
 
 
@@ -158,9 +154,9 @@ def _is_zero(value: Any) -> bool:
     return value == 0
 
 
-def _elements(sizes: Sizes, value: torch.Tensor) -> list[Any]:
+def _elements(sizes: Sizes, node: fx.Node) -> list[Any]:
     """The sizes that elements are counted by."""
-    return [size for size in sizes.shape(value) if size != 1]
+    return [size for size in sizes.shape(example(node)) if size != 1]
 
 
 __all__ = ["scale_terms"]

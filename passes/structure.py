@@ -110,7 +110,7 @@ def find_structure(graph: fx.Graph, facts: Facts, *, loss_first: bool = False) -
     attentions = tuple(
         node for node in graph.nodes if node in before and _is_attention(node, facts)
     )
-    cuts = _cuts(graph, facts, before, sinks)
+    cuts = _cuts(facts, before, sinks, losses)
     entry = leave = None
     if attentions and cuts:
         last = attentions[-1]
@@ -241,9 +241,12 @@ def _is_attention(node: fx.Node, facts: Facts) -> bool:
 
 
 def _cuts(
-    graph: fx.Graph, facts: Facts, before: set[fx.Node], sinks: list[fx.Node]
+    facts: Facts, before: set[fx.Node], sinks: list[fx.Node], losses: list[fx.Node]
 ) -> list[fx.Node]:
-    """Nodes that every path of the stream to the sinks goes through, in order."""
+    """Nodes that every path of the stream to the sinks goes through, in order.
+
+    What a loss takes for constants, such as targets made from the tokens, is on no path.
+    """
     made = {
         node
         for node in before
@@ -255,6 +258,9 @@ def _cuts(
     start, end = "start", "end"
     for node in streamed:
         operands = [operand for operand in node.all_input_nodes if operand in streamed]
+        if node in losses:
+            logits = argument(node, 0, "input")
+            operands = [x for x in operands if x is logits or needs_grad(x)]
         for operand in operands:
             flow.add_edge(operand, node)
         if not operands:
