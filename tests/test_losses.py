@@ -64,7 +64,9 @@ def next_ones(labels: Tensor) -> Tensor:
     return torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), 1)
 
 
-def spelled_out(logits: Tensor, labels: Tensor, classes: Tensor | None, smoothing: float) -> Any:
+def spelled_out(
+    logits: Tensor, labels: Tensor, classes: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
     """The cross-entropy of each position and its class weight, both 0 without a label."""
     weights = torch.ones(VOCAB, dtype=torch.float64) if classes is None else classes
     logs = logits.log_softmax(-1)
@@ -368,7 +370,8 @@ def test_two_cross_entropies():
     def wanted(logits: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         shifted = spelled_out(logits, next_ones(x["labels"]), None, 0.0)
         own = spelled_out(logits, x["labels"], CLASSES, 0.0)
-        first, other = (Terms(*terms, weights, chosen).mean() for terms in (shifted, own))
+        first = Terms(shifted[0], shifted[1], weights, chosen).mean()
+        other = Terms(own[0], own[1], weights, chosen).mean()
         return first + 0.3 * other
 
     assert_step(model, model(**x).loss, wanted, x)
@@ -424,7 +427,7 @@ def test_what_is_not_restricted_is_said(name: str, added: bool, caplog: Any):
         if not added:
             return value
         own = spelled_out(logits, next_ones(x["labels"]), None, 0.0)
-        return value + Terms(*own, weights, chosen).mean()
+        return value + Terms(own[0], own[1], weights, chosen).mean()
 
     assert_step(model, found, wanted, x)
     assert fxseek.check_gradients(model, **x).error <= 1e-9
@@ -506,19 +509,19 @@ def test_class_weights_of_a_token_classifier():
     from transformers import BertConfig, BertForTokenClassification
 
     classes = torch.tensor([0.2, 3.0, 1.0, 0.5, 2.0], dtype=torch.float64)
-    config = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=20,
-        intermediate_size=29,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_labels=5,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 20,
+        "intermediate_size": 29,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_labels": 5,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     torch.manual_seed(0)
-    model = BertForTokenClassification(config).double().train()
+    model = BertForTokenClassification(BertConfig(**sizes)).double().train()
     x = inputs_of()
     x["labels"] = torch.where(x["labels"] < 0, -100, x["labels"] % 5)
 

@@ -94,7 +94,7 @@ class TokenLoss:
             ("b t 5", "int:b t"),
         ),
         Sample(
-            lambda x, y, w: F.cross_entropy(x.transpose(1, 2), y, w, reduction="none"),
+            lambda x, y, w: F.cross_entropy(x.mT, y, w.detach(), reduction="none"),
             ("b t 5", "int:b t", "5"),
         ),
         Sample(
