@@ -111,11 +111,8 @@ def make_backend(
         program = build(gm.graph, config, full_outputs=full_outputs, token_inputs=token_inputs)
         structure = program.structure
         assert structure is not None
-        if structure.loss is None and not structure.pooled and not full_outputs:
-            log.warning(
-                "fxseek: no cross-entropy over tokens was found in the captured graph, so the loss "
-                "keeps its full-token value; its gradients are those of the selected tokens"
-            )
+        for note in [] if full_outputs and not structure.losses else structure.notes():
+            log.warning("fxseek: %s", note)
         recorder.programs.append(program)
         recorder.compile_seconds += time.perf_counter() - start
         return _step(program, recorder, config) if run is None else run(program)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxseek.backend import StepReport
 from fxseek.errors import GradientMismatch, InputError
-from fxseek.passes.facts import example, tensors_of
+from fxseek.passes.facts import (
+    Facts,
+    Rows,
+    example,
+    module_path,
+    needs_grad,
+    tensors_of,
+    where,
+)
+from fxseek.passes.rules import Full, Plan, operation, wants_of
 from fxseek.reference import Reference, compare, masked_backprop
 from fxseek.step import SeekStep, step_of
 
@@ -59,7 +68,9 @@ def check_gradients(
     Raises:
         GradientMismatch: the error is above the tolerance.
         InputError: the model is not compiled, or dropout is on (prefill and learn draw
-            separately, so that exactness is stated with dropout off).
+            separately, so that exactness is stated with dropout off); or the error is above the
+            tolerance and the reference can't tell, since keys or values of all tokens are made from
+            a parameter by a plain function, whose result no module's hook sees.
     """
     step = step_of(model)
     if step is None:
@@ -89,6 +100,7 @@ def check_gradients(
     allowed = _tolerance(step) if tolerance is None else tolerance
     worst = compare(found, reference.gradients)
     if not worst.error <= allowed:
+        _refuse_hidden_rows(step)
         raise GradientMismatch(
             f"the gradient of {worst.name!r} differs from masked full backprop by "
             f"{worst.error:.3g} relative (allowed {allowed:.3g}). If the model draws random "
@@ -103,39 +115,20 @@ def _reference(
 ) -> Reference:
     """Masked full backprop of what the step selected."""
     program = step.recorder.program
-    virtual = 0 if program is None or program.sizes is None else program.sizes.virtual
-    loss = _reference_loss(step)
-    try:
-        return masked_backprop(
-            model, batch, last.selected, weights=last.weights, loss=loss, virtual=virtual
-        )
-    except InputError:
-        if loss is not None:
-            raise
-    # Something is added to the token loss (a regulariser, say): take the model's own sum.
-    with _SelectedCrossEntropy(last):
-        return masked_backprop(model, batch, last.selected, loss=_own_loss, virtual=virtual)
-
-
-def _reference_loss(step: SeekStep) -> Callable[[Any, Mapping[str, Any]], Tensor] | None:
-    """The caller's loss, with its token cross-entropies over the selected positions only.
-
-    A model whose own loss is none over tokens (a classifier's) is held to that loss as it is.
-    """
-    loss, last = step.config.loss, step.recorder.last
-    program = step.recorder.program
     structure = None if program is None else program.structure
-    if loss is None and structure is not None and structure.loss is None:
-        return _own_loss
-    if loss is None or last is None:
-        return None
-    given, report = loss, last
-
-    def over_selected(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
-        with _SelectedCrossEntropy(report):
-            return given(outputs, batch)
-
-    return over_selected
+    virtual = 0 if program is None or program.sizes is None else program.sizes.virtual
+    loss = step.config.loss
+    restricted = structure is None or bool(structure.losses)
+    if loss is None and restricted and not (structure and structure.unrestricted):
+        # the model's own, written by hand
+        with suppress(InputError):
+            return masked_backprop(
+                model, batch, last.selected, weights=last.weights, virtual=virtual
+            )
+    # Something else is a part of the loss, or a caller's own: its cross-entropies over the selected
+    # positions, wherever they are computed.
+    with _SelectedCrossEntropy(last) if restricted else nullcontext():
+        return masked_backprop(model, batch, last.selected, loss=loss or _own_loss, virtual=virtual)
 
 
 def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -144,34 +137,159 @@ def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     return outputs[0] if isinstance(outputs, tuple) else outputs["loss"]
 
 
+class _Terms(NamedTuple):
+    """Losses of all positions, and what each counts for in their mean (the class weight)."""
+
+    losses: Tensor
+    masses: Tensor
+
+
+_SCALING = ("Mul", "Div", "Neg", "ToCopy", "MaskedFill", "Where")
+_MOVING = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone")
+
+
 class _SelectedCrossEntropy(TorchFunctionMode):
-    """Replaces a token cross-entropy by its weighted mean over selected labelled positions."""
+    """Replaces a token cross-entropy by its weighted mean over selected labelled positions.
+
+    And a sum (or a mean) of such terms, each scaled by a constant, by that of the selected ones.
+    """
 
     def __init__(self, report: StepReport) -> None:
         super().__init__()
         self.report = report
+        self.terms: list[_Terms] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.cross_entropy or kwargs.get("reduction", "mean") == "none":
-            return func(*args, **kwargs)
-        bound = inspect.signature(F.cross_entropy).bind(*args, **kwargs).arguments
-        target, report = bound["target"], self.report
-        rows, length = report.selected.shape[0], target.numel() // report.selected.shape[0]
-        if length not in (report.tokens, report.tokens - 1) or bound.get("weight") is not None:
-            return func(*args, **kwargs)
-        per_token = target.new_zeros(rows, report.tokens + 1, dtype=report.weights.dtype)
+        if func is F.cross_entropy:
+            bound = inspect.signature(F.cross_entropy).bind(*args, **kwargs)
+            bound.apply_defaults()
+            terms = self._terms(bound.arguments)
+            reduction = bound.arguments["reduction"]
+            if terms is None:
+                return func(*args, **kwargs)
+            if reduction != "none":
+                return self._selected(terms, torch.ones_like(terms.losses), reduction)
+            self.terms.append(terms)
+            return terms.losses.clone()  # which may be written to
+        if func is torch.where and len(args) == 3 and self._detaches_terms(*args[1:]):
+            return args[1]  # the hook of a module that returns them
+        result = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in ("sum", "mean") and isinstance(result, Tensor):
+            terms = self._scaled(result) if result.dim() == 0 else None
+            if terms is not None and args[0].numel() == terms.losses.numel():
+                (scale,) = torch.autograd.grad(result, terms.losses, retain_graph=True)
+                return self._selected(terms, scale, "sum")
+        return result
+
+    def _terms(self, call: dict[str, Any]) -> _Terms | None:
+        """The terms of a call of `F.cross_entropy`; None where they are not one for each token."""
+        target, report = call["target"], self.report
+        if call["size_average"] is not None or call["reduce"] is not None:
+            return None
+        probabilities = target.is_floating_point()
+        classes = call["input"].shape[0 if call["input"].dim() == 1 else 1]
+        rows, count = report.selected.shape[0], target.numel() // (classes if probabilities else 1)
+        if count not in (rows * report.tokens, rows * (report.tokens - 1)):
+            return None
+        losses = F.cross_entropy(**{**call, "reduction": "none"})
+        if probabilities:
+            return _Terms(losses, torch.ones_like(losses))
+        labelled = target != call["ignore_index"]
+        if call["weight"] is None:
+            return _Terms(losses, labelled)
+        masses = call["weight"][target.where(labelled, 0)]
+        return _Terms(losses, masses.where(labelled, 0))
+
+    def _selected(self, terms: _Terms, scale: Tensor, reduction: str) -> Tensor:
+        """The weighted mean over selected positions, or that times the mass of all."""
+        report = self.report
+        shape, length = terms.losses.shape, terms.losses.numel() // report.selected.shape[0]
+        per_token = report.weights.new_zeros(len(report.selected), report.tokens + 1)
         at = report.selected.where(report.selected >= 0, report.tokens)  # -1: a place of its own
-        per_token.scatter_(1, at, report.weights)
         chosen = torch.zeros_like(per_token, dtype=torch.bool).scatter_(1, at, True)
-        ignored = bound.get("ignore_index", -100)
-        weights = per_token[:, :length].reshape(target.shape)
-        labelled = (target != ignored) & chosen[:, :length].reshape(target.shape)
-        losses = F.cross_entropy(**{**bound, "reduction": "none"})
-        mean = (losses * weights).sum() / labelled.sum().clamp(min=1)
-        if bound.get("reduction", "mean") == "sum":
-            return mean * (target != ignored).sum()
-        return mean
+        chosen = chosen[:, :length].reshape(shape)
+        weights = per_token.scatter_(1, at, report.weights)[:, :length].reshape(shape)
+        masses = terms.masses * scale.abs()
+        counts = chosen & (masses != 0)
+        total = (terms.losses * scale * weights).masked_fill(~counts, 0).sum()
+        mass = masses[counts].sum()
+        mean = total / mass.where(mass != 0, 1)
+        return mean * masses.sum() if reduction == "sum" else mean
+
+    def _scaled(self, value: Tensor) -> _Terms | None:
+        """The terms that a value is made of by constant factors alone, as autograd recorded it."""
+        of_terms = {x.losses.grad_fn: x for x in self.terms if x.losses.grad_fn is not None}
+        node, last = value.grad_fn, True
+        while node is not None and node not in of_terms:
+            name = node.name()
+            summed = last and name.startswith(("Sum", "Mean"))
+            if not summed and not name.startswith((*_SCALING, *_MOVING)):
+                return None
+            before = [x for x, _ in node.next_functions if x is not None]
+            node, last = before[0] if len(before) == 1 else None, False
+        return None if node is None else of_terms[node]
+
+    def _detaches_terms(self, x: Any, other: Any) -> bool:
+        tensors = isinstance(x, Tensor) and isinstance(other, Tensor)
+        return tensors and x.data_ptr() == other.data_ptr() and self._scaled(x) is not None
+
+
+def _refuse_hidden_rows(step: SeekStep) -> None:
+    """Say where the reference can't cut a gradient that the step cuts.
+
+    Raises:
+        InputError: rows that a parameter makes reach an operation that reads all of them, and are
+            the result of no module on the way.
+    """
+    program = step.recorder.program
+    facts = None if program is None else program.facts
+    for node in [] if program is None or facts is None else program.graph.nodes:
+        plan = facts.plans.get(node) if facts is not None else None
+        if facts is None or not isinstance(plan, Plan) or not isinstance(plan.rows, Rows):
+            continue
+        if not any(needs_grad(x) and not facts.token_sized(x) for x in node.all_input_nodes):
+            continue
+        reader = _reader_of_all(node, facts)
+        if reader is not None:
+            raise InputError(
+                f"check_gradients can't tell for this model: {_called(node)} in "
+                f"{module_path(node) or 'the model'} makes rows from a parameter, and "
+                f"{_called(reader)} reads those of all tokens. No module has them as its result, "
+                "so that the module hooks of the reference can't cut gradients where masked "
+                f"backprop does ({where(node)}). Make them by a module (torch.nn.Linear) for the "
+                "check, or compare a model without this operation."
+            )
+
+
+def _reader_of_all(start: fx.Node, facts: Facts) -> fx.Node | None:
+    """What reads a value of all tokens that per-token operations of one module make of `start`."""
+    seen: set[fx.Node] = set()
+    queue = [start]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            if user.op == "output" or not needs_grad(user) or not _same_module(node, user):
+                continue
+            plan = facts.plans.get(user)
+            wanted = [w.node for w in wants_of(plan) if isinstance(w, Full)] if plan else [node]
+            if node in wanted:
+                return user
+            queue.append(user)
+    return None
+
+
+def _same_module(node: fx.Node, user: fx.Node) -> bool:
+    """Whether a value is read within the module that makes it, before its hook."""
+    innermost = list(node.meta.get("nn_module_stack") or ())[-1:]
+    return all(module in (user.meta.get("nn_module_stack") or ()) for module in innermost)
+
+
+def _called(node: fx.Node) -> str:
+    return operation(node) or str(getattr(node.target, "__name__", node.target))
 
 
 def _tolerance(step: SeekStep) -> float:

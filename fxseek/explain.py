@@ -181,11 +181,7 @@ def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
         )
     if structure.pooled:
         notes.append("the model reads some positions by their place: these are always kept")
-    if structure.loss is None and not structure.pooled:
-        notes.append(
-            "loss: no cross-entropy over tokens in the graph; the loss keeps its full-token value "
-            "and its gradients are those of selected tokens"
-        )
+    notes += [f"loss: {note}" for note in structure.notes()]
     fallbacks = tuple(
         Fallback(
             operation=_called(node),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
-from fxseek.loss import Scratch, cross_entropy_slope, mean_of_parts
+from fxseek.loss import Scratch, cross_entropy_slope, mass_of, mean_of_parts
 from fxseek.lowering import piece
 from fxseek.passes.facts import Rows
 from fxseek.passes.head import Head
@@ -51,8 +51,12 @@ class ChunkedHead(nn.Module):
         self.weights_at = kinds.index("weights")
 
     def forward(self, *arguments: Any) -> Tensor:
-        """The loss: a scalar. The arguments are the head's inputs, and the targets last."""
-        *given, full_target = arguments
+        """The loss: a scalar. The arguments are the head's inputs; last, for a sum, all targets.
+
+        Class weights and scale of the terms come with these.
+        """
+        inputs = len(self.head.stage.inputs)
+        given, full = arguments[:inputs], arguments[inputs:]
         weights = given[self.weights_at]
         chunks = self.chunks(*weights.shape)
         run = self.run_again if self.recompute or len(chunks) > 1 else self.run
@@ -63,13 +67,11 @@ class ChunkedHead(nn.Module):
         total, labelled = parts[0]
         for more, count in parts[1:]:
             total, labelled = total + more, labelled + count
-        return mean_of_parts(
-            total,
-            labelled,
-            full_target,
-            reduction=self.head.reduction,
-            ignore_index=self.head.ignore_index,
-        )
+        return mean_of_parts(total, labelled, self.mass(*full) if full else None)
+
+    def mass(self, *full: Any) -> Any:
+        """The mass of all positions: targets, class weights and scale are given."""
+        return mass_of(*full, ignore_index=self.head.loss.ignore_index)
 
     def slope(
         self, rows: Tensor, arguments: Sequence[Any], scratch: Scratch
@@ -78,6 +80,11 @@ class ChunkedHead(nn.Module):
 
         The arguments are the head's inputs, `rows` among them; their logits must fit a chunk.
         """
+        if not self.head.loss.plain:
+            with torch.enable_grad():
+                total, _ = self.run(*arguments)
+            (slope,) = torch.autograd.grad(total, rows)
+            return slope, total.detach()
         with torch.enable_grad():
             logits, target = self.logits(*arguments)
         edge = torch.autograd.graph.get_gradient_edge(logits)
@@ -86,8 +93,8 @@ class ChunkedHead(nn.Module):
                 logits.detach(),
                 target,
                 arguments[self.weights_at],
-                ignore_index=self.head.ignore_index,
-                label_smoothing=self.head.label_smoothing,
+                ignore_index=self.head.loss.ignore_index,
+                label_smoothing=self.head.loss.label_smoothing,
                 scratch=scratch,
             )
         del logits

@@ -1,6 +1,13 @@
-"""The loss of a selection."""
+"""The loss of a selection.
+
+A token loss is ``Σ scale_i · ce_i``, divided by its *mass* where it is a mean. The mass of a
+position is what it counts for in the mean: the class weight of its label (1 without class weights,
+0 without a label; 1 where targets are probabilities) times the magnitude of its scale.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,35 +17,110 @@ __all__ = [
     "Scratch",
     "cross_entropy_parts",
     "cross_entropy_slope",
+    "divisor",
+    "mass_of",
     "mean_of_parts",
+    "scaled_cross_entropy",
     "selected_cross_entropy",
 ]
+
+
+def scaled_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "sum",
+    label_smoothing: float = 0.0,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """``(scale * F.cross_entropy(..., reduction="none")).sum()``; no term where the scale is 0.
+
+    Shapes: as `F.cross_entropy` has them; scale as its result without a reduction → scalar.
+    """
+    losses = F.cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    return _scaled(losses, scale).sum()
+
+
+def _scaled(losses: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return losses
+    scale = scale.reshape(losses.shape)
+    return (losses * scale).masked_fill(scale == 0, 0.0)
+
+
+def mass_of(
+    target: Tensor | int,
+    class_weights: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+) -> Tensor | int:
+    """The mass of all positions, a scalar.
+
+    Shapes: target and scale of one shape; for probabilities, `target` is the number of positions.
+    """
+    if not isinstance(target, Tensor):
+        return target if scale is None else scale.abs().sum()
+    return _masses(target != ignore_index, target, class_weights, scale).sum()
+
+
+def _masses(
+    counts: Tensor, target: Tensor | None, class_weights: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """What each position counts for: Bool, or of the dtype of class weights or scale."""
+    masses = counts
+    if class_weights is not None and target is not None:
+        own = class_weights[target.masked_fill(~counts, 0).long()]
+        masses = own.masked_fill(~counts, 0.0)
+    return masses if scale is None else masses * scale.reshape(masses.shape).abs()
 
 
 def cross_entropy_parts(
     logits: Tensor,
     target: Tensor,
     weights: Tensor,
+    class_weights: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the cross-entropy over kept positions that have a label, and their number.
+    """Weighted sum of the cross-entropy over kept positions that have a label, and their mass.
+
+    Without class weights and scale, the mass is the number of these positions.
 
     Shapes: logits and target of the kept positions, as `F.cross_entropy` takes them; weights
-    [batch, kept], 0 where padding fills a row up (its label does not count) → two scalars. Sums
-    of several chunks of positions add up.
+    [batch, kept], 0 where padding fills a row up (its label does not count); class_weights
+    [classes]; scale one for each kept position → two scalars. Sums of several chunks of positions
+    add up.
     """
-    target = target.masked_fill(weights.reshape(target.shape) == 0, ignore_index)
+    indices = not target.is_floating_point()
+    if indices:
+        target = target.masked_fill(weights.reshape(target.shape) == 0, ignore_index)
     losses = F.cross_entropy(
         logits,
         target,
+        class_weights,
         ignore_index=ignore_index,
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    weighted = losses * weights.reshape(losses.shape).to(losses.dtype)
-    return weighted.sum(), (target != ignore_index).sum()
+    share = weights.reshape(losses.shape)
+    counts = target != ignore_index if indices else share != 0
+    if not indices:
+        losses = losses.masked_fill(~counts, 0.0)
+    masses = _masses(counts, target if indices else None, class_weights, scale)
+    return (_scaled(losses, scale) * share.to(losses.dtype)).sum(), masses.sum()
 
 
 class Scratch:
@@ -90,44 +172,43 @@ def cross_entropy_slope(
     return slope.to(logits.dtype), total
 
 
-def mean_of_parts(
-    total: Tensor,
-    labelled: Tensor,
-    full_target: Tensor,
-    *,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-) -> Tensor:
+def mean_of_parts(total: Tensor, mass: Tensor, full_mass: Tensor | int | None = None) -> Tensor:
     """The loss of a selection from what `cross_entropy_parts` gives, in nats.
 
-    With ``reduction="sum"`` the mean is multiplied by the number of labels in `full_target`,
-    so that a caller who divides by a count of labels over several batches gets the gradient
-    of the selected mean. No labelled position gives 0 with gradients of 0, never NaN.
+    A loss that is a sum over tokens gets the `full_mass` of all of them, by which the mean is
+    multiplied: a caller who divides by a count of labels (over several batches, say) gets the
+    gradient of the selected mean. No labelled position gives 0 with gradients of 0, never NaN.
     """
-    mean = total / labelled.clamp(min=1)
-    if reduction == "sum":
-        return mean * (full_target != ignore_index).sum()
-    return mean
+    mean = total / divisor(mass)
+    return mean if full_mass is None else mean * full_mass
+
+
+def divisor(mass: Tensor) -> Tensor:
+    """A mass to divide by: 1 in the place of 0."""
+    return mass.masked_fill(mass == 0, 1)
 
 
 def selected_cross_entropy(
     logits: Tensor,
     target: Tensor,
     weights: Tensor,
-    full_target: Tensor,
+    class_weights: Tensor | None,
+    scale: Tensor | None,
+    full_target: Tensor | int,
+    full_scale: Tensor | None,
     *,
     reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
+    **options: Any,
 ) -> Tensor:
     """Weighted mean of the cross-entropy over kept positions that have a label, in nats.
 
-    Shapes: as `cross_entropy_parts` has them; full_target the targets of all positions → scalar.
-    `reduction`: see `mean_of_parts`.
+    Shapes: as `cross_entropy_parts` has them, and its options; full_target and full_scale those of
+    all positions, as `mass_of` takes them → scalar. `reduction`: ``"sum"`` multiplies the mean by
+    the mass of all positions.
     """
-    total, labelled = cross_entropy_parts(
-        logits, target, weights, ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
-    return mean_of_parts(
-        total, labelled, full_target, reduction=reduction, ignore_index=ignore_index
-    )
+    total, mass = cross_entropy_parts(logits, target, weights, class_weights, scale, **options)
+    if reduction != "sum":
+        return mean_of_parts(total, mass)
+    ignored = options.get("ignore_index", -100)
+    full_mass = mass_of(full_target, class_weights, full_scale, ignore_index=ignored)
+    return mean_of_parts(total, mass, full_mass)

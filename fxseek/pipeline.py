@@ -3,7 +3,7 @@
 captured graph
   → inline          no checkpointed regions
   → functionalise   no writes
-  → normalise       one spelling per operation; label shifts by padding
+  → normalise       one spelling per operation; scaled losses as one; label shifts by padding
   → find_tokens     rows, columns, batch; a plan for each node that a rule understands
   → find_structure  loss, attentions, the last block
   → ditch           learn: the selected rows alone   ┐
@@ -53,6 +53,7 @@ from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.rules import operation
+from fxseek.passes.scale import scale_terms
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens, made_from_rows
 from fxseek.passes.unshift import unshift
@@ -146,7 +147,7 @@ def _functionalise(program: Program) -> None:
 def _normalise(program: Program, token_inputs: Sequence[str] | None) -> None:
     program.graph = normalise(program.graph)
     program.sizes = find_sizes(program.graph, program.config.token_dim, token_inputs)
-    program.graph = unshift(program.graph, program.sizes)
+    program.graph = unshift(scale_terms(program.graph, program.sizes), program.sizes)
     program.graph.eliminate_dead_code(is_impure_node=_impure)
     program.graph.lint()
 
@@ -162,7 +163,8 @@ def _find_tokens(program: Program) -> None:
 
 def _find_structure(program: Program) -> None:
     assert program.facts is not None
-    program.structure = find_structure(program.graph, program.facts)
+    own = program.config.loss is not None
+    program.structure = find_structure(program.graph, program.facts, loss_first=own)
     _refuse_unselected(program.graph, program.facts, program.structure, program.config.token_dim)
 
 
@@ -203,7 +205,7 @@ def _ditch(program: Program, full_outputs: bool) -> None:
             facts,
             carrying=carrying,
             outputs=entry + wanted,
-            given=[head.loss],
+            given=[head.loss.node],
             constants=constants,
         )
         program.learn, program.gathers = hoist_gathers(stage)
@@ -250,9 +252,9 @@ def _refuse_unselected(graph: fx.Graph, facts: Facts, structure: Structure, dim:
 
 def _ends(head: Head, wanted: list[tuple[str, fx.Node]]) -> bool:
     """Whether the loss is all that is wanted of what the head makes."""
-    inside = descendants([head.entry]) - descendants([head.loss]) - {head.entry}
+    inside = descendants([head.entry]) - descendants([head.loss.node]) - {head.entry}
     queue = [node for _, node in wanted]
-    seen = {head.loss}
+    seen = {head.loss.node}
     while queue:
         node = queue.pop()
         if node in inside:
@@ -294,7 +296,15 @@ def _prefill(program: Program) -> None:
     made |= set() if score.lead is None else set(score.lead.results)
     places = [place.position for place in score.required]
     positions = [place for place in places if isinstance(place, fx.Node)]
-    for node in (score.target, score.mask, score.ids, score.primary, score.hidden, *positions):
+    for node in (
+        score.target,
+        *score.full,
+        score.mask,
+        score.ids,
+        score.primary,
+        score.hidden,
+        *positions,
+    ):
         if node is not None:
             reads[node] = None
     scored = [*score.context_reads]

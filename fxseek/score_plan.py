@@ -13,7 +13,6 @@ from fxseek.boxed import Boxed
 from fxseek.chunks import RowsRegion
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
-from fxseek.loss import selected_cross_entropy
 from fxseek.masks import MaskRows
 from fxseek.passes.ditch import StageGraph, StageInput, ditch, without_grad
 from fxseek.passes.extract import extract
@@ -27,9 +26,10 @@ from fxseek.passes.facts import (
     is_tensor,
     tensors_of,
 )
-from fxseek.passes.head import Head, logit_bytes
+from fxseek.passes.head import Head, logit_bytes, to_parts
 from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.rules import Call, operation
+from fxseek.passes.rules.loss import TokenLoss
 from fxseek.passes.structure import Structure
 from fxseek.passes.tokens import per_token
 from fxseek.stages import ScorePlan
@@ -48,7 +48,7 @@ def plan_scores(
     inputs = _inputs(graph, facts, config)
     plan: dict[str, Any] = {
         **inputs,
-        **_target(facts, structure),
+        **_target(structure),
         "required": structure.pooled,
         "hidden_rows": _rows_of(facts, structure.block_input),
         "virtual": facts.sizes.virtual,
@@ -118,14 +118,16 @@ def _inputs(graph: fx.Graph, facts: Facts, config: SeekConfig) -> dict[str, Any]
     }
 
 
-def _target(facts: Facts, structure: Structure) -> dict[str, Any]:
-    if structure.loss is None:
+def _target(structure: Structure) -> dict[str, Any]:
+    loss = None if structure.loss is None else TokenLoss.of(structure.loss)
+    if loss is None:
         return {}
-    call = Call(structure.loss, facts)
+    target, *rest = loss.full
     return {
-        "target": call.arg(1, "target"),
-        "ignore_index": call.arg(4, "ignore_index", -100),
-        "sums": call.arg(6, "reduction", "mean") == "sum",
+        "target": None if loss.probabilities else target,  # which every position has
+        "ignore_index": loss.ignore_index,
+        "full": (None if loss.probabilities else target, *rest),
+        "sums": structure.loss is structure.objective and loss.reduction == "sum",
     }
 
 
@@ -150,8 +152,9 @@ def _gradient(
     spelled_out = operation(structure.attentions[-1]) == "softmax"
     head = exit = lead = tail = None
     cuts: list[fx.Node] = []
-    if structure.loss is not None and spelled_out:
-        head = _head(facts, structure, loss)
+    found = TokenLoss.of(loss) if loss is structure.loss else None
+    if found is not None and spelled_out:
+        head = None if found.probabilities else _head(facts, structure, loss)
     elif ending is not None and not _goes_past(ending):
         exit = ending.entry
         cuts = [exit]
@@ -182,7 +185,7 @@ def _gradient(
         "tail": tail,
         "head": head,
         "cuts": tuple(cuts),
-        "logit_bytes": 0 if head is None else logit_bytes(Call(loss, facts).arg(0, "input")),
+        "logit_bytes": 0 if head is None or found is None else logit_bytes(found.logits),
         "map_bytes": _map_bytes(last) if spelled_out else 0,
     }
 
@@ -273,16 +276,13 @@ def _constants_before(outputs: list[fx.Node], start: fx.Node, after: set[fx.Node
 
 
 def _head(facts: Facts, structure: Structure, loss: fx.Node) -> StageGraph | None:
-    """From a spelled-out attention to the loss on given rows; None if that is not per-token."""
+    """From a spelled-out attention to the loss's parts on given rows; None if not per-token."""
     between = descendants(_square(facts, structure.attentions[-1])) & ancestors([loss])
     carrying = {node for node in between if node in facts.stream}
     if any(node not in facts.plans for node in carrying):
         return None
     stage = ditch(loss.graph, facts, carrying=carrying, outputs=[("value", loss)])
-    for node in stage.graph.nodes:
-        if node.target is selected_cross_entropy:
-            node.kwargs = {**node.kwargs, "reduction": "mean"}
-    stage.graph.lint()
+    to_parts(stage)
     return stage
 
 

@@ -20,7 +20,7 @@ from fxseek.chunks import RowsRegion
 from fxseek.config import SeekConfig
 from fxseek.errors import ScoreError
 from fxseek.head import ChunkedHead, chunks_of
-from fxseek.loss import Scratch
+from fxseek.loss import Scratch, divisor, mass_of, mean_of_parts
 from fxseek.lowering import Run
 from fxseek.masks import MaskRows, read_tokens
 from fxseek.offload import HostTensor, link
@@ -90,6 +90,10 @@ class ScorePlan:
     batch_dim: int | None = None
     target: fx.Node | None = None
     ignore_index: int = -100
+    full: tuple[fx.Node | None, ...] = ()
+    """Targets, class weights and scale of all positions: what `fxseek.loss.mass_of` takes.
+
+    Empty without a token loss; no targets where these are probabilities."""
     sums: bool = False
     """The captured loss is a sum over tokens (the caller divides it), not their mean."""
     hidden: fx.Node | None = None
@@ -166,6 +170,9 @@ class Score(nn.Module):
         if plan.target is not None:
             targets = read(plan.target).reshape(batch, tokens)
             supervised = targets != plan.ignore_index
+        if plan.full and plan.full[2] is not None:
+            counts = read(plan.full[2]).reshape(batch, tokens) != 0
+            supervised = counts if supervised is None else supervised & counts
         context = gradient = full_loss = None
         kind = config.score
 
@@ -251,33 +258,45 @@ class Score(nn.Module):
         ends = {node: made[node] for node in plan.cuts}
         if plan.exit is not None:
             assert supervised is not None
-            slopes, full_loss = self._slopes_of_rows(read, ends, supervised)
+            mass = self._mass(read, valid)
+            slopes, full_loss = self._slopes_of_rows(read, ends, supervised, mass)
         elif self.head is not None:
             assert supervised is not None
-            slopes, full_loss = self._head_in_chunks(read, ends, supervised)
+            mass = self._mass(read, valid)
+            slopes, full_loss = self._head_in_chunks(read, ends, supervised, mass)
         else:
             end = plan.block.outputs[0]
             loss = made[end]
             ends, slopes = {end: loss}, [torch.ones_like(loss)]
             full_loss = loss.detach()
-            if plan.sums:
-                assert supervised is not None
-                full_loss = full_loss / supervised.sum().clamp(min=1)
+            if plan.sums and plan.full:
+                full_loss = mean_of_parts(full_loss, self._mass(read, valid))
         del made
         pairs = [(y, dy) for y, dy in zip(ends.values(), slopes, strict=True) if y.requires_grad]
         (slope,) = torch.autograd.grad([y for y, _ in pairs], hidden, [dy for _, dy in pairs])
         slope = _batch_major(slope, plan.hidden_rows, valid)
         return context, scoring.gradient_magnitude(slope, config.gradient_norm), full_loss
 
+    def _mass(self, read: Callable[[fx.Node], Any], valid: Tensor) -> Tensor:
+        """The mass of all positions, by which their losses are divided."""
+        target, *rest = [None if node is None else read(node) for node in self.plan.full]
+        target = valid.numel() if target is None else target
+        mass = mass_of(target, *rest, ignore_index=self.plan.ignore_index)
+        return torch.as_tensor(mass, device=valid.device)
+
     def _slopes_of_rows(
-        self, read: Callable[[fx.Node], Any], ends: dict[fx.Node, Tensor], supervised: Tensor
+        self,
+        read: Callable[[fx.Node], Any],
+        ends: dict[fx.Node, Tensor],
+        supervised: Tensor,
+        mass: Tensor,
     ) -> tuple[list[Tensor], Tensor]:
         """∂ loss / ∂ each end, and the loss, with what follows on chunks of labelled tokens."""
         plan = self.plan
         assert self.chunked is not None and plan.exit is not None
         kept = _labelled_first(supervised)
         weights = supervised.gather(1, kept).to(torch.float32)
-        total = supervised.sum().clamp(min=1)
+        total = divisor(mass)
         rows_of = {plan.exit: self.chunked.head.rows} if plan.tail is None else plan.tail.rows
         slopes = [torch.zeros_like(end) for end in ends.values()]
         loss = torch.zeros((), dtype=_torch.widest(kept.device), device=kept.device)
@@ -339,6 +358,7 @@ class Score(nn.Module):
         read: Callable[[fx.Node], Any],
         cuts: dict[fx.Node, Tensor],
         supervised: Tensor,
+        mass: Tensor,
     ) -> tuple[list[Tensor], Tensor]:
         """∂ loss / ∂ each cut, with what follows (head and cross-entropy) on chunks of tokens.
 
@@ -350,17 +370,15 @@ class Score(nn.Module):
         batch, tokens = supervised.shape
         row_bytes = max(1, plan.logit_bytes, plan.map_bytes * tokens)
         chunk = max(1, min(tokens, self.config.chunk_bytes // (batch * row_bytes)))
-        total = supervised.sum().clamp(min=1)
-        dtype = torch.promote_types(next(iter(cuts.values())).dtype, torch.float32)
+        total = divisor(mass)
         leaves = {node: value.detach().requires_grad_() for node, value in cuts.items()}
         slopes = [torch.zeros_like(value) for value in leaves.values()]
         loss = supervised.new_zeros((), dtype=_torch.widest(supervised.device))
         for start in _torch.few(range(0, tokens, chunk), supervised):
             length = min(chunk, tokens - start)
             kept = torch.arange(start, start + length, device=supervised.device)
-            # the weights turn the chunk's own mean into its share of the mean over all tokens
-            share = supervised[:, start : start + length].sum().to(dtype) / total
-            stage = selecting.Selection(kept.expand(batch, length), share.expand(batch, length))
+            weights = supervised[:, start : start + length].to(torch.float32)
+            stage = selecting.Selection(kept.expand(batch, length), weights)
             values = []
             for item in plan.head.inputs:
                 if item.node is None:
@@ -370,7 +388,8 @@ class Score(nn.Module):
                 else:
                     values.append(read(item.node))
             with torch.enable_grad():
-                (part,) = self.head(values)
+                part, _ = self.head(values)
+                part = part / total
             parts = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
             for index, slope in enumerate(slopes):
                 if parts[index] is not None:

@@ -26,7 +26,8 @@ from fxseek import _torch
 from fxseek.loss import cross_entropy_parts, selected_cross_entropy
 from fxseek.passes.ditch import StageGraph, StageInput, ditch
 from fxseek.passes.facts import Facts, Rows, ancestors, descendants, example
-from fxseek.passes.rules import Call
+from fxseek.passes.rules import argument
+from fxseek.passes.rules.loss import TokenLoss
 from fxseek.passes.structure import Structure
 
 
@@ -35,27 +36,27 @@ class Head:
     """The end of a model: `stage` maps rows of `entry` to (weighted sum of losses, labels).
 
     `logits`: the same inputs to the logits and their targets; `rows`: where the tokens of `entry`
-    are; `loss` and `target`: captured nodes; `logit_bytes`: bytes of one token's logits;
-    `reduction`, `ignore_index` and `label_smoothing` as the captured loss has them.
+    are; `loss`: as it was captured; `full`: what `fxseek.loss.mass_of` takes, None where a part is
+    None; `logit_bytes`: bytes of one token's logits.
     """
 
     stage: StageGraph
     logits: StageGraph
     entry: fx.Node
     rows: Rows
-    loss: fx.Node
-    target: StageInput
+    loss: TokenLoss
+    full: tuple[StageInput | None, ...]
     logit_bytes: int
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
 
 
 def find_head(facts: Facts, structure: Structure) -> Head | None:
     """The head of a model whose loss is per-token after its last attention; None of others."""
     entry, loss = structure.block_exit, structure.loss
     rows = None if entry is None else facts.rows.get(entry)
-    if entry is None or loss is None or not isinstance(rows, Rows):
+    if entry is None or loss is None or loss is not structure.objective:
+        return None
+    found = TokenLoss.of(loss)
+    if not isinstance(rows, Rows) or found is None or found.probabilities:
         return None
     between = (descendants([entry]) & ancestors([loss])) - {entry}
     if any(node in facts.stream and node not in facts.plans for node in between):
@@ -66,27 +67,30 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
     stage = ditch(loss.graph, facts, carrying=carrying, outputs=[("value", loss)], given=[entry])
     if any(item.kind == "rows" and item.node is not entry for item in stage.inputs):
         return None
-    call = Call(loss, facts)
-    target = call.arg(1, "target")
-    made = next(node for node in stage.graph.nodes if node.target is selected_cross_entropy)
-    options = dict(made.kwargs)
-    reduction = options.pop("reduction")
-    made.target, made.args, made.kwargs = cross_entropy_parts, made.args[:3], options
-    stage.graph.output_node().args = (made,)
-    _drop_unused(stage)
-    stage.graph.lint()
+    to_parts(stage)
     return Head(
         stage,
         _to_logits(stage),
         entry,
         rows,
-        loss,
-        StageInput("input" if target.op == "placeholder" else "value", target),
-        logit_bytes(call.arg(0, "input")),
-        str(reduction),
-        call.arg(4, "ignore_index", -100),
-        call.arg(7, "label_smoothing", 0.0),
+        found,
+        tuple(None if node is None else _whole(node) for node in found.full),
+        logit_bytes(found.logits),
     )
+
+
+def _whole(node: fx.Node) -> StageInput:
+    return StageInput("input" if node.op == "placeholder" else "value", node)
+
+
+def to_parts(stage: StageGraph) -> None:
+    """Let a stage that ends in the loss return `cross_entropy_parts` instead."""
+    made = next(node for node in stage.graph.nodes if node.target is selected_cross_entropy)
+    options = {name: value for name, value in made.kwargs.items() if name != "reduction"}
+    made.target, made.args, made.kwargs = cross_entropy_parts, made.args[:5], options
+    stage.graph.output_node().args = (made,)
+    _drop_unused(stage)
+    stage.graph.lint()
 
 
 def _to_logits(stage: StageGraph) -> StageGraph:
@@ -104,8 +108,9 @@ def _to_logits(stage: StageGraph) -> StageGraph:
 
 def _trained_before(loss: fx.Node, entry: fx.Node, facts: Facts) -> set[fx.Node]:
     """What the loss is made of on the way from the entry, and from trained weights."""
-    found: set[fx.Node] = set()
-    queue = [loss]
+    found: set[fx.Node] = {loss}
+    scale = argument(loss, 8, "scale")
+    queue = [node for node in loss.all_input_nodes if node is not scale]
     while queue:
         node = queue.pop()
         if node in found or node is entry or node.op == "placeholder" or node not in facts.stream:
@@ -138,7 +143,7 @@ def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
     output = graph.output_node()
     entry, *results = output.args[0]  # type: ignore[misc]
     output.args = (tuple(results),)
-    loss = place.pop(StageInput("rows", head.loss))
+    loss = place.pop(StageInput("rows", head.loss.node))
 
     def read(item: StageInput) -> Any:
         if item == StageInput("rows", head.entry):
@@ -149,7 +154,9 @@ def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
             place[item] = node
         return place[item]
 
-    arguments = [read(item) for item in (*head.stage.inputs, head.target)]
+    full = head.full if head.loss.reduction == "sum" else ()
+    given = (*head.stage.inputs, *full)
+    arguments = [None if item is None else read(item) for item in given]
     first = min(loss.users, key=list(graph.nodes).index)
     with graph.inserting_before(first):
         made = graph.create_node("call_module", "head", tuple(arguments))
@@ -160,4 +167,4 @@ def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
     learn.inputs[:] = [of_node[node] for node in graph.nodes if node.op == "placeholder"]
 
 
-__all__ = ["Head", "attach_head", "find_head", "logit_bytes"]
+__all__ = ["Head", "attach_head", "find_head", "logit_bytes", "to_parts"]

@@ -16,7 +16,16 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxseek.passes.facts import Facts, Rows, ancestors, descendants, example, is_tensor, needs_grad
+from fxseek.passes.facts import (
+    Facts,
+    Rows,
+    ancestors,
+    descendants,
+    example,
+    is_tensor,
+    needs_grad,
+    where,
+)
 from fxseek.passes.rules import Call, argument, operation
 
 
@@ -24,44 +33,84 @@ from fxseek.passes.rules import Call, argument, operation
 class Structure:
     """Where a captured model can be cut.
 
-    `loss`: the token loss (a scalar cross-entropy over tokens), or None; `objective`: what is
-    minimised, the token loss or the only other scalar with gradient that the graph returns (the
-    loss of a classifier), or None; `pooled`: places in a row that the model reads one by one on
-    the way to an objective without token loss, as constants or as nodes that hold positions;
-    `outputs`: what the graph returns; `attentions`: attention nodes in order (SDPA calls, or the
-    softmax of tokens × tokens); `block_input` and `block_exit`: the stream before and after the
-    last attention.
+    `losses`: the cross-entropies over tokens that are (part of) what is minimised, each a scalar
+    that is taken over selected tokens; `loss`: the first of them, or None; `objective`: the token
+    loss where it is the only one, else the only scalar with gradient that the graph returns (the
+    loss of a classifier, a sum of several), or None; `unrestricted`: operations by which other
+    values of tokens are made a part of what is minimised; `pooled`: places in a row that the model
+    reads one by one on the way to an objective without token loss, as constants or as nodes that
+    hold positions; `outputs`: what the graph returns; `attentions`: attention nodes in order (SDPA
+    calls, or the softmax of tokens × tokens); `block_input` and `block_exit`: the stream before and
+    after the last attention.
     """
 
     outputs: tuple[fx.Node, ...]
-    loss: fx.Node | None
+    losses: tuple[fx.Node, ...]
     objective: fx.Node | None
+    unrestricted: tuple[fx.Node, ...]
     pooled: tuple[Place, ...]
     attentions: tuple[fx.Node, ...]
     block_input: fx.Node | None
     block_exit: fx.Node | None
     stream_cuts: tuple[fx.Node, ...]
 
+    @property
+    def loss(self) -> fx.Node | None:
+        """The (first) token loss."""
+        return self.losses[0] if self.losses else None
 
-def find_structure(graph: fx.Graph, facts: Facts) -> Structure:
-    """Find loss, attentions and cut points of a graph with token facts."""
+    def notes(self) -> list[str]:
+        """What of the loss is not taken over selected tokens, for a person."""
+        if not self.losses and self.pooled:
+            return []
+        if not self.losses:
+            return [
+                "no cross-entropy over tokens was found in the captured graph that the loss is made"
+                " of, so the loss keeps its full-token value; its gradients are those of the "
+                "selected tokens"
+            ]
+        return [
+            f"a part of the loss is no cross-entropy over tokens that fxseek can take over the "
+            f"selected ones ({operation(node) or _name(node)}: {where(node)}): it keeps its "
+            f"full-token value; its gradients are those of the selected tokens"
+            for node in self.unrestricted
+        ]
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def find_structure(graph: fx.Graph, facts: Facts, *, loss_first: bool = False) -> Structure:
+    """Find loss, attentions and cut points of a graph with token facts.
+
+    `loss_first`: what is minimised is the first scalar that the graph returns, and no other.
+    """
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     outputs = tuple(output.all_input_nodes)
+    results = [node for node in outputs if node in facts.stream and is_tensor(node)]
+    scalars = [node for node in outputs if is_tensor(node) and _trained_scalar(node)]
+    minimised = scalars[:1] if loss_first else scalars
+    made_of = ancestors(minimised or outputs)
     losses = [
         node
         for node in graph.nodes
-        if operation(node) == "cross_entropy" and node in facts.plans and facts.rows[node] is None
+        if node in made_of
+        and operation(node) == "cross_entropy"
+        and node in facts.plans
+        and facts.rows[node] is None
     ]
-    loss = losses[0] if losses else None
-    results = [node for node in outputs if node in facts.stream and is_tensor(node)]
-    scalars = [node for node in outputs if is_tensor(node) and _trained_scalar(node)]
-    objective = loss if loss is not None else scalars[0] if len(scalars) == 1 else None
+    unrestricted = _unrestricted(minimised, losses, facts) if losses else []
+    if len(losses) == 1:
+        objective = losses[0]
+    else:
+        objective = minimised[0] if len(minimised) == 1 else None
     sinks = results if objective is None else [objective]
     before = ancestors(sinks)
     attentions = tuple(
         node for node in graph.nodes if node in before and _is_attention(node, facts)
     )
-    cuts = _cuts(graph, facts, before, sinks)
+    cuts = _cuts(facts, before, sinks, losses)
     entry = leave = None
     if attentions and cuts:
         last = attentions[-1]
@@ -70,8 +119,35 @@ def find_structure(graph: fx.Graph, facts: Facts) -> Structure:
         entry = earlier[-1] if earlier else None
         down = [node for node in cuts if node is not last and last in ancestors([node])]
         leave = down[0] if down else None
-    pooled = () if loss is not None else tuple(_pooled(graph, facts, before))
-    return Structure(outputs, loss, objective, pooled, attentions, entry, leave, tuple(cuts))
+    pooled = () if losses else tuple(_pooled(graph, facts, before))
+    return Structure(
+        outputs,
+        tuple(losses),
+        objective,
+        tuple(unrestricted),
+        pooled,
+        attentions,
+        entry,
+        leave,
+        tuple(cuts),
+    )
+
+
+def _unrestricted(minimised: list[fx.Node], losses: list[fx.Node], facts: Facts) -> list[fx.Node]:
+    """Where values without tokens are made of tokens, on the way back from what is minimised."""
+    found: dict[fx.Node, None] = {}
+    seen = set(losses)
+    queue = list(minimised)
+    while queue:
+        node = queue.pop()
+        if node in seen or not needs_grad(node):
+            continue
+        seen.add(node)
+        if any(needs_grad(x) and facts.token_sized(x) for x in node.all_input_nodes):
+            found[node] = None
+        else:
+            queue.extend(node.all_input_nodes)
+    return list(found)
 
 
 def _trained_scalar(node: fx.Node) -> bool:
@@ -165,9 +241,12 @@ def _is_attention(node: fx.Node, facts: Facts) -> bool:
 
 
 def _cuts(
-    graph: fx.Graph, facts: Facts, before: set[fx.Node], sinks: list[fx.Node]
+    facts: Facts, before: set[fx.Node], sinks: list[fx.Node], losses: list[fx.Node]
 ) -> list[fx.Node]:
-    """Nodes that every path of the stream to the sinks goes through, in order."""
+    """Nodes that every path of the stream to the sinks goes through, in order.
+
+    What a loss takes for constants, such as targets made from the tokens, is on no path.
+    """
     made = {
         node
         for node in before
@@ -179,6 +258,9 @@ def _cuts(
     start, end = "start", "end"
     for node in streamed:
         operands = [operand for operand in node.all_input_nodes if operand in streamed]
+        if node in losses:
+            logits = argument(node, 0, "input")
+            operands = [x for x in operands if x is logits or needs_grad(x)]
         for operand in operands:
             flow.add_edge(operand, node)
         if not operands:

@@ -1,4 +1,4 @@
-"""Pass 2b, unshift: a label shift by slicing becomes a shift by padding.
+"""Pass 2c, unshift: a label shift by slicing becomes a shift by padding.
 
 Before::
 
@@ -26,11 +26,17 @@ from torch import fx
 from fxseek._torch import size_expression
 from fxseek.passes.facts import Sizes, example, is_tensor
 from fxseek.passes.rules import argument, operation
+from fxseek.passes.rules.loss import TokenLoss
 
 
 def next_labels(labels: torch.Tensor, ignored: int) -> torch.Tensor:
     """The label of the next position, [batch, tokens]; the last one has none."""
     return F.pad(labels[:, 1:], (0, 1), value=ignored)
+
+
+def scale_of_all(scale: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The scale of the terms of all positions but the last, for all: [batch, tokens]."""
+    return F.pad(scale.reshape(labels.shape[0], -1), (0, 1))
 
 
 def unshift(graph: fx.Graph, sizes: Sizes) -> fx.Graph:
@@ -44,16 +50,20 @@ def unshift(graph: fx.Graph, sizes: Sizes) -> fx.Graph:
     return copy
 
 
-def _unshift(graph: fx.Graph, loss: fx.Node, sizes: Sizes) -> None:
-    logits, target = argument(loss, 0, "input"), argument(loss, 1, "target")
-    reduction = argument(loss, 6, "reduction", "mean")
-    ignored = argument(loss, 4, "ignore_index", -100)
-    if not is_tensor(logits) or not is_tensor(target) or reduction not in ("mean", "sum"):
+def _unshift(graph: fx.Graph, node: fx.Node, sizes: Sizes) -> None:
+    loss = TokenLoss.of(node)
+    if loss is None or loss.reduction not in ("mean", "sum") or loss.probabilities:
         return
-    if example(logits).dim() != 2 or example(target).dim() != 1 or not isinstance(ignored, int):
+    if not isinstance(loss.ignore_index, int):
         return
+    flat = example(loss.logits).dim() == 2 and example(loss.target).dim() == 1
+    logits: Any = loss.logits
+    if not flat:  # classes in front of the positions
+        if example(logits).dim() != 3 or example(loss.target).dim() != 2:
+            return
+        logits = _before_transpose(logits)
     cut_logits, casts = _sliced(logits, rank=3)
-    cut_target, target_casts = _sliced(target, rank=2)
+    cut_target, target_casts = _sliced(loss.target, rank=2)
     if cut_logits is None or cut_target is None:
         return
     if not _cuts(cut_logits, last=True) or not _cuts(cut_target, last=False):
@@ -62,30 +72,56 @@ def _unshift(graph: fx.Graph, loss: fx.Node, sizes: Sizes) -> None:
     labels: Any = cut_target.args[0]
     if sizes.shape(example(whole))[:2] != sizes.shape(example(labels)):
         return
-    width = example(logits).shape[-1]
+    width = example(whole).shape[-1]
+    if sizes.expression(width) != sizes.expression(example(loss.logits).shape[1]):
+        return
 
-    with graph.inserting_before(loss):
+    with graph.inserting_before(node):
 
         def make(function: Callable[..., Any], *args: Any) -> fx.Node:
-            node = graph.call_function(function, args)
+            made = graph.call_function(function, args)
             values = [example(a) if isinstance(a, fx.Node) else a for a in args]
-            node.meta = {**loss.meta, "example_value": function(*values)}
-            return node
+            made.meta = {**node.meta, "example_value": function(*values)}
+            return made
 
         x: Any = whole
         for dtype in casts:
             x = make(torch.Tensor.to, x, dtype)
-        x = make(torch.reshape, x, (-1, width))
-        y = graph.call_function(next_labels, (labels, ignored))
-        y.meta = {**loss.meta, "example_value": example(labels)}
+        x = make(torch.reshape, x, (-1, width)) if flat else make(torch.transpose, x, 1, 2)
+        y = graph.call_function(next_labels, (labels, loss.ignore_index))
+        y.meta = {**node.meta, "example_value": example(labels)}
         for dtype in target_casts:
             y = make(torch.Tensor.to, y, dtype)
-        y = make(torch.reshape, y, (-1,))
-    loss.replace_input_with(logits, x)
-    loss.replace_input_with(target, y)
+        y = make(torch.reshape, y, (-1,)) if flat else y
+        if loss.scale is not None:
+            scale = graph.call_function(scale_of_all, (loss.scale, labels))
+            like = example(labels)
+            scale.meta = {
+                **node.meta,
+                "example_value": torch.ones_like(like, dtype=example(loss.scale).dtype),
+            }
+            scale = make(torch.reshape, scale, (-1,)) if flat else scale
+            node.replace_input_with(loss.scale, scale)
+    node.replace_input_with(loss.logits, x)
+    node.replace_input_with(loss.target, y)
 
 
-def _sliced(node: fx.Node, rank: int) -> tuple[fx.Node | None, list[torch.dtype]]:
+def _before_transpose(node: fx.Node) -> fx.Node | None:
+    """``x`` of a transposed ``x`` of three dimensions, the last two of which are swapped."""
+    name = operation(node)
+    if name == "transpose":
+        swapped = {argument(node, i, f"dim{i - 1}") for i in (1, 2)}
+        swapped = {dim % 3 for dim in swapped if isinstance(dim, int)}
+    elif name == "permute":
+        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        swapped = {1, 2} if [dim % 3 for dim in order] == [0, 2, 1] else set()  # type: ignore[operator]
+    else:
+        swapped = set()
+    source = node.args[0] if swapped == {1, 2} else None
+    return source if isinstance(source, fx.Node) else None
+
+
+def _sliced(node: fx.Node | None, rank: int) -> tuple[fx.Node | None, list[torch.dtype]]:
     """The slice of `rank` dimensions behind casts and reshapes, and those casts in order."""
     casts: list[torch.dtype] = []
     at: Any = node

@@ -111,8 +111,8 @@ def test_labels_not_shifted(inputs, monkeypatch):
 
 
 def test_weights_left_out(inputs, monkeypatch):
-    def unweighted(logits: Tensor, target: Tensor, weights: Tensor, **options: Any):
-        return cross_entropy_parts(logits, target, torch.ones_like(weights), **options)
+    def unweighted(logits: Tensor, target: Tensor, weights: Tensor, *rest: Any, **options: Any):
+        return cross_entropy_parts(logits, target, torch.ones_like(weights), *rest, **options)
 
     monkeypatch.setattr("fxseek.passes.head.cross_entropy_parts", unweighted)
     with pytest.raises(fxseek.GradientMismatch):

@@ -21,6 +21,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxseek import _torch
+from fxseek.loss import scaled_cross_entropy
 from fxseek.passes.facts import Facts, Rows, RowsLike, example, is_tensor, moved_rows
 
 
@@ -258,6 +259,7 @@ ALIASES: dict[str, tuple[Any, ...]] = {
     "cat": (torch.concat, torch.concatenate),
     "reshape": ("view", "reshape_as", "view_as"),
     "type_as": (),
+    "cross_entropy": (scaled_cross_entropy,),
 }
 
 _SPACES: tuple[Any, ...] = (F, torch, _torch.nn_functions(), torch.special, torch.Tensor)

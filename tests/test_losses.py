@@ -1,0 +1,558 @@
+"""Losses of a caller's own: the cross-entropy that is returned, over the selected tokens.
+
+Wanted values are written out for each position by hand, from logits that `oracle.Marked` gives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import TinyConfig, TinyDecoder, batch
+from oracle import Marked
+from torch import Tensor, nn
+
+import fxseek
+from fxseek import _torch
+from fxseek.loss import cross_entropy_parts, scaled_cross_entropy
+from fxseek.reference import compare
+
+ROWS, TOKENS, VOCAB = 3, 17, 37
+CLASSES = torch.linspace(0.2, 3.0, VOCAB, dtype=torch.float64)
+Loss = Callable[[Any, dict[str, Any]], Tensor]
+
+
+def model_of(**config: Any) -> TinyDecoder:
+    return TinyDecoder(TinyConfig(**config)).double().train()
+
+
+def inputs_of(padding: str = "right") -> dict[str, Any]:
+    given = batch(VOCAB, ROWS, TOKENS, padding=padding, labels="some")
+    dropped = torch.rand(ROWS, TOKENS, generator=torch.Generator().manual_seed(5)) < 0.2
+    given["labels"] = given["input_ids"].masked_fill(dropped, -100)
+    if padding != "none":
+        given["labels"][given["attention_mask"] == 0] = -100
+    return given
+
+
+# ---- what is wanted, position by position ----------------------------------------------------
+
+
+@dataclass
+class Terms:
+    """[batch, tokens]: losses, what each is divided by in a mean, and the selection's weights."""
+
+    losses: Tensor
+    masses: Tensor
+    weights: Tensor
+    chosen: Tensor
+
+    def mean(self) -> Tensor:
+        picked = (self.losses * self.weights)[self.chosen].sum()
+        return picked / self.masses[self.chosen].sum()
+
+    def sum(self) -> Tensor:
+        return self.mean() * self.masses.sum()
+
+
+def next_ones(labels: Tensor) -> Tensor:
+    return torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), 1)
+
+
+def spelled_out(
+    logits: Tensor, labels: Tensor, classes: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each position and its class weight, both 0 without a label."""
+    weights = torch.ones(VOCAB, dtype=torch.float64) if classes is None else classes
+    logs = logits.log_softmax(-1)
+    own = labels.clamp(min=0)
+    nll = -logs.gather(-1, own[..., None])[..., 0] * weights[own]
+    spread = -(logs * weights).sum(-1) / VOCAB
+    losses = (1 - smoothing) * nll + smoothing * spread
+    return losses * (labels != -100), weights[own] * (labels != -100)
+
+
+def flat(o: Any, x: Any) -> tuple[Tensor, Tensor]:
+    return o.logits.view(-1, VOCAB), x["labels"].view(-1)
+
+
+def second(o: Any, x: Any) -> tuple[Tensor, Tensor]:
+    return o.logits.transpose(1, 2), x["labels"]
+
+
+def cut(o: Any, x: Any) -> tuple[Tensor, Tensor]:
+    return o.logits[:, :-1].reshape(-1, VOCAB), x["labels"][:, 1:].reshape(-1)
+
+
+def cut_second(o: Any, x: Any) -> tuple[Tensor, Tensor]:
+    return o.logits[..., :-1, :].permute(0, 2, 1), x["labels"][..., 1:]
+
+
+def places(x: Any) -> Tensor:
+    """A weight for each place in a row, not the same for any two."""
+    return 0.5 + 0.1 * torch.arange(x["labels"].shape[1], dtype=torch.float64)
+
+
+def mask_of(x: Any) -> Tensor:
+    """Some tokens that have a label are not to count."""
+    return (x["input_ids"] % 3 != 0).double()
+
+
+@dataclass
+class Case:
+    """A loss, and what it is to be: of the terms, whose labels are shifted or not."""
+
+    loss: Loss
+    wanted: Callable[[Terms, Any], Tensor]
+    shift: bool = False
+    classes: Tensor | None = None
+    smoothing: float = 0.0
+    scale: Callable[[Any], Tensor] | None = None
+
+
+def each(o: Any, x: Any, operands: Any = flat, **options: Any) -> Tensor:
+    return F.cross_entropy(*operands(o, x), reduction="none", **options)
+
+
+def masked_rows(o: Any, x: Any) -> Tensor:
+    losses, mask = each(o, x).view(x["labels"].shape), mask_of(x)
+    return (losses * mask).sum() / mask.sum()
+
+
+def masked_cut(o: Any, x: Any) -> Tensor:
+    mask = mask_of(x)[:, 1:].reshape(-1)
+    return (each(o, x, cut) * mask).sum() / mask.sum()
+
+
+def count(x: Any) -> Tensor:
+    return (x["labels"] != -100).sum()
+
+
+def mean(terms: Terms, _: Any) -> Tensor:
+    return terms.mean()
+
+
+CASES = {
+    "weight": Case(
+        lambda o, x: F.cross_entropy(*flat(o, x), weight=CLASSES), mean, classes=CLASSES
+    ),
+    "weight, classes second": Case(
+        lambda o, x: F.cross_entropy(*second(o, x), weight=CLASSES), mean, classes=CLASSES
+    ),
+    "weight and smoothing": Case(
+        lambda o, x: F.cross_entropy(*flat(o, x), CLASSES, label_smoothing=0.2),
+        mean,
+        classes=CLASSES,
+        smoothing=0.2,
+    ),
+    "a weighted sum by hand": Case(
+        lambda o, x: (
+            F.cross_entropy(*flat(o, x), CLASSES, reduction="sum")
+            / (CLASSES[x["labels"].clamp(min=0)] * (x["labels"] != -100)).sum()
+        ),
+        mean,
+        classes=CLASSES,
+    ),
+    "a sum by hand": Case(
+        lambda o, x: F.cross_entropy(*second(o, x), reduction="sum") / count(x), mean
+    ),
+    "weight, cut": Case(
+        lambda o, x: F.cross_entropy(*cut(o, x), weight=CLASSES), mean, shift=True, classes=CLASSES
+    ),
+    "smoothing, cut, classes second": Case(
+        lambda o, x: F.cross_entropy(*cut_second(o, x), label_smoothing=0.1),
+        mean,
+        shift=True,
+        smoothing=0.1,
+    ),
+    "terms, sum": Case(lambda o, x: each(o, x).sum() / count(x), mean),
+    "terms, mean": Case(
+        lambda o, x: each(o, x, second).mean(), lambda t, x: t.sum() / x["labels"].numel()
+    ),
+    "terms, mean, cut": Case(
+        lambda o, x: each(o, x, cut_second).mean(),
+        lambda t, x: t.sum() / x["labels"][:, 1:].numel(),
+        shift=True,
+    ),
+    "terms by a mask": Case(masked_rows, lambda t, x: t.sum() / mask_of(x).sum(), scale=mask_of),
+    "terms by a mask, cut": Case(
+        masked_cut,
+        lambda t, x: t.sum() / mask_of(x)[:, 1:].sum(),
+        shift=True,
+        scale=lambda x: torch.cat((mask_of(x)[:, 1:], torch.zeros(len(mask_of(x)), 1)), 1),
+    ),
+    "terms where a mask is, class weights": Case(
+        lambda o, x: torch.where(mask_of(x) > 0, each(o, x, second, weight=CLASSES), 0.0).sum(),
+        lambda t, x: t.sum(),
+        classes=CLASSES,
+        scale=mask_of,
+    ),
+    "terms masked in place, by place": Case(
+        lambda o, x: each(o, x, second).mul_(places(x)).masked_fill_(mask_of(x) == 0, 0).sum() / 7,
+        lambda t, x: t.sum() / 7,
+        scale=lambda x: mask_of(x) * places(x),
+    ),
+    "terms, both signs": Case(  # advantages: no mean of them may be divided by
+        lambda o, x: -(each(o, x, second) * (places(x) - 1)).mean(),
+        lambda t, x: t.sum() / x["labels"].numel(),
+        scale=lambda x: (1 - places(x)).expand(x["labels"].shape),
+    ),
+}
+
+
+def selection(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Which positions the last step chose, and their weights, [batch, tokens]."""
+    last = fxseek.report(model)
+    chosen = torch.zeros(ROWS, TOKENS, dtype=torch.bool)
+    weights = torch.zeros(ROWS, TOKENS, dtype=torch.float64)
+    for row, (positions, shares) in enumerate(zip(last.selected, last.weights, strict=True)):
+        for position, share in zip(positions.tolist(), shares.tolist(), strict=True):
+            if position >= 0:
+                chosen[row, position], weights[row, position] = True, share
+    return chosen, weights
+
+
+def wanted_of(case: Case, logits: Tensor, x: Any, chosen: Tensor, weights: Tensor) -> Tensor:
+    labels = next_ones(x["labels"]) if case.shift else x["labels"]
+    losses, masses = spelled_out(logits, labels, case.classes, case.smoothing)
+    scale = torch.ones_like(losses) if case.scale is None else case.scale(x)
+    return case.wanted(Terms(losses * scale, masses * scale.abs(), weights, chosen), x)
+
+
+def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()))
+    return dict(zip(named, found, strict=True))
+
+
+def assert_step(model: nn.Module, loss: Tensor, wanted: Callable[..., Tensor], x: Any) -> None:
+    """The compiled step's loss and gradients are those of `wanted(logits, chosen, weights)`."""
+    loss.backward()
+    chosen, weights = selection(model)
+    with Marked(fxseek.report(model).selected, TOKENS):
+        logits = _torch.eager_call(model)(**x).logits
+    expected = wanted(logits, chosen, weights)
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-9, atol=1e-9)
+    given = {name: p.grad for name, p in model.named_parameters()}
+    found = compare(given, gradients_of(model, expected))
+    assert found.error <= 1e-9, found
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"score": "tokenseek"},
+    {"score": "gradient", "select": "sample", "chunk_bytes": 4096},
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("options", OPTIONS, ids=["tokenseek", "sample"])
+def test_over_selected_tokens(name: str, options: dict[str, Any], caplog: Any):
+    case, x = CASES[name], inputs_of()
+    model = model_of(attention="eager" if options["score"] == "gradient" else "sdpa")
+    fxseek.compile(model, 0.4, loss=case.loss, **options)
+    with caplog.at_level(logging.WARNING, "fxseek"):
+        loss = model(**x).loss
+    assert not caplog.text
+    assert_step(model, loss, lambda *given: wanted_of(case, given[0], x, *given[1:]), x)
+    assert fxseek.check_gradients(model, **x).error <= 1e-9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_tokens_are_ordinary_training(name: str):
+    case, x = CASES[name], inputs_of()
+    model = model_of()
+    fxseek.compile(model, 1.0, loss=case.loss, score="random")
+    loss = model(**x).loss
+    loss.backward()
+    outputs = _torch.eager_call(model)(**x)
+    ordinary = case.loss(outputs, x)
+    torch.testing.assert_close(loss, ordinary, rtol=1e-9, atol=0)
+    found = compare(
+        {name: p.grad for name, p in model.named_parameters()}, gradients_of(model, ordinary)
+    )
+    assert found.error <= 1e-9, found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["weight and smoothing", "terms by a mask", "a sum by hand"])
+def test_scores_by_the_loss_that_is_minimised(name: str, attention: str):
+    """The gradient score is that of the returned loss, and the full loss its mean over all."""
+    case, x = CASES[name], inputs_of()
+    model = model_of(attention=attention)
+    fxseek.compile(model, 0.4, score="gradient", loss=case.loss, chunk_bytes=4096)
+    model(**x)
+    report = fxseek.report(model)
+    hidden: list[Tensor] = []
+    hook = model.blocks[-1].register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    outputs = _torch.eager_call(model)(**x)
+    hook.remove()
+    everything = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    labels = x["labels"]
+    losses, masses = spelled_out(outputs.logits, labels, case.classes, case.smoothing)
+    scale = torch.ones_like(losses) if case.scale is None else case.scale(x)
+    full = Terms(losses * scale, masses * scale, everything.double(), everything).mean()
+    assert report.full_loss is not None and report.gradient is not None
+    torch.testing.assert_close(report.full_loss, full.detach())
+    (slope,) = torch.autograd.grad(full, hidden[0])
+    torch.testing.assert_close(report.gradient, slope.abs().sum(-1))
+
+
+# ---- probabilities as targets ----------------------------------------------------------------
+
+
+def soft(x: Any) -> Tensor:
+    return 0.7 * F.one_hot(x["input_ids"], VOCAB).double() + 0.3 / VOCAB
+
+
+SOFT: dict[str, tuple[Loss, Callable[[Terms], Tensor]]] = {
+    "mean": (
+        lambda o, x: F.cross_entropy(o.logits.view(-1, VOCAB), soft(x).view(-1, VOCAB)),
+        lambda t: t.losses[t.chosen].mul(t.weights[t.chosen]).sum() / t.chosen.sum(),
+    ),
+    "sum, classes second": (
+        lambda o, x: F.cross_entropy(
+            o.logits.transpose(1, 2), soft(x).transpose(1, 2), reduction="sum"
+        ),
+        lambda t: t.sum(),
+    ),
+    "terms": (
+        lambda o, x: F.cross_entropy(
+            o.logits.transpose(1, 2), soft(x).transpose(1, 2), reduction="none"
+        ).mean(),
+        lambda t: t.mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOFT)
+@pytest.mark.parametrize("options", OPTIONS, ids=["tokenseek", "sample"])
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_probabilities(name: str, options: dict[str, Any], padding: str):
+    (loss, wanted), x = SOFT[name], inputs_of(padding)
+    model = model_of()
+    fxseek.compile(model, 0.4, loss=loss, **options)
+
+    def over(logits: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        losses = -(soft(x) * logits.log_softmax(-1)).sum(-1)
+        return wanted(Terms(losses, torch.ones_like(losses), weights, chosen))
+
+    assert_step(model, model(**x).loss, over, x)
+    assert fxseek.check_gradients(model, **x).error <= 1e-9
+
+
+# ---- several terms, and what is none over tokens -----------------------------------------------
+
+
+def test_the_loss_that_is_returned_and_not_the_models_own():
+    """The model computes its own from the labels, and nothing minimises that."""
+    x, model = inputs_of(), model_of()
+    fxseek.compile(model, 0.4, loss=lambda o, x: o.logits.square().mean(), score="gradient")
+    model(**x).loss.backward()
+    square = _torch.eager_call(model)(**x).logits.square().mean()
+    full = fxseek.report(model).full_loss
+    assert full is not None
+    torch.testing.assert_close(full, square.detach())
+
+
+def test_two_cross_entropies():
+    x, model = inputs_of(), model_of()
+
+    def both(o: Any, x: Any) -> Tensor:
+        return F.cross_entropy(*cut(o, x)) + 0.3 * F.cross_entropy(*flat(o, x), weight=CLASSES)
+
+    fxseek.compile(model, 0.4, loss=both)
+
+    def wanted(logits: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        shifted = spelled_out(logits, next_ones(x["labels"]), None, 0.0)
+        own = spelled_out(logits, x["labels"], CLASSES, 0.0)
+        first = Terms(shifted[0], shifted[1], weights, chosen).mean()
+        other = Terms(own[0], own[1], weights, chosen).mean()
+        return first + 0.3 * other
+
+    assert_step(model, model(**x).loss, wanted, x)
+    full = fxseek.report(model).full_loss
+    assert full is not None
+    torch.testing.assert_close(full, both(_torch.eager_call(model)(**x), x).detach())
+    assert fxseek.check_gradients(model, **x).error <= 1e-9
+
+
+def rows_mean(o: Any, x: Any) -> Tensor:
+    losses = each(o, x).view(x["labels"].shape)
+    return (losses.sum(1) / (x["labels"] != -100).sum(1)).mean()
+
+
+def focal(o: Any, x: Any) -> Tensor:
+    losses = each(o, x)
+    return ((1 - torch.exp(-losses)) ** 2 * losses).mean()
+
+
+def several_for_a_token(o: Any, x: Any) -> Tensor:
+    logits = torch.stack((o.logits, -o.logits), 2)
+    return F.cross_entropy(logits.reshape(-1, VOCAB), x["labels"].repeat_interleave(2, 1).view(-1))
+
+
+UNRESTRICTED = {
+    "rows": rows_mean,
+    "focal": focal,
+    "several": several_for_a_token,
+    "squares": lambda o, x: o.logits.square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", UNRESTRICTED)
+@pytest.mark.parametrize("added", [False, True])
+def test_what_is_not_restricted_is_said(name: str, added: bool, caplog: Any):
+    """It keeps its value over all tokens, alone or beside a loss that is restricted."""
+    x, model, loss = inputs_of("none"), model_of(), UNRESTRICTED[name]
+
+    def total(o: Any, x: Any) -> Tensor:
+        return loss(o, x) + o.loss if added else loss(o, x)
+
+    fxseek.compile(model, 0.4, loss=total, score="random")
+    with caplog.at_level(logging.WARNING, "fxseek"):
+        found = model(**x).loss
+    said = "a part of the loss is no cross-entropy" if added else "no cross-entropy over tokens"
+    assert said in caplog.text and "full-token value" in caplog.text
+    assert said in str(fxseek.explain(model, **x))
+    if added:
+        assert __file__ in caplog.text
+
+    def wanted(logits: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        value = loss(type("Outputs", (), {"logits": logits}), x)
+        if not added:
+            return value
+        own = spelled_out(logits, next_ones(x["labels"]), None, 0.0)
+        return value + Terms(own[0], own[1], weights, chosen).mean()
+
+    assert_step(model, found, wanted, x)
+    assert fxseek.check_gradients(model, **x).error <= 1e-9
+
+
+def test_a_regulariser_beside_the_models_own_loss():
+    x, model = inputs_of(), model_of()
+    fxseek.compile(
+        model, 0.3, loss=lambda o, x: o.loss + 0.01 * o.logits.logsumexp(-1).pow(2).mean()
+    )
+    assert fxseek.check_gradients(model, **x).error <= 1e-9
+
+
+def test_a_wrong_gradient_of_such_a_loss_is_found(monkeypatch: Any):
+    def unweighted(logits: Tensor, target: Tensor, weights: Tensor, *rest: Any, **options: Any):
+        return cross_entropy_parts(logits, target, weights, **options)
+
+    monkeypatch.setattr("fxseek.loss.cross_entropy_parts", unweighted)
+    model = model_of()
+    fxseek.compile(model, 0.4, score="random", loss=CASES["weight"].loss)
+    with pytest.raises(fxseek.GradientMismatch):
+        fxseek.check_gradients(model, **inputs_of())
+
+
+# ---- what the reference of the check can't see ---------------------------------------------------
+
+
+class OwnKeys(nn.Module):
+    """Keys by a product with a parameter, which is the result of no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.query = nn.Embedding(VOCAB, 12), nn.Linear(12, 12)
+        self.keys = nn.Parameter(0.3 * torch.randn(12, 12))
+        self.head = nn.Linear(12, VOCAB)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        query, key, value = (y[:, None] for y in (self.query(x), x @ self.keys, x))
+        x = x + F.scaled_dot_product_attention(query, key, value)[:, 0]
+        return {"loss": F.cross_entropy(self.head(x).view(-1, VOCAB), labels.view(-1))}
+
+
+def keys_of_positions() -> nn.Module:
+    from transformers import DebertaV2Config, DebertaV2ForTokenClassification
+
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 12,
+        "intermediate_size": 20,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "relative_attention": True,
+        "max_relative_positions": 8,
+        "position_buckets": 4,
+        "pos_att_type": ["c2p", "p2c"],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "num_labels": VOCAB,
+    }
+    return DebertaV2ForTokenClassification(DebertaV2Config(**sizes))
+
+
+@pytest.mark.parametrize("make", [OwnKeys, keys_of_positions])
+def test_the_check_says_where_it_cannot_tell(make: Callable[[], nn.Module]):
+    torch.manual_seed(0)
+    model = make().double().train()
+    fxseek.compile(model, 0.4, score="random")
+    x = inputs_of("none")
+    with pytest.raises(fxseek.InputError, match=r"can't tell for this model: \w+ in .*File .*line"):
+        fxseek.check_gradients(model, **x)
+
+
+# ---- a classifier of tokens ------------------------------------------------------------------
+
+
+def test_class_weights_of_a_token_classifier():
+    """transformers' own, with its labels in the batch: a loss of its own, and the caller's."""
+    from transformers import BertConfig, BertForTokenClassification
+
+    classes = torch.tensor([0.2, 3.0, 1.0, 0.5, 2.0], dtype=torch.float64)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 20,
+        "intermediate_size": 29,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_labels": 5,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(**sizes)).double().train()
+    x = inputs_of()
+    x["labels"] = torch.where(x["labels"] < 0, -100, x["labels"] % 5)
+
+    def loss(o: Any, x: Any) -> Tensor:
+        return F.cross_entropy(o.logits.view(-1, 5), x["labels"].view(-1), weight=classes)
+
+    fxseek.compile(model, 0.3, loss=loss)
+
+    def wanted(logits: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        own = x["labels"].clamp(min=0)
+        share = classes[own] * (x["labels"] != -100) * chosen
+        losses = -logits.log_softmax(-1).gather(-1, own[..., None])[..., 0]
+        return (losses * share * weights).sum() / share.sum()
+
+    assert_step(model, model(**x).loss, wanted, x)
+    full = fxseek.report(model).full_loss
+    assert full is not None
+    torch.testing.assert_close(full, loss(_torch.eager_call(model)(**x), x).detach())
+
+
+# ---- the operation ---------------------------------------------------------------------------
+
+
+def test_a_scale_of_nothing_hides_a_loss_that_is_not_finite():
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    logits[1] = torch.nan
+    scale = torch.tensor([1.0, 0.0, 2.0, -1.0], dtype=torch.float64)
+    target = torch.tensor([0, 1, -100, 3])
+    found = scaled_cross_entropy(logits, target, scale=scale)
+    wanted = F.cross_entropy(logits[:1], target[:1]) - F.cross_entropy(logits[3:], target[3:])
+    torch.testing.assert_close(found, wanted)
+    total, mass = cross_entropy_parts(logits, target, torch.ones(1, 4), None, scale)
+    torch.testing.assert_close(total, wanted)
+    assert mass == 2
