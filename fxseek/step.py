@@ -20,6 +20,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import CaptureError, ConfigError, FxseekError, InputError
 from fxseek.limits import refuse_attention, refuse_wrapper
 from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS
+from fxseek.recorders import install_recorders
 
 __all__ = ["SeekStep", "compile", "report", "resume", "step_of", "uncompile"]
 
@@ -360,7 +361,7 @@ class SeekStep:
         try:
             first = not self.recorder.programs
             with _torch.capture_settings(captures=_CAPTURES, first=first), _quiet(batch):
-                result = self._compiled(**batch)
+                result = self._captured(batch)
         except FxseekError:
             raise
         except _torch.CapturedTooOften as error:
@@ -381,6 +382,15 @@ class SeekStep:
             return result
         loss, outputs = result
         return _with_loss(outputs, loss)
+
+    def _captured(self, batch: dict[str, Any]) -> Any:
+        """The compiled call, captured again where hooks had to be installed first."""
+        while True:
+            try:
+                return self._compiled(**batch)
+            except _torch.CaptureFailure as error:
+                if not install_recorders(self.model, error):
+                    raise
 
     # ---- what is in the way of a capture -------------------------------------------------
 
