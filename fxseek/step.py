@@ -158,14 +158,16 @@ class SeekStep:
         options: dict[str, Any] = {"backend": backend, "fullgraph": True}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
             options["isolate_recompiles"] = True  # models share code: each counts its own captures
+        self._plain: Callable[..., Any] = call
         if loss is None:
             self._compiled = torch.compile(call, **options)
             return
 
         def with_loss(*args: Any, **kwargs: Any) -> Any:
             outputs = call(*args, **kwargs)
-            return loss(outputs, kwargs), outputs
+            return _scalar(loss(outputs, kwargs)), outputs
 
+        self._plain = with_loss
         self._compiled = torch.compile(with_loss, **options)
 
     # ---- the call ------------------------------------------------------------------------
@@ -372,15 +374,23 @@ class SeekStep:
             ) from error
         except Exception as error:
             told = _torch.translated(error, type(self.model).__name__)
+            own = self._own_error(batch) if _torch.may_have_raised(error) else None
             try:
+                if own is not None:
+                    raise own from own.__cause__
                 if told is None:
                     raise
                 raise told from error
             finally:
-                del told  # its traceback holds this frame
+                del told, own  # their tracebacks hold this frame
         if self.config.loss is None:
             return result
         loss, outputs = result
+        if not loss.requires_grad and any(p.requires_grad for p in self.model.parameters()):
+            raise InputError(
+                "loss= returned a tensor that no gradient flows through: compute it from the "
+                "model's outputs, without detach(), item() or torch.no_grad()"
+            )
         return _with_loss(outputs, loss)
 
     def _captured(self, batch: dict[str, Any]) -> Any:
@@ -391,6 +401,31 @@ class SeekStep:
             except _torch.CaptureFailure as error:
                 if not install_recorders(self.model, error):
                     raise
+
+    def _own_error(self, batch: dict[str, Any]) -> Exception | None:
+        """What the model, or `loss=`, raises for this batch by itself; None if it raises nothing.
+
+        Dynamo reads code that raises as code that it cannot capture. So the call is run once more
+        without it, keeping nothing for backward. Shapes alone do not run.
+        """
+        tensors = [x for x in batch.values() if isinstance(x, Tensor)]
+        if any(x.is_meta or _torch.is_fake(x) for x in (*tensors, *self.model.parameters())):
+            return None
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):
+                self._plain(**batch)
+        except FxseekError as error:
+            return error
+        except torch.OutOfMemoryError:
+            return None  # a capture needs no memory
+        except Exception as error:
+            error.add_note(
+                f"Raised by the code of {type(self.model).__name__}, its hooks or loss=, when "
+                "fxseek captured a training step, and without fxseek too. The call was given "
+                f"{', '.join(batch)}."
+            )
+            return error
+        return None
 
     # ---- what is in the way of a capture -------------------------------------------------
 
@@ -443,6 +478,16 @@ def _input_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int]]:
         for key, hook in module._forward_hooks.items()
         if "make_inputs_require_grad" in getattr(hook, "__name__", "")
     ]
+
+
+def _scalar(loss: Any) -> Tensor:
+    """What `loss=` returned, if it can be trained on."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise InputError(
+        f"loss= must return a tensor with one element, the loss to train on; it returned {found}"
+    )
 
 
 def _with_loss(outputs: Any, loss: Tensor) -> Any:
