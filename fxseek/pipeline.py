@@ -50,6 +50,7 @@ from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.rules import operation
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens, made_from_rows
+from fxseek.passes.unbatch import unbatch
 from fxseek.passes.unshift import unshift
 from fxseek.score_plan import plan_scores
 from fxseek.stages import Gather, Learn, Prefill, Score, ScorePlan, Select
@@ -124,7 +125,7 @@ def build(
 
 
 def _functionalise(program: Program) -> None:
-    program.graph = functionalise(inline(program.captured))
+    program.graph = functionalise(unbatch(inline(program.captured)))
     program.graph.lint()
 
 

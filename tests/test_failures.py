@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from models import batch, double_throughout, tiny_llama
-from oracle import assert_exact, inputs_of, model_of
-from torch import Tensor, nn
+from oracle import inputs_of, model_of
+from torch import Tensor
 from torch.nn import functional as F
 
 import fxseek
@@ -53,7 +54,7 @@ RAISING: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "one of the user's": (lambda o, b: _raise(OfTheUser(7, place="here")), OfTheUser, "7 in here"),
     "an assertion": (_asserts, AssertionError, "three classes"),
     "shapes": (lambda o, b: F.cross_entropy(o.logits, b["labels"]), RuntimeError, r"\[2, 37\]"),
-    "a file": (lambda o, b: open("/no/such/file"), FileNotFoundError, "/no/such/file"),
+    "a file": (lambda o, b: Path("/no/such/file").read_text(), FileNotFoundError, "/no/such/file"),
 }
 
 
@@ -177,7 +178,7 @@ def test_a_defect_of_the_passes(monkeypatch):
         model(**given())
 
 
-# ---- the way out of sizes that depend on values ---------------------------------------------------
+# ---- the way out of sizes that depend on values --------------------------------------------------
 
 
 def sees_sizes() -> Any:

@@ -1,4 +1,4 @@
-"""Calls that ask a model of transformers for more than its loss: hidden states, attentions, routers.
+"""Calls that ask a model of transformers for more than its loss: hidden states, attentions, ...
 
 transformers records them by hooks that the first call installs, in a way that cannot be captured.
 """
