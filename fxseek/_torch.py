@@ -312,8 +312,6 @@ def _settled() -> Iterator[None]:
       none. 0 counts as a number that no draw reaches (one in 2**24 does).
     - A method of a string that is an attribute of a constant: ``type(x).__module__.startswith``.
     - ``x.requires_grad = value`` where that is its value already.
-    - ``x.__class__`` of a quantised weight: Dynamo takes a class whose own class is not that of
-      `torch.Tensor` for one that defines ``__class__``.
 
     Dynamo has no setting for any of them; the methods are put back after the last capture.
     """
@@ -338,7 +336,7 @@ def _settled() -> Iterator[None]:
 
 def _override_dynamo() -> None:
     from torch._dynamo import variables
-    from torch._dynamo.variables import builtin, misc, torch_function
+    from torch._dynamo.variables import builtin, misc
     from torch._dynamo.variables.constant import ConstantVariable
 
     def override(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -376,17 +374,6 @@ def _override_dynamo() -> None:
 
         return set_attribute
 
-    def attribute(ask: Any) -> Any:
-        def var_getattr(self: Any, tx: Any, name: str) -> Any:
-            if name == "__class__" and not any(
-                name in vars(c) for c in self.class_type.__mro__[:-1]
-            ):
-                return self.class_type_var(tx)
-            return ask(self, tx, name)
-
-        return var_getattr
-
-    override(torch_function.TensorWithTFOverrideVariable, "var_getattr", attribute)
     override(variables.TensorVariable, "as_python_constant", comparison)
     override(misc.GetAttrVariable, "call_method", text_method)
     for owner, name in (
