@@ -18,8 +18,13 @@ from typing import Any, TypeVar
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend
 
 _Chunk = TypeVar("_Chunk")
@@ -520,13 +525,40 @@ def splits_for_ddp() -> bool:
     return optimising and DistributedDataParallel._get_active_ddp_module() is not None
 
 
-def translated(error: Exception, model: str) -> Exception | None:
-    """An exception of Dynamo as one of fxseek's, with the reason and the user's line.
+def failed_capture(error: BaseException) -> bool:
+    """Whether an exception ended a capture or a compilation, and not a step that was running.
 
-    Dynamo wraps what a backend raises in `BackendCompilerFailed`. For other errors (the model's
-    own) None.
+    Most that Dynamo lets through are its own or carry the `real_stack` of the code that it read.
+    Others come from deep inside torch; then its `convert_frame` is among the frames.
     """
-    from fxseek.errors import CaptureError, FxseekError
+    if isinstance(error, TorchDynamoException) or getattr(error, "real_stack", None) is not None:
+        return True
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "torch._dynamo.convert_frame":
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def may_have_raised(error: Exception) -> bool:
+    """Whether a capture may have ended because the code that it read raises an exception.
+
+    Dynamo says so only of exceptions that it knows. It is not so where a backend fails, nor where
+    the graph would depend on the values of a tensor.
+    """
+    if not isinstance(error, TorchDynamoException) or isinstance(error, BackendCompilerFailed):
+        return False
+    return "data-dependent" not in str(error).lower()
+
+
+def translated(error: Exception, model: str) -> Exception | None:
+    """An exception of a capture as one of fxseek's, with the reason and the user's line.
+
+    Dynamo wraps what a backend raises in `BackendCompilerFailed`. For what a running step raises
+    (the model's own) None.
+    """
+    from fxseek.errors import CaptureError, FxseekError, GraphError
 
     cause: BaseException | None = error
     seen: set[int] = set()
@@ -539,24 +571,40 @@ def translated(error: Exception, model: str) -> Exception | None:
         if isinstance(cause, FxseekError):
             return cause
         cause = cause.__cause__
-    if isinstance(error, TorchDynamoException):
-        stack = getattr(error, "real_stack", None)
-        line = ""
-        if stack:
-            frame = stack[-1]
-            line = f" at {frame.filename}:{frame.lineno}: {frame.line}"
-        reason = str(error).strip()
-        drawn = ""
-        if "branching" in reason and "rand(" in reason:
-            drawn = (
-                "The branch is drawn at random in each step, as in a layer that is dropped by "
-                "chance; the graph of a step has no such branch: set that dropout to 0, or call "
-                "eval() on the module. "
-            )
-        return CaptureError(
-            f"Dynamo could not capture {model} as one graph{line}\n{reason}\n{drawn}"
-            "fxseek needs the whole forward as one graph. Remove the construct at that line "
-            "(data-dependent Python control flow, printing, calls into untraceable libraries), "
-            "or keep that part out of the compiled module."
+    if not failed_capture(error):
+        return None
+    if isinstance(error, BackendCompilerFailed):
+        inner = error.inner_exception
+        return GraphError(
+            f"the graph of {model} was captured, and no step could be made of it: "
+            f"{type(inner).__name__}: {inner}\nThis is a defect of fxseek: please report it. "
+            "fxseek.uncompile(model) gives the model its ordinary step back."
         )
-    return None
+    stack = getattr(error, "real_stack", None)
+    line = ""
+    if stack:
+        frame = stack[-1]
+        line = f" at {frame.filename}:{frame.lineno}: {frame.line}"
+    reason = str(error).strip()
+    if not isinstance(error, TorchDynamoException):
+        reason = f"{type(error).__name__}: {reason}"
+    told = ""
+    if "branching" in reason and "rand(" in reason:
+        told = (
+            "The branch is drawn at random in each step, as in a layer that is dropped by "
+            "chance; the graph of a step has no such branch: set that dropout to 0, or call "
+            "eval() on the module. "
+        )
+    elif isinstance(error, GuardOnDataDependentSymNode):
+        told = (
+            "Sizes depend on the values of a tensor there. Compute that part before the call and "
+            "pass what it gives: of a vision tower, the embeddings with the images in them, as "
+            "inputs_embeds= in the place of input_ids, and position_ids= if they follow from the "
+            "images. "
+        )
+    return CaptureError(
+        f"Dynamo could not capture {model} as one graph{line}\n{reason}\n{told}"
+        "fxseek needs the whole forward as one graph. Remove the construct at that line "
+        "(data-dependent Python control flow, printing, calls into untraceable libraries), "
+        "or keep that part out of the compiled module."
+    )

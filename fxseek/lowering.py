@@ -154,7 +154,9 @@ def _compiled(module: fx.GraphModule, backend: str, recompute: str) -> Callable[
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
             try:
                 return compiled(*arguments)
-            except _torch.CaptureFailure as error:
+            except Exception as error:
+                if not _torch.failed_capture(error):
+                    raise
                 raise GraphError(
                     f"backend={backend!r} could not compile the learn stage: {error}\n"
                     'Use backend="eager", which runs the same graph without compiling it.'

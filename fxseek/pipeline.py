@@ -56,6 +56,7 @@ from fxseek.passes.rules import operation
 from fxseek.passes.scale import scale_terms
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens, made_from_rows
+from fxseek.passes.unbatch import unbatch
 from fxseek.passes.unshift import unshift
 from fxseek.score_plan import plan_scores
 from fxseek.stages import Gather, Learn, Prefill, Score, ScorePlan, Select
@@ -136,7 +137,7 @@ def build(
 
 
 def _functionalise(program: Program) -> None:
-    functional = functionalise(inline(program.captured))
+    functional = functionalise(unbatch(inline(program.captured)))
     program.graph = functional.graph
     places = positions_of(program.graph)
     program.written = tuple(places[node] for node in functional.written)

@@ -22,6 +22,7 @@ from fxseek.errors import CaptureError, ConfigError, FxseekError, InputError
 from fxseek.limits import refuse_attention, refuse_wrapper
 from fxseek.masks import read_tokens
 from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS, may_batch, may_count
+from fxseek.recorders import install_recorders
 from fxseek.uncomputed import Uncomputed, cleared
 
 __all__ = ["SeekStep", "compile", "report", "resume", "step_of", "uncompile"]
@@ -167,8 +168,9 @@ class SeekStep:
         def with_loss(*args: Any, **kwargs: Any) -> Any:
             # a function of ours: Dynamo would break a bare call up at the model's own hooks
             outputs = call(*args, **kwargs)
-            return None if loss is None else loss(outputs, kwargs), outputs
+            return None if loss is None else _scalar(loss(outputs, kwargs)), outputs
 
+        self._plain = with_loss
         self._compiled = torch.compile(with_loss, **options)
 
     # ---- the call ------------------------------------------------------------------------
@@ -430,7 +432,7 @@ class SeekStep:
         try:
             first = not self.recorder.programs
             with _torch.capture_settings(captures=_CAPTURES, first=first), _quiet(batch):
-                result = self._compiled(**batch)
+                result = self._captured(batch)
         except FxseekError:
             raise
         except _torch.CapturedTooOften as error:
@@ -440,17 +442,30 @@ class SeekStep:
                 "shows what; keep it constant, or call torch._dynamo.reset()."
             ) from error
         except Exception as error:
-            told = self._hooked(error) or _torch.translated(error, type(self.model).__name__)
+            told = self._hooked(error)
+            own = None
+            if told is None:
+                told = _torch.translated(error, type(self.model).__name__)
+                own = self._own_error(batch) if _torch.may_have_raised(error) else None
             try:
+                if own is not None:
+                    raise own from own.__cause__
                 if told is None:
                     raise
                 raise told from error
             finally:
-                del told  # its traceback holds this frame
+                del told, own  # their tracebacks hold this frame
         if self.recorder.uncomputed:
             result = self._cleared(result)
         loss, outputs = result
-        return outputs if self.config.loss is None else _with_loss(outputs, loss)
+        if self.config.loss is None:
+            return outputs
+        if not loss.requires_grad and any(p.requires_grad for p in self.model.parameters()):
+            raise InputError(
+                "loss= returned a tensor that no gradient flows through: compute it from the "
+                "model's outputs, without detach(), item() or torch.no_grad()"
+            )
+        return _with_loss(outputs, loss)
 
     def _cleared(self, result: Any) -> Any:
         """The model's output with None for activations; says so where somebody else keeps one."""
@@ -482,6 +497,40 @@ class SeekStep:
             "or hook the gradient of a value instead: a forward hook that calls "
             "output.register_hook(...) is captured."
         )
+
+    def _captured(self, batch: dict[str, Any]) -> Any:
+        """The compiled call, captured again where hooks had to be installed first."""
+        while True:
+            try:
+                return self._compiled(**batch)
+            except _torch.CaptureFailure as error:
+                if not install_recorders(self.model, error):
+                    raise
+
+    def _own_error(self, batch: dict[str, Any]) -> Exception | None:
+        """What the model, or `loss=`, raises for this batch by itself; None if it raises nothing.
+
+        Dynamo reads code that raises as code that it cannot capture. So the call is run once more
+        without it, keeping nothing for backward. Shapes alone do not run.
+        """
+        tensors = [x for x in batch.values() if isinstance(x, Tensor)]
+        if any(x.is_meta or _torch.is_fake(x) for x in (*tensors, *self.model.parameters())):
+            return None
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):
+                self._plain(**batch)
+        except FxseekError as error:
+            return error
+        except torch.OutOfMemoryError:
+            return None  # a capture needs no memory
+        except Exception as error:
+            error.add_note(
+                f"Raised by the code of {type(self.model).__name__}, its hooks or loss=, when "
+                "fxseek captured a training step, and without fxseek too. The call was given "
+                f"{', '.join(batch)}."
+            )
+            return error
+        return None
 
     # ---- what is in the way of a capture -------------------------------------------------
 
@@ -537,6 +586,16 @@ def _input_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int]]:
         for key, hook in module._forward_hooks.items()
         if "make_inputs_require_grad" in getattr(hook, "__name__", "")
     ]
+
+
+def _scalar(loss: Any) -> Tensor:
+    """What `loss=` returned, if it can be trained on."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise InputError(
+        f"loss= must return a tensor with one element, the loss to train on; it returned {found}"
+    )
 
 
 def _with_loss(outputs: Any, loss: Tensor) -> Any:

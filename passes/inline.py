@@ -23,21 +23,12 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxseek.errors import GraphError
-from fxseek.passes.facts import where
-
 _REGIONS = {"tag_activation_checkpoint": 1, "invoke_subgraph": 2}
 """Regions, and how many arguments come before the operands: the body, and a name for it."""
 
-_TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
-
 
 def inline(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` with the bodies of regions in place of their calls.
-
-    Raises:
-        GraphError: a transform of torch.func; the values in it hide a dimension.
-    """
+    """A copy of `graph` with the bodies of regions in place of their calls."""
     copy = fx.Graph(owning_module=graph.owning_module)
     copy.output(_copy_into(copy, graph, {}, ""))
     copy.output_node().meta = dict(graph.output_node().meta)
@@ -55,11 +46,6 @@ def _copy_into(copy: fx.Graph, graph: fx.Graph, new_of: dict[fx.Node, Any], pref
             continue
         if node.op == "output":
             break
-        if name in _TRANSFORMS:
-            raise GraphError(
-                f"a transform of torch.func hides a dimension of the values in it, at "
-                f"{where(node)} ({node.format_node()}). Write the operation on whole tensors."
-            )
         source = node.args[0] if node.args else None
         if node.op == "call_function" and name in _REGIONS:
             new_of[node] = _body_into(copy, node, new_of, prefix)
