@@ -26,6 +26,7 @@ from fxseek import _torch, rows
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.explain import capture
+from fxseek.limits import uses_cache
 from fxseek.masks import read_tokens
 from fxseek.memory import (
     StepMemory,
@@ -597,7 +598,7 @@ class _Run:
         batch = {name: x for name, x in batch.items() if name != "attention_mask"}
         trained = [p for p in model.parameters() if p.requires_grad]
         optimiser = self._start(module_tensors(model), batch.values(), trained)
-        if hasattr(getattr(model, "config", None), "use_cache"):
+        if uses_cache(model) is not None:
             batch = {**batch, "use_cache": False}
         with self._running():
             self.tracker.stage("forward")

@@ -1,4 +1,4 @@
-"""Models that no step can be compiled for: what is in the way, and what to do instead."""
+"""What a model says of itself: whether a step can be compiled for it, and whether it makes a cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from fxseek.errors import FxseekError
 
-__all__ = ["refuse_attention", "refuse_wrapper"]
+__all__ = ["refuse_attention", "refuse_wrapper", "uses_cache"]
 
 # In the names of attention implementations that take whole sequences in a layout of their own.
 _WHOLE_ONLY = ("flash", "flex")
@@ -36,6 +36,19 @@ def _sharded() -> tuple[type, ...]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     names = ("FullyShardedDataParallel", "FSDPModule")
     return tuple(kind for name in names if (kind := getattr(fsdp, name, None)) is not None)
+
+
+def uses_cache(model: nn.Module) -> bool | None:
+    """Whether a model makes a cache unless it is told otherwise; None where it knows none.
+
+    A model of images and text has the choice in the part of its configuration that is for text.
+    """
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    for part in (config, text(decoder=True) if callable(text) else None):
+        if (choice := getattr(part, "use_cache", None)) is not None:
+            return choice
+    return None
 
 
 def refuse_attention(model: nn.Module, kind: type[FxseekError]) -> None:

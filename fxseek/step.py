@@ -19,9 +19,10 @@ from fxseek import _torch
 from fxseek.backend import Recorder, StepReport, latest_recorder, make_backend
 from fxseek.config import SeekConfig
 from fxseek.errors import CaptureError, ConfigError, FxseekError, InputError
-from fxseek.limits import refuse_attention, refuse_wrapper
+from fxseek.limits import refuse_attention, refuse_wrapper, uses_cache
 from fxseek.masks import read_tokens
 from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS, may_batch, may_count
+from fxseek.quantised import trace_dequantisation
 from fxseek.recorders import install_recorders
 from fxseek.uncomputed import Uncomputed, cleared
 
@@ -257,7 +258,7 @@ class SeekStep:
         )
 
     def _takes_use_cache(self, batch: dict[str, Any]) -> bool:
-        if getattr(getattr(self.model, "config", None), "use_cache", None) is None:
+        if uses_cache(self.model) is None:
             return False
         parameters = self.signature.parameters
         return "use_cache" in parameters or any(
@@ -283,7 +284,7 @@ class SeekStep:
         """
         cached = batch.get("use_cache")
         if cached is None:
-            cached = getattr(self.model.config, "use_cache", False)
+            cached = uses_cache(self.model)
         elif cached:
             self._tell("use_cache=True is ignored: a training step returns no past_key_values")
         batch["use_cache"] = False
@@ -500,6 +501,7 @@ class SeekStep:
 
     def _captured(self, batch: dict[str, Any]) -> Any:
         """The compiled call, captured again where hooks had to be installed first."""
+        trace_dequantisation()
         while True:
             try:
                 return self._compiled(**batch)
