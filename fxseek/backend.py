@@ -138,6 +138,10 @@ def _step(program: Program, recorder: Recorder, config: SeekConfig) -> Callable[
                 'of torch.utils.checkpoint; recompute="block" of fxseek.compile keeps less.'
             )
         timings: dict[str, float] | None = {} if recorder.timed else None
+        if program.parameters:
+            assert program.first is not None
+            with torch.no_grad():
+                program.first(*[inputs[at] for at in program.parameters])
         given = list(inputs)
         for at in program.written:  # what autograd saves of them must not change
             given[at] = inputs[at].clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -87,7 +87,7 @@ def check_gradients(
             f"dropout is on in {noisy[0]!r} (and {len(noisy) - 1} more): gradients are exact with "
             "dropout off. Set its p to 0 for the check (and leave the model in training mode)."
         )
-    with _put_back(model, step):
+    with _put_back(model, step) as restore:
         output = model(**batch)
         loss = _own_loss(output, batch)
         loss.backward()
@@ -96,6 +96,7 @@ def check_gradients(
         assert last is not None
         for parameter in model.parameters():
             parameter.grad = None
+        restore()
         reference = _reference(model, step, last, batch)
     allowed = _tolerance(step) if tolerance is None else tolerance
     worst = compare(found, reference.gradients)
@@ -304,16 +305,26 @@ def _tolerance(step: SeekStep) -> float:
 
 
 @contextmanager
-def _put_back(model: nn.Module, step: SeekStep) -> Iterator[None]:
+def _put_back(model: nn.Module, step: SeekStep) -> Iterator[Callable[[], None]]:
+    """Puts gradients and counts back in the end, and buffers then and when it is called."""
     gradients: dict[nn.Parameter, Tensor | None] = {p: p.grad for p in model.parameters()}
     count, last = step.recorder.step, step.recorder.last
     devices = sorted({p.device.index or 0 for p in gradients if p.device.type == "cuda"})
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
     try:
         for parameter in gradients:
             parameter.grad = None
         with torch.random.fork_rng(devices=devices):
-            yield
+            yield restore
     finally:
+        restore()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         step.recorder.step, step.recorder.last = count, last

@@ -1,4 +1,4 @@
-"""What a model says of itself: whether a step can be compiled for it, and whether it makes a cache."""
+"""What a model says of itself: whether a step can be compiled for it, whether it has a cache."""
 
 from __future__ import annotations
 

@@ -77,6 +77,10 @@ class Program:
     learn: StageGraph | None = None
     gathers: list[tuple[StageInput, tuple[Any, ...]]] = field(default_factory=list)
     masks: set[StageInput] = field(default_factory=set)
+    first: fx.GraphModule | None = None
+    """Writes to parameters that are run ahead of a step, without grad."""
+    parameters: tuple[int, ...] = ()
+    """Which inputs these write to."""
     written: tuple[int, ...] = ()
     """Which inputs are buffers that the step writes to; their new values are its last outputs."""
     returned: dict[int, int] = field(default_factory=dict)
@@ -141,6 +145,8 @@ def _functionalise(program: Program) -> None:
     program.graph = functional.graph
     places = positions_of(program.graph)
     program.written = tuple(places[node] for node in functional.written)
+    program.first = fx.GraphModule(nn.Module(), functional.first, class_name="First")
+    program.parameters = tuple(places[node] for node in functional.parameters)
     program.returned = {i: places[node] for i, node in functional.returned.items()}
     program.graph.lint()
 

@@ -82,7 +82,10 @@ def _refuse_input(node: fx.Node, written: fx.Node) -> GraphError:
     path = _torch.source_path(written) or written.name
     remedy = "Write to a copy of it."
     if _torch.is_module_state(written):
-        remedy = "A parameter is written to between steps, by an optimiser or under no_grad."
+        remedy = (
+            "A parameter may be written to in a step under no_grad or through its .data, from its "
+            "own value alone and before it is read. Make other writes between steps."
+        )
     return _refuse(node, f"the graph writes to {path}", remedy)
 
 
@@ -275,6 +278,10 @@ class Functional:
     graph: fx.Graph
     written: tuple[fx.Node, ...]
     returned: dict[int, fx.Node]
+    first: fx.Graph
+    """Writes to parameters, in place, to be run ahead of the graph without grad. Its placeholders
+    stand for `parameters`."""
+    parameters: tuple[fx.Node, ...]
 
 
 def functionalise(graph: fx.Graph) -> Functional:
@@ -304,6 +311,8 @@ class _Functionalise:
         self.owner: dict[int, fx.Node] = {}
         self.parents: dict[fx.Node, fx.Node] = {}
         self.written: dict[fx.Node, None] = {}
+        self.first = fx.Graph()
+        self.made_first: dict[fx.Node, fx.Node] = {}
         # Dynamo's example values show the requires_grad of the end: here it is as of now.
         self.carrying: set[fx.Node] = set()
         self.tracks = True
@@ -324,6 +333,9 @@ class _Functionalise:
                 made = self.copy.node_copy(node, self._latest)
                 if needs_grad(node):
                     self._note(made)
+                out = node.kwargs.get("out")
+                if isinstance(out, fx.Node):  # into memory of its own, see _into_unread
+                    self._through(node, out, made)
                 self._define(node, made)
             elif not self._puts_back(node):
                 self._write(node, *write)
@@ -337,7 +349,10 @@ class _Functionalise:
             for node in output.args[0]  # type: ignore[union-attr]
         ]
         returned = {i: self.new_of[x] for i, x in enumerate(firsts) if x and x in self.written}
-        return Functional(self.copy, tuple(self.new_of[x] for x in self.written), returned)
+        self.first.output(None)
+        parameters = [self.new_of[x] for x in self.made_first if x.op == "placeholder"]
+        written = tuple(self.new_of[x] for x in self.written)
+        return Functional(self.copy, written, returned, self.first, tuple(parameters))
 
     def _define(self, node: fx.Node, made: fx.Node) -> None:
         """Note what a captured node has become, and whose memory its value is in."""
@@ -430,6 +445,8 @@ class _Functionalise:
         key = _torch.storage_key(example(written))
         owner = self.owner[key]
         if owner.op == "placeholder":
+            if self._write_first(node, written, owner):
+                return
             if not is_tensor(owner) or not _torch.is_buffer(owner):
                 raise _refuse_input(node, owner)
             self.written[owner] = None
@@ -462,6 +479,32 @@ class _Functionalise:
         self.new_of[node] = self.current[node] = fresh
         if is_tensor(node):
             self._define(node, fresh)
+
+    def _write_first(self, node: fx.Node, written: fx.Node, owner: fx.Node) -> bool:
+        """Move a write to a parameter ahead of the graph, if it reads no more than the parameter.
+
+        A weight that is clamped in forward is a leaf with another value from there on. Nothing may
+        have read it before.
+        """
+        if not is_tensor(owner) or not isinstance(example(owner), torch.nn.Parameter):
+            return False
+        chain = [written]
+        while chain[-1] is not owner:
+            chain.append(self.parents[chain[-1]])
+        key = _torch.storage_key(example(owner))
+        earlier = [x for x in self.made_first if is_tensor(x) and key in _keys(x)]
+        views = {self.new_of[x] for x in (*chain, *earlier)}
+        read = any(user not in views for view in views for user in view.users)
+        gradient = self.tracks and self._latest(written) in self.carrying
+        if read or gradient or any(x not in chain for x in node.all_input_nodes):
+            return False
+        for x in (*reversed(chain), node):
+            if x not in self.made_first:
+                self.made_first[x] = self.first.node_copy(x, self.made_first.__getitem__)
+        self.new_of[node] = self.current[node] = self._latest(written)
+        if is_tensor(node):
+            self._define(node, self._latest(written))
+        return True
 
     def _through(self, node: fx.Node, written: fx.Node, fresh: fx.Node) -> None:
         """Give a tensor its new value, and what it is a view of, down to the owner."""
@@ -498,7 +541,8 @@ class _Functionalise:
             if view.target is operator.getitem or name == "__getitem__":
                 return self._make(node, parent, set_item, base, made.args[1], value)
             if name in ("select", "narrow") and not view.kwargs and isinstance(view.args[1], int):
-                dim = view.args[1] % example(parent).dim()
+                at: Any = view.args[1]
+                dim = at % example(parent).dim()
                 start: Any = made.args[2]
                 if name == "narrow":
                     length: Any = made.args[3]
@@ -513,7 +557,7 @@ class _Functionalise:
             if name == "permute" and not view.kwargs:
                 dims = made.args[1] if isinstance(made.args[1], (tuple, list)) else made.args[1:]
                 if all(isinstance(dim, int) for dim in dims):
-                    places = [dim % len(dims) for dim in dims]
+                    places = [int(dim) % len(dims) for dim in dims]
                     back = [places.index(dim) for dim in range(len(dims))]
                     return self._make(node, parent, torch.permute, value, back)
             if name in _REGROUP:
@@ -532,9 +576,8 @@ class _Functionalise:
         dim = split.kwargs.get("dim", split.args[at] if len(split.args) > at else 0)
         if not isinstance(dim, int):
             raise self._unknown(node, part)
-        dim %= example(whole).dim()
-        count = len(example(split))
-        index %= count
+        rank, count = example(whole).dim(), len(example(split))
+        dim, index = dim % rank, index % count
         place: Any = index
         if name != "unbind":
             lengths = [tensor.shape[dim] for tensor in example(split)[: index + 1]]
@@ -579,10 +622,13 @@ def _is(node: fx.Node, other: Any) -> bool:
 
 def _is_whole(view: fx.Node, parent: fx.Node) -> bool:
     """Whether a view is all of its parent, as it is: ``x.contiguous()``, ``x.to(x.dtype)``."""
-    a, b = example(view), example(parent)
-    return (a.dtype, a.shape, a.stride(), a.storage_offset()) == (
-        b.dtype, b.shape, b.stride(), b.storage_offset()
-    )  # fmt: skip
+    return _layout(example(view)) == _layout(example(parent))
+
+
+def _layout(x: torch.Tensor) -> tuple[Any, ...]:
+    """Type, sizes, strides and offset, as expressions: to compare symbols would add guards."""
+    numbers = (*x.shape, *x.stride(), x.storage_offset())
+    return (x.dtype, *map(_torch.size_expression, numbers))
 
 
 __all__ = ["Functional", "copied", "filled", "functionalise", "set_item"]

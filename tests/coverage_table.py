@@ -27,8 +27,6 @@ from xml.etree import ElementTree
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 TUNINGS = ("full", "LoRA", "QLoRA")
-NO_ATTENTION = ("mamba2",)
-"""Families without attention are scored at random."""
 BEYOND_HOOKS = {"mamba2": "all of the mixer"}
 """Their layers mix tokens outside of modules, where the reference's hooks cannot cut; they are
 checked operation by operation. What takes the general path is named as a whole."""
@@ -52,7 +50,7 @@ HEAD = """# Coverage
 runs every cell below and writes this page; the tests run a part of it again. A cell is a tiny
 random model of the family, compiled by `fxseek.compile(model, 0.3)`, a padded batch, and one step
 whose gradients are compared with [masked full backprop](masked-backprop.md): **exact** is to 1e-9
-in float64, and to 1e-4 in float32 where weights are quantised (NF4). Operations on the
+in float64, and to 1e-4 in float32 where weights are quantised. Operations on the
 [general path](architecture.md) are exact too and cost an activation of all tokens each; they are
 named. LoRA is on all linear layers, or on those that are listed below the table.
 """
@@ -78,7 +76,7 @@ def family_cell(name: str, attention: str, tuning: str) -> str:
     dtype = torch.float32 if tuning == "QLoRA" else torch.float64
     batch = family.batch(rows, dtype=dtype)
     with contextlib.nullcontext() if tuning == "QLoRA" else double_throughout():
-        return _checked(make, batch, 1e-4 if tuning == "QLoRA" else 1e-9, name)
+        return _checked(make, batch, 1e-4 if tuning == "QLoRA" else 1e-9, name, family.score)
 
 
 def tuner_cell(name: str) -> str:
@@ -90,7 +88,57 @@ def tuner_cell(name: str) -> str:
     return _checked(lambda: TUNERS[name].make(), batch(37, padding="left"), 1e-9)
 
 
-def _checked(make: Any, batch: dict[str, Any], tolerance: float, name: str = "") -> str:
+QUANTISATIONS = ("NF4", "int8")
+
+
+def quantised_cell(name: str, kind: str) -> str:
+    """One tuner of peft on a tiny Llama whose linear layers are quantised."""
+    _quiet()
+    import torch
+    from models import batch, tiny_llama
+    from tuners import TUNERS, spread
+
+    arguments = batch(37, padding="left")
+
+    def make() -> Any:
+        sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
+        model = _with_bits(tiny_llama(**sizes), kind)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        torch.manual_seed(0)
+        tuned = TUNERS[name].tune(model).train()
+        spread(tuned)
+        tuned(**arguments).loss.backward()  # not all that peft makes can be trained
+        tuned.zero_grad()
+        return tuned
+
+    return _checked(make, arguments, 1e-4)
+
+
+def _with_bits(model: Any, kind: str) -> Any:
+    """A model with the linear layers of bitsandbytes in the place of its own, but for the head."""
+    import bitsandbytes
+    import torch
+
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        sizes, weight = (module.in_features, module.out_features), module.weight.data
+        if kind == "NF4":
+            layer = bitsandbytes.nn.Linear4bit(*sizes, bias=False, quant_type="nf4")
+            made = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        else:
+            layer = bitsandbytes.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+            made = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        layer.weight = made
+        model.set_submodule(name, layer.to("cpu"))
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "NF4", kind == "int8"
+    return model
+
+
+def _checked(
+    make: Any, batch: dict[str, Any], tolerance: float, name: str = "", score: str = "tokenseek"
+) -> str:
     import torch
     from oracle import assert_exact_causal
 
@@ -103,7 +151,7 @@ def _checked(make: Any, batch: dict[str, Any], tolerance: float, name: str = "")
     except Exception as error:
         return f"not made: {_reason(error)}"
     try:
-        fxseek.compile(model, 0.3, score="random" if name in NO_ATTENTION else "tokenseek")
+        fxseek.compile(model, 0.3, score=score)
         if name in BEYOND_HOOKS:
             assert_exact_causal(model, batch, tolerance=tolerance)
         else:
@@ -223,6 +271,17 @@ def tuner_rows(names: Sequence[str], pool: Any = None) -> list[str]:
     ]
 
 
+def quantised_rows(names: Sequence[str], pool: Any = None) -> list[str]:
+    """The lines of the table of tuners on quantised weights."""
+    run = map if pool is None else pool.map
+    cells = [(name, kind) for name in names for kind in QUANTISATIONS]
+    found = dict(zip(cells, run(quantised_cell, *zip(*cells, strict=True)), strict=True))
+    return [
+        f"| {name} | " + " | ".join(found[name, kind] for kind in QUANTISATIONS) + " |"
+        for name in names
+    ]
+
+
 LOOPS = (
     ("HF Trainer, gradient accumulation with `num_items_in_batch`",
      "test_accumulated_gradients_are_those_of_masked_backprop", "exact (float32)"),
@@ -281,6 +340,9 @@ def page(
     parts += [adapted(families), NOTES]
     parts += ["## Tuners of peft, on a tiny Llama\n", "| tuner | |", "|---|---|"]
     parts += tuner_rows(tuners, pool)
+    parts += ["\n## Tuners of peft on quantised weights (bitsandbytes)\n"]
+    parts += ["| tuner | NF4 | int8 |", "|---|---|---|"]
+    parts += quantised_rows([name for name in tuners if name != "full"], pool)
     if loops:
         parts += ["\n## Training loops\n", "| loop | |", "|---|---|", *loop_rows()]
     return _with_footnotes("\n".join(parts)) + "\n"

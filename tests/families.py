@@ -68,6 +68,8 @@ class Family:
     """The layers that LoRA adapts; all linear layers where it is empty."""
     refused: str = ""
     """A part of the error's message, where the family cannot be trained."""
+    score: str = "tokenseek"
+    """ "random" where a model has no attention, or no residual stream."""
 
     def make(self, attention: str = "sdpa", **changes: Any) -> nn.Module:
         """The model in training mode, float32, the same weights every time."""
@@ -234,7 +236,7 @@ FAMILIES: dict[str, Family] = {
                 "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0,
                                     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4],
                                     "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4]}},
-               dense=False, refused="longrope_frequency_update"),
+               dense=False),
         Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", DENSE),
         Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM",
                {**DENSE, "no_rope_layers": [1, 0]}),
@@ -251,14 +253,14 @@ FAMILIES: dict[str, Family] = {
                 "vision_config": {"depth": 1, "hidden_size": 36, "intermediate_size": 52,
                                   "num_heads": 3, "patch_size": 5, "out_hidden_size": 40,
                                   "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-                "image_token_id": IMAGE}, dense=False, refused="recomposition_frequencies"),
+                "image_token_id": IMAGE}, dense=False),
         Family("gemma3n", "Gemma3nTextConfig", "Gemma3nForCausalLM",
                {**DENSE, "head_dim": 10, **_SLIDING, "num_hidden_layers": 4,
                 "layer_types": ["sliding_attention", "full_attention"] * 2,
                 "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB,
-                "hidden_size_per_layer_input": 12, "altup_num_inputs": 3, "laurel_rank": 6,
+                "hidden_size_per_layer_input": 12, "altup_num_inputs": 4, "laurel_rank": 6,
                 "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
-               dense=False, refused="altup"),
+               dense=False, score="random"),
         Family("gpt2", "GPT2Config", "GPT2LMHeadModel", _GPT),
         Family("gpt_neox", "GPTNeoXConfig", "GPTNeoXForCausalLM", DENSE),
         Family("opt", "OPTConfig", "OPTForCausalLM",
@@ -292,13 +294,13 @@ FAMILIES: dict[str, Family] = {
                lora=(*ATTENTION, "gate_proj", "up_proj", "down_proj")),
         Family("deepseek_v2", "DeepseekV2Config", "DeepseekV2ForCausalLM",
                {**_LATENT, "topk_method": "group_limited_greedy"}, dense=False,
-               lora=_LATENT_LORA, refused="expand_kv"),
+               lora=_LATENT_LORA),
         Family("deepseek_v3", "DeepseekV3Config", "DeepseekV3ForCausalLM", _LATENT,
-               dense=False, lora=_LATENT_LORA, refused="expand_kv"),
+               dense=False, lora=_LATENT_LORA),
         Family("mamba2", "Mamba2Config", "Mamba2ForCausalLM",
                {"vocab_size": VOCAB, "hidden_size": 40, "num_hidden_layers": 2, "num_heads": 8,
                 "head_dim": 10, "state_size": 12, "n_groups": 2, "chunk_size": 8, "expand": 2},
-               attentions=("eager",), dense=False, lora=("in_proj",)),
+               attentions=("eager",), dense=False, lora=("in_proj",), score="random"),
         Family("bert", "BertConfig", "BertForMaskedLM", ENCODER, "masked", dense=False),
         Family("roberta", "RobertaConfig", "RobertaForMaskedLM", ENCODER, "masked", dense=False),
         Family("distilbert", "DistilBertConfig", "DistilBertForMaskedLM",

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning",
 )
 SDPA_ALONE = {
-    "diffllama", "jetmoe", "llama4", "modernbert", "esm", "whisper", "paligemma_images"
+    "diffllama", "jetmoe", "llama4", "gemma3n", "deepseek_v3", "modernbert", "esm", "whisper",
+    "paligemma_images",
 }  # fmt: skip
 """Families whose eager attention is left to the sweep."""
 SWEPT = {
@@ -58,7 +59,7 @@ def test_exact(family: Family, attention: str):
     with double_throughout():
         model = family.make(attention).double()
         batch = family.batch(dtype=torch.float64)
-        fxseek.compile(model, 0.3)
+        fxseek.compile(model, 0.3, score=family.score)
         fxseek.check_gradients(model, 1e-9, **batch)
         longer = family.batch(batch=3, tokens=31, seed=1, dtype=torch.float64)
         fxseek.check_gradients(model, 1e-9, **longer)
@@ -122,7 +123,7 @@ def test_a_decoder_of_the_length_of_its_encoder():
         batch = family.batch(tokens=23)
         batch["input_ids"] = batch["input_ids"][:, :23]
         batch["attention_mask"] = batch["attention_mask"][:, :23]
-        fxseek.compile(model, 0.3)
+        fxseek.compile(model, 0.3, score=family.score)
         fxseek.check_gradients(model, 1e-9, **batch)
         fxseek.check_gradients(model, 1e-9, **family.batch(tokens=12))
 

@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import WIDTH, Model, assert_exact, assert_exact_step, inputs_of, model_of
+from oracle import (
+    WIDTH,
+    Model,
+    assert_exact,
+    assert_exact_step,
+    inputs_of,
+    masked_gradients,
+    model_of,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxseek
+from fxseek.reference import compare
 
 # ---- writes that become new values ---------------------------------------------------------------
 
@@ -376,9 +385,15 @@ def buffer_with_gradient(m: Model, x: Tensor) -> Tensor:
     return x
 
 
-def parameter(m: Model, x: Tensor) -> Tensor:
+def parameter_that_was_read(m: Model, x: Tensor) -> Tensor:
+    y = x * m.scale
     with torch.no_grad():
         m.scale.mul_(0.5)  # here
+    return y
+
+
+def parameter_by_a_value(m: Model, x: Tensor) -> Tensor:
+    m.scale.data.add_(x.detach().mean())  # here
     return x * m.scale
 
 
@@ -408,7 +423,8 @@ REFUSED = [
     through_data,
     transposed_view,
     buffer_with_gradient,
-    parameter,
+    parameter_that_was_read,
+    parameter_by_a_value,
     noise,
     list_in_place,
     unknown_operation,
@@ -545,6 +561,45 @@ def test_buffers_are_written_once_a_step(body, options):
         model.zero_grad()
         ordinary(**inputs)
         torch.testing.assert_close(written, ordinary.count, rtol=1e-12, atol=1e-12)
+
+
+def parameter_without_grad(m: Model, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        m.scale.mul_(0.5)
+    return x * m.scale
+
+
+def parameter_by_data(m: Model, x: Tensor) -> Tensor:
+    m.scale.data.clamp_(0.4, 0.9)
+    m.scale.data[1:].add_(0.1)
+    return x * m.scale + m.scale.data
+
+
+@pytest.mark.parametrize("body", [parameter_without_grad, parameter_by_data])
+def test_parameters_are_written_once_a_step(body):
+    model, ordinary, inputs = model_of(body), model_of(body), inputs_of()
+    fxseek.compile(model, 0.4, score="random")
+    for _ in range(3):
+        before = model.scale.detach().clone()
+        loss = model(**inputs)["loss"]
+        written = model.scale.detach().clone()
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+        model.scale.data.copy_(before)  # what the oracle's forward starts from
+        report = fxseek.report(model)
+        wanted, gradients = masked_gradients(
+            model,
+            lambda: model.logits(inputs["input_ids"]),
+            inputs["labels"],
+            report.selected,
+            report.weights,
+        )
+        torch.testing.assert_close(loss.detach(), wanted, rtol=1e-12, atol=1e-12)
+        assert compare(found, gradients).error <= 1e-9
+        assert torch.equal(model.scale, written)
+        ordinary(**inputs)
+        assert torch.equal(written, ordinary.scale)
+        model.zero_grad()
 
 
 def test_a_buffer_of_a_step_that_fails():
