@@ -288,7 +288,8 @@ class SeekStep:
         elif cached:
             self._tell("use_cache=True is ignored: a training step returns no past_key_values")
         batch["use_cache"] = False
-        positions, primary = batch.get("position_ids"), batch.get(self._primary_names(batch)[0])
+        positions, names = batch.get("position_ids"), self._primary_names(batch)
+        primary = batch[names[0]] if names else None
         if (
             not cached
             or self.seq2seq

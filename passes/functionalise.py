@@ -555,9 +555,11 @@ class _Functionalise:
             if name in ("transpose", "swapaxes", "swapdims") and not view.kwargs:
                 return self._make(node, parent, torch.transpose, value, *made.args[1:])
             if name == "permute" and not view.kwargs:
-                dims = made.args[1] if isinstance(made.args[1], (tuple, list)) else made.args[1:]
+                dims: Any = made.args[1:]
+                if isinstance(dims[0], (tuple, list)):
+                    dims = dims[0]
                 if all(isinstance(dim, int) for dim in dims):
-                    places = [int(dim) % len(dims) for dim in dims]
+                    places = [dim % len(dims) for dim in dims]
                     back = [places.index(dim) for dim in range(len(dims))]
                     return self._make(node, parent, torch.permute, value, back)
             if name in _REGROUP:

@@ -101,7 +101,7 @@ def quantised_cell(name: str, kind: str) -> str:
     arguments = batch(37, padding="left")
 
     def make() -> Any:
-        sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
+        sizes: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
         model = _with_bits(tiny_llama(**sizes), kind)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -120,16 +120,17 @@ def _with_bits(model: Any, kind: str) -> Any:
     import bitsandbytes
     import torch
 
+    bits: Any = bitsandbytes.nn
     for name, module in list(model.named_modules()):
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
         sizes, weight = (module.in_features, module.out_features), module.weight.data
         if kind == "NF4":
-            layer = bitsandbytes.nn.Linear4bit(*sizes, bias=False, quant_type="nf4")
-            made = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+            layer = bits.Linear4bit(*sizes, bias=False, quant_type="nf4")
+            made = bits.Params4bit(weight, requires_grad=False, quant_type="nf4")
         else:
-            layer = bitsandbytes.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
-            made = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            layer = bits.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+            made = bits.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         layer.weight = made
         model.set_submodule(name, layer.to("cpu"))
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "NF4", kind == "int8"

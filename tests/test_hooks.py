@@ -27,7 +27,7 @@ def arguments_of() -> dict[str, Tensor]:
     return batch(37, padding="right")
 
 
-def step(model: Any, arguments: dict[str, Tensor]) -> Gradients:
+def step(model: Any, arguments: dict[str, Any]) -> Gradients:
     """The gradients of step 0, and the proof that they are those of masked full backprop."""
     fxseek.resume(model, 0)
     model.zero_grad()
@@ -63,6 +63,7 @@ def half_gradient(module: nn.Module, given: Any, result: Tensor) -> Tensor:
     return result
 
 
+register_for_all: Any = nn.modules.module.register_module_forward_hook
 ADD: dict[str, Callable[[Any], Any]] = {
     "mlp": lambda m: m.model.layers[0].mlp.register_forward_hook(halved),
     "linear": lambda m: m.model.layers[1].mlp.down_proj.register_forward_hook(halved),
@@ -74,7 +75,7 @@ ADD: dict[str, Callable[[Any], Any]] = {
         with_keywords, with_kwargs=True
     ),
     "root": lambda m: m.register_forward_pre_hook(first_only, with_kwargs=True),
-    "every": lambda m: nn.modules.module.register_module_forward_hook(of_linear),
+    "every": lambda m: register_for_all(of_linear),
 }
 
 

@@ -94,10 +94,10 @@ def sees(attention: str) -> Any:
         hidden_size=24, intermediate_size=28, num_hidden_layers=1, num_attention_heads=2,
         image_size=12, patch_size=4,
     )  # fmt: skip
+    options: dict[str, Any] = {"image_token_id": 90, "attn_implementation": attention}
     config = transformers.Gemma3Config(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=9,
-        image_token_id=90, attn_implementation=attention,
-    )  # fmt: skip
+        text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=9, **options
+    )
     return transformers.Gemma3ForConditionalGeneration(config).double().train()
 
 
