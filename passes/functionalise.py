@@ -365,7 +365,8 @@ class _Functionalise:
         self.seen[node] = tuple(self.version.setdefault(key, 0) for key in keys)
         if first is not node:  # the very same tensor
             self.parents[node] = first
-            self.current[node] = self._latest(first)
+            if node.target is operator.getitem and not is_tensor(node.args[0]):
+                self.current[node] = self._latest(first)  # an element that may have been written to
             return
         for key in keys:
             owner = self.owner.setdefault(key, node)

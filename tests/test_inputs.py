@@ -111,8 +111,10 @@ def test_positions_of_three_kinds(rows):
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     vision = {"depth": 1, "embed_dim": 8, "num_heads": 2, "hidden_size": 24, "patch_size": 2}
-    ids: dict[str, Any] = {"image_token_id": 36, "video_token_id": 35, "vision_start_token_id": 34}
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, **ids | {"use_cache": False})
+    options: dict[str, Any] = {
+        "image_token_id": 36, "video_token_id": 35, "vision_start_token_id": 34, "use_cache": False
+    }  # fmt: skip
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **options)
     torch.manual_seed(0)
     model: Any = without_casts(Qwen2VLForConditionalGeneration(config).double().train())
     for tokens in (TOKENS, 17):

@@ -28,7 +28,8 @@ def mixture(**options: Any) -> Any:
 
 def decoder(attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(**(DENSE | {"attn_implementation": attention}))
+    options: dict[str, Any] = DENSE | {"attn_implementation": attention}
+    config = transformers.Qwen2Config(**options)
     return without_casts(transformers.Qwen2ForCausalLM(config)).double().train()
 
 
