@@ -360,6 +360,8 @@ def find_sizes(
             value, hint = example(node), hints[size]
             of_tokens = counts and hint == hints[tokens] and may_count(value, dim, token_dim)
             of_batch = batch is not None and hint == hints[batch] and may_batch(value, dim)
+            if dim > 0 and _torch.size_hint(value.shape[0]) == hint:
+                of_batch = False  # the first dimension is the batch, and this one counts tokens
             if batch is not None and of_batch:
                 same[size] = batch
                 _guard_equal(value.shape[dim], shape[0])

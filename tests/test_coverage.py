@@ -53,3 +53,10 @@ def test_a_part_of_it_made_again(page):
     cells = [coverage_table.family_cell("llama", "sdpa", tuning) for tuning in ("LoRA", "QLoRA")]
     assert f"| llama | sdpa | exact | {' | '.join(cells)} |" in page
     assert f"| ia3 | {coverage_table.tuner_cell('ia3')} |" in page
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tuners_on_quantised_weights():
+    """DoRA reads the weight itself; PEFT fails on int8 from the second step on, without fxseek."""
+    assert coverage_table.quantised_cell("dora", "NF4") == "exact"
+    assert coverage_table.quantised_cell("lora", "int8") == "exact"
