@@ -4,16 +4,17 @@ Before::
 
     y = x.view(2, -1)
     x.add_(1)            # or x += 1, relu(x, inplace=True), x[:, 0] = 0
-    z = x * 2
+    z = y * 2
 
 After::
 
-    y = x.view(2, -1)    # refused if y is read later: it would have changed
     x_1 = x.add(1)
-    z = x_1 * 2
+    y_1 = x_1.view(2, -1)    # read after the write, so it is made anew
+    z = y_1 * 2
 
 A stage computes a node from values that may have been replayed, gathered or scattered, so a
-write through an alias would be lost. Writes whose aliases are read later are refused.
+write through an alias would be lost. A write to a view is written through to what it is a view of;
+an alias that cannot be followed is refused. Buffers get their new values after the step.
 """
 
 from __future__ import annotations
