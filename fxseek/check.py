@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxseek.backend import StepReport
 from fxseek.errors import GradientMismatch, InputError
+from fxseek.explain import called
 from fxseek.passes.facts import (
     Facts,
     Rows,
@@ -24,8 +25,8 @@ from fxseek.passes.facts import (
     tensors_of,
     where,
 )
-from fxseek.passes.rules import Full, Plan, operation, wants_of
-from fxseek.reference import Reference, compare, masked_backprop
+from fxseek.passes.rules import Full, Plan, wants_of
+from fxseek.reference import Reference, buffers_of, compare, masked_backprop
 from fxseek.step import SeekStep, step_of
 
 __all__ = ["GradientCheck", "check_gradients"]
@@ -254,9 +255,9 @@ def _refuse_hidden_rows(step: SeekStep) -> None:
         reader = _reader_of_all(node, facts)
         if reader is not None:
             raise InputError(
-                f"check_gradients can't tell for this model: {_called(node)} in "
+                f"check_gradients can't tell for this model: {called(node)} in "
                 f"{module_path(node) or 'the model'} makes rows from a parameter, and "
-                f"{_called(reader)} reads those of all tokens. No module has them as its result, "
+                f"{called(reader)} reads those of all tokens. No module has them as its result, "
                 "so that the module hooks of the reference can't cut gradients where masked "
                 f"backprop does ({where(node)}). Make them by a module (torch.nn.Linear) for the "
                 "check, or compare a model without this operation."
@@ -289,10 +290,6 @@ def _same_module(node: fx.Node, user: fx.Node) -> bool:
     return all(module in (user.meta.get("nn_module_stack") or ()) for module in innermost)
 
 
-def _called(node: fx.Node) -> str:
-    return operation(node) or str(getattr(node.target, "__name__", node.target))
-
-
 def _tolerance(step: SeekStep) -> float:
     """By the lowest precision among the values that carry gradient."""
     dtypes = {
@@ -310,14 +307,7 @@ def _put_back(model: nn.Module, step: SeekStep) -> Iterator[Callable[[], None]]:
     gradients: dict[nn.Parameter, Tensor | None] = {p: p.grad for p in model.parameters()}
     count, last = step.recorder.step, step.recorder.last
     devices = sorted({p.device.index or 0 for p in gradients if p.device.type == "cuda"})
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
-
+    restore = buffers_of(model)
     try:
         for parameter in gradients:
             parameter.grad = None

@@ -21,7 +21,7 @@ from fxseek.selecting import Selection, count_kept
 from fxseek.stages import Learn
 from fxseek.step import SeekStep, step_of
 
-__all__ = ["Explanation", "Fallback", "explain"]
+__all__ = ["Explanation", "Fallback", "called", "explain"]
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
     notes += [f"loss: {note}" for note in structure.notes()]
     fallbacks = tuple(
         Fallback(
-            operation=_called(node),
+            operation=called(node),
             reason=facts.general.get(node, "an operand has no known token row"),
             module=module_path(node),
             line=where(node),
@@ -210,10 +210,11 @@ def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
 
 
 def _counts(graph: fx.Graph) -> Counter[str]:
-    return Counter(_called(node) for node in graph.nodes if node.op.startswith("call_"))
+    return Counter(called(node) for node in graph.nodes if node.op.startswith("call_"))
 
 
-def _called(node: fx.Node) -> str:
+def called(node: fx.Node) -> str:
+    """What a node calls, by the name that messages give it."""
     return operation(node) or getattr(node.target, "__name__", str(node.target))
 
 

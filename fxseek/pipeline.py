@@ -181,7 +181,6 @@ def _ditch(program: Program, full_outputs: bool) -> None:
     kinds = "full" if full_outputs else program.config.outputs
     output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
     wanted: list[tuple[str, fx.Node]] = []
-    program_outputs: list[Any] = []
 
     def want(node: fx.Node) -> Any:
         if is_tensor(node) and facts.token_sized(node) and facts.rows.get(node) is not None:
@@ -198,7 +197,6 @@ def _ditch(program: Program, full_outputs: bool) -> None:
     for node in given[count:]:
         wanted.append(("full", node))
         made = (*made, _Slot(len(wanted) - 1))
-    program_outputs.append(made)
     program.dropped = [i for i, node in enumerate(given) if node is not None and made[i] is None]
     carrying = {node for node in program.graph.nodes if needs_grad(node)}
     constants = made_from_rows(program.graph, facts)
@@ -221,7 +219,7 @@ def _ditch(program: Program, full_outputs: bool) -> None:
         stage = ditch(program.graph, facts, carrying=carrying, outputs=wanted, constants=constants)
         program.learn, program.gathers = hoist_gathers(stage)
     results = list(program.learn.graph.output_node().args[0])  # type: ignore[arg-type]
-    program.learn.graph.output_node().args = (_fill(program_outputs[0], results),)
+    program.learn.graph.output_node().args = (_fill(made, results),)
     if program.config.backend == "eager":  # Dynamo takes tensors only
         program.masks = masks_of_attentions(program.learn)
         if program.config.recompute != "block":

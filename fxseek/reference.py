@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ._torch import compiled_call, set_compiled_call
 from .errors import InputError
 
-__all__ = ["Comparison", "Reference", "compare", "masked_backprop"]
+__all__ = ["Comparison", "Reference", "buffers_of", "compare", "masked_backprop"]
 
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "decoder_attention_mask")
 """Where an encoder has tokens of its own, those that are selected are the decoder's."""
@@ -433,13 +433,26 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**inputs)
 
 
+def buffers_of(model: nn.Module) -> Callable[[], None]:
+    """Keeps the values of a model's buffers; the result puts back those that have changed."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
+    return restore
+
+
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Calls go to eager modules, and buffers that a forward changes are put back."""
     calls = [(module, compiled_call(module)) for module in model.modules()]
     compiled = [(module, call) for module, call in calls if call is not None]
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    restore_buffers = buffers_of(model)
     try:
         for module, _ in compiled:
             set_compiled_call(module, None)
@@ -449,10 +462,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             set_compiled_call(module, call)
         for module, mode in modes:
             module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        restore_buffers()
 
 
 def _sizes(batch: Mapping[str, Any], kept: Tensor) -> _Sizes:

@@ -304,8 +304,8 @@ class SeekStep:
         if not self._seen_positions and not positions.is_meta:
             self._seen_positions = True
             if bool((positions.diff(dim=-1) != 1).any()):
-                log.warning(
-                    "fxseek: position_ids start again within a row. As in ordinary training, the "
+                self._tell(
+                    "position_ids start again within a row. As in ordinary training, the "
                     "documents of such a row see each other, since the model's use_cache is on: "
                     "pass use_cache=False, or set it in the model's config, to keep them apart"
                 )

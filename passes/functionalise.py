@@ -325,7 +325,8 @@ class _Functionalise:
             if switches_grad(node):
                 self.tracks = bool(node.args[0])
             if _leaves_as_it_is(node):
-                self.new_of[node] = self.new_of[node.args[0]]  # type: ignore[index]
+                same: Any = node.args[0]
+                self.new_of[node] = self.current[node] = self._latest(same)
                 continue
             if getattr(node.target, "__name__", "") == "autograd_function_apply":
                 _check_function(node)
