@@ -276,10 +276,12 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     split the graph at the buckets of a DistributedDataParallel around the module. Duck shaping
     gives two dimensions of equal length one symbol, so a batch as large as the sequence would be
     taken for it. A module's hooks are guarded, so that one that is added or removed later counts;
-    by default Dynamo takes it that nobody does. The settings live in private config modules.
-    transformers adds `warning_once` to `logging.Logger`; Dynamo breaks on Logger methods
-    unless they are listed. In a `first` call, which captures, the garbage collector rests: it
-    finds next to nothing in Dynamo's millions of objects and takes a sixth of the time.
+    by default Dynamo takes it that nobody does. An integer of a module that changes from step to
+    step, such as a counter, becomes an input of the graph; by default each value is captured anew.
+    The settings live in private config modules. transformers adds `warning_once` to
+    `logging.Logger`; Dynamo breaks on Logger methods unless they are listed. In a `first` call,
+    which captures, the garbage collector rests: it finds next to nothing in Dynamo's millions of
+    objects and takes a sixth of the time.
     """
     from torch.fx.experimental import _config as fx_config
 
@@ -294,7 +296,10 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     try:
         with (
             torch._dynamo.config.patch(
-                optimize_ddp=False, recompile_limit=captures, skip_nnmodule_hook_guards=False
+                optimize_ddp=False,
+                recompile_limit=captures,
+                skip_nnmodule_hook_guards=False,
+                allow_unspec_int_on_nn_module=True,
             ),
             fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
             _settled(),

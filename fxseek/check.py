@@ -26,7 +26,7 @@ from fxseek.passes.facts import (
     where,
 )
 from fxseek.passes.rules import Full, Plan, wants_of
-from fxseek.reference import Reference, buffers_of, compare, masked_backprop
+from fxseek.reference import Reference, compare, masked_backprop, state_of
 from fxseek.step import SeekStep, step_of
 
 __all__ = ["GradientCheck", "check_gradients"]
@@ -303,11 +303,11 @@ def _tolerance(step: SeekStep) -> float:
 
 @contextmanager
 def _put_back(model: nn.Module, step: SeekStep) -> Iterator[Callable[[], None]]:
-    """Puts gradients and counts back in the end, and buffers then and when it is called."""
+    """Puts gradients and counts back in the end; the model's state then, and when it is called."""
     gradients: dict[nn.Parameter, Tensor | None] = {p: p.grad for p in model.parameters()}
     count, last = step.recorder.step, step.recorder.last
     devices = sorted({p.device.index or 0 for p in gradients if p.device.type == "cuda"})
-    restore = buffers_of(model)
+    restore = state_of(model)
     try:
         for parameter in gradients:
             parameter.grad = None

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ._torch import compiled_call, set_compiled_call
 from .errors import InputError
 
-__all__ = ["Comparison", "Reference", "buffers_of", "compare", "masked_backprop"]
+__all__ = ["Comparison", "Reference", "compare", "masked_backprop", "state_of"]
 
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "decoder_attention_mask")
 """Where an encoder has tokens of its own, those that are selected are the decoder's."""
@@ -114,10 +114,12 @@ def masked_backprop(
         items = batch.get("num_items_in_batch")
         return _selected_loss(_logits(outputs, sizes), targets, kept, weights, items)
 
-    with _left_as_it_was(inner), torch.enable_grad():
+    with _left_as_it_was(inner) as restore, torch.enable_grad():
         if loss is None and shift is None:
             shift = _finds_shift(inner, inputs, _labels(batch, sizes), virtual)
+            restore()
         layout = _Layout(sizes, _run_recorded(inner, inputs, sizes, counting, virtual))
+        restore()
         with _hooked(inner, lambda name, call, x: layout.mask(name, call, x, selected)):
             outputs = _run(inner, inputs)
             value = (loss or default_loss)(outputs, batch)
@@ -433,36 +435,47 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**inputs)
 
 
-def buffers_of(model: nn.Module) -> Callable[[], None]:
-    """Keeps the values of a model's buffers; the result puts back those that have changed."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+def state_of(model: nn.Module) -> Callable[[], None]:
+    """Keeps what a forward may change: the model's buffers, and the numbers in its attributes.
+
+    The result puts back those that have changed, or that the forward has bound to another value.
+    """
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    bound = [
+        (module, dict(module._buffers), {k: v for k, v in vars(module).items() if _is_number(v)})
+        for module in model.modules()
+    ]
 
     @torch.no_grad()
     def restore() -> None:
-        for buffer, before in buffers:
+        for module, buffers, attributes in bound:
+            module._buffers.update(buffers)
+            vars(module).update(attributes)
+        for buffer, before in values:
             if not torch.equal(buffer, before):
                 buffer.copy_(before)
 
     return restore
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (bool, int, float)
+
+
 @contextlib.contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Calls go to eager modules, and buffers that a forward changes are put back."""
+def _left_as_it_was(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Calls go to eager modules; what a forward changes is put back, also when the result asks."""
     calls = [(module, compiled_call(module)) for module in model.modules()]
     compiled = [(module, call) for module, call in calls if call is not None]
-    modes = [(module, module.training) for module in model.modules()]
-    restore_buffers = buffers_of(model)
+    restore = state_of(model)
     try:
         for module, _ in compiled:
             set_compiled_call(module, None)
-        yield
+        yield restore
     finally:
         for module, call in compiled:
             set_compiled_call(module, call)
-        for module, mode in modes:
-            module.training = mode
-        restore_buffers()
+        restore()
 
 
 def _sizes(batch: Mapping[str, Any], kept: Tensor) -> _Sizes:

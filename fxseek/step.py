@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxseek import _torch
 from fxseek.backend import Recorder, StepReport, latest_recorder, make_backend
@@ -148,6 +148,8 @@ class SeekStep:
         self.recorder = Recorder()
         self.signature = inspect.signature(model.forward)
         self._restore: list[Callable[[], None]] = []
+        self._buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        """Each module's buffers as they were at a capture, until its first step is done."""
         self._told: set[str] = set()
         self._seen_positions = False
         self._largest = 0
@@ -162,7 +164,7 @@ class SeekStep:
         self._backend, self._global_hooks = backend, _torch.global_hooks()
         model, loss = self.model, self.config.loss
         call = _torch.eager_call(model)
-        options: dict[str, Any] = {"backend": backend, "fullgraph": True}
+        options: dict[str, Any] = {"fullgraph": True}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
             options["isolate_recompiles"] = True  # models share code: each counts its own captures
 
@@ -171,8 +173,12 @@ class SeekStep:
             outputs = call(*args, **kwargs)
             return None if loss is None else _scalar(loss(outputs, kwargs)), outputs
 
+        def capture(gm: fx.GraphModule, examples: Any) -> Callable[..., Any]:
+            self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
+            return backend(gm, examples)
+
         self._plain = with_loss
-        self._compiled = torch.compile(with_loss, **options)
+        self._compiled = torch.compile(with_loss, backend=capture, **options)
 
     # ---- the call ------------------------------------------------------------------------
 
@@ -459,6 +465,7 @@ class SeekStep:
                 del told, own  # their tracebacks hold this frame
         if self.recorder.uncomputed:
             result = self._cleared(result)
+        self._buffers = []
         loss, outputs = result
         if self.config.loss is None:
             return outputs
@@ -474,6 +481,7 @@ class SeekStep:
         met: list[Uncomputed] = []
         result = cleared(result, met)
         if len({id(x) for x in met}) < len(self.recorder.uncomputed):
+            self._refuse_kept_buffer()
             self._tell(
                 "a hook or the model keeps activations that a training step does not compute, and "
                 'reading one is an error: compile with outputs="full" to have them, or with '
@@ -481,6 +489,22 @@ class SeekStep:
             )
         self.recorder.uncomputed = []
         return result
+
+    def _refuse_kept_buffer(self) -> None:
+        """A buffer must be a tensor: it is saved with the model."""
+        names = {module: name for name, module in self.model.named_modules()}
+        refused = []
+        for module, before in self._buffers:
+            for name, value in module._buffers.items():
+                if isinstance(value, Uncomputed):
+                    module._buffers[name] = before.get(name)
+                    refused.append(".".join(part for part in (names[module], name) if part))
+        if refused:
+            raise InputError(
+                f"the model sets its buffer {refused[0]!r} to an activation of all tokens, which a "
+                'training step does not compute: fxseek.compile(model, ..., outputs="full") makes '
+                "it do so. The buffer is as it was before the step."
+            )
 
     def _hooked(self, error: Exception) -> CaptureError | None:
         """The error to raise where hooks on a backward were in the way of a capture."""

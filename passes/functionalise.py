@@ -22,6 +22,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -317,12 +318,15 @@ class _Functionalise:
         # Dynamo's example values show the requires_grad of the end: here it is as of now.
         self.carrying: set[fx.Node] = set()
         self.tracks = True
+        self.untracked: fx.Node | None = None
+        """The switch that began the present stretch without grad."""
 
     def run(self) -> Functional:
         for node in self.source.nodes:
             if node.op == "output":
                 break
-            if switches_grad(node):
+            switch = switches_grad(node)
+            if switch:
                 self.tracks = bool(node.args[0])
             if _leaves_as_it_is(node):
                 same: Any = node.args[0]
@@ -333,6 +337,8 @@ class _Functionalise:
             write = _written(node) if node.op.startswith("call_") else None
             if write is None:
                 made = self.copy.node_copy(node, self._latest)
+                if switch:
+                    self.untracked = None if self.tracks else self.untracked or made
                 if needs_grad(node):
                     self._note(made)
                 out = node.kwargs.get("out")
@@ -394,8 +400,13 @@ class _Functionalise:
                 return after if x is before else x
 
             args, kwargs = map_arg(made.args, replaced), map_arg(made.kwargs, replaced)
-            fresh = self.copy.create_node(made.op, made.target, args, kwargs)
+            carries = made in self.carrying and after in self.carrying
+            tracked = carries and self.untracked is not None
+            with self.copy.inserting_before(self.untracked) if tracked else nullcontext():
+                fresh = self.copy.create_node(made.op, _replayed(made), args, kwargs)
             fresh.meta = dict(made.meta)
+            if tracked:
+                self.carrying.add(fresh)
             self._note(fresh)
         else:
             raise _refuse(
@@ -606,6 +617,13 @@ _REGROUP = (
     *("ravel", "contiguous", "detach", "_get_data_attr"),
 )
 """Views that hold every element of what they are views of, in the same order."""
+
+
+def _replayed(made: fx.Node) -> Any:
+    """The operation that makes a view anew: the strides of a written tensor may be others."""
+    if made.target == "view" and not any(isinstance(x, torch.dtype) for x in made.args):
+        return "reshape"
+    return "reshape_as" if made.target == "view_as" else made.target
 
 
 def _keys(node: fx.Node) -> list[int]:

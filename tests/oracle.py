@@ -45,11 +45,15 @@ class Marked(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._mark(args[0] if func is Tensor.__setitem__ else result)
+        name = getattr(func, "__name__", "")
+        written = func is Tensor.__setitem__ or (name[-1:] == "_" != name[-2:-1])
+        self._mark(args[0] if written else result, written)
         return result
 
-    def _mark(self, value: Any) -> None:
+    def _mark(self, value: Any, written: bool) -> None:
         for tensor in _tensors(value):
+            if written and tensor._base is not None:
+                self._mark(tensor._base, False)
             passes = self.mask(tensor) if tensor.grad_fn is not None else None
             if passes is not None:
                 tensor.register_hook(lambda slope, passes=passes: slope * passes)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from oracle import (
+    BATCH,
+    TOKENS,
     WIDTH,
     Model,
     assert_exact,
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 
 import fxseek
 from fxseek.reference import compare
+from fxseek.step import step_of
 
 # ---- writes that become new values ---------------------------------------------------------------
 
@@ -600,6 +603,118 @@ def test_parameters_are_written_once_a_step(body):
         ordinary(**inputs)
         assert torch.equal(written, ordinary.scale)
         model.zero_grad()
+
+
+def read_without_grad(m: Model, x: Tensor) -> Tensor:
+    y = x * m.scale
+    v = y[..., :3]
+    y.mul_(m.scale)
+    with torch.no_grad():
+        a = v * 2
+    return y + (v + a).sum(-1, keepdim=True)
+
+
+def view_of_a_view_read_without_grad(m: Model, x: Tensor) -> Tensor:
+    y = x * m.scale
+    v = y.view(*x.shape)
+    w = v[..., 1:4]
+    y.add_(x * m.scale)
+    with torch.no_grad(), torch.enable_grad(), torch.no_grad():
+        a = w * 2
+    return y * v + (w + a).sum(-1, keepdim=True)
+
+
+def view_of_other_strides(m: Model, x: Tensor) -> Tensor:
+    y = x * m.scale
+    v, w = y.view(len(x), -1), y.view_as(x)
+    y.copy_((x * m.scale).transpose(1, 2).contiguous().transpose(1, 2))
+    return y * w + v.sum(-1)[:, None, None]
+
+
+def view_of_a_base(m: Model, x: Tensor) -> Tensor:
+    y = (x * m.scale).transpose(1, 2).contiguous().transpose(1, 2)
+    v = y.transpose(1, 2).view(len(x), -1)
+    y.mul_(m.scale)
+    return y + v.sum(-1)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        read_without_grad,
+        view_of_a_view_read_without_grad,
+        view_of_other_strides,
+        view_of_a_base,
+    ],
+    ids=lambda body: body.__name__,
+)
+def test_views_read_after_a_write(body):
+    assert_exact(model_of(body))
+
+
+def test_a_buffer_bound_to_a_new_tensor():
+    def body(m: Model, x: Tensor) -> Tensor:
+        m.count = m.count * 0.5 + 1
+        m.calls += 1
+        return x * m.count
+
+    model, inputs = model_of(body), inputs_of()
+    model.calls = 0
+    fxseek.compile(model, 0.4, score="random")
+    for step in range(1, 6):
+        model(**inputs)["loss"].backward()
+        torch.testing.assert_close(model.count[0, 0], torch.tensor(2 - 0.5 ** (step - 1)).double())
+        assert model.calls == step
+    before = model.count.clone()
+    fxseek.check_gradients(model, **inputs)
+    assert torch.equal(model.count, before)
+    assert model.calls == 5
+
+
+def test_a_counter_is_captured_twice_at_most_and_counts():
+    def body(m: Model, x: Tensor) -> Tensor:
+        m.calls += 1
+        return x * (m.scale + m.calls / 7)
+
+    model, inputs = model_of(body), inputs_of()
+    model.calls = 0
+    fxseek.compile(model, 0.4, score="random")
+    step = step_of(model)
+    assert step is not None
+    for _ in range(4):
+        fxseek.check_gradients(model, **inputs)
+        model(**inputs)["loss"].backward()
+    assert len(step.recorder.programs) <= 2
+
+
+@pytest.mark.parametrize("outputs", ["loss", "full"])
+def test_a_buffer_set_to_an_activation(outputs):
+    def body(m: Model, x: Tensor) -> Tensor:
+        m.count = x.detach()
+        return x * m.scale
+
+    model = model_of(body)
+    fxseek.compile(model, 0.4, score="random", outputs=outputs)
+    before = model.count
+    if outputs == "full":
+        model(**inputs_of())
+        assert model.count.shape == (BATCH, TOKENS, WIDTH)
+        return
+    for _ in range(2):
+        with pytest.raises(fxseek.InputError, match=r"'count'.*outputs=\"full\""):
+            model(**inputs_of())
+        assert model.count is before
+    assert set(model.state_dict()) == set(model_of(body).state_dict())
+
+
+def test_a_weight_set_to_its_own_memory():
+    def body(m: Model, x: Tensor) -> Tensor:
+        m.scale.data = m.alias
+        return x * m.scale
+
+    model = model_of(body)
+    model.register_buffer("alias", model.scale.detach())
+    assert_exact(model)
 
 
 def test_a_buffer_of_a_step_that_fails():
