@@ -28,6 +28,7 @@ from models import (
     without_casts,
 )
 from strategies import batches, ratios, tiny_configs
+from sweeps import thinned
 from torch import Tensor, nn
 
 import fxseek
@@ -138,8 +139,10 @@ def test_random_models_at_length(data):
 # ---- every kind once ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("select", ["topk", "sample"])
-@pytest.mark.parametrize("score", ["tokenseek", "context", "gradient", "random"])
+@pytest.mark.parametrize(
+    ("select", "score"),
+    thinned(["sample", "topk"], ["tokenseek", "context", "random", "gradient"]),
+)
 def test_scores_and_selections(score, select):
     inputs = batch(37, padding="left", labels="completion")
     assert_exact(TinyDecoder(GROUPED).double(), inputs, score=score, select=select)
@@ -360,9 +363,9 @@ def transformer(family: str, attention: str, lora: bool) -> tuple[nn.Module, flo
     return model.train(), 1e-5 if (family, attention) == ("llama", "eager") else EXACT
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("lora", "attention", "family"), thinned([True, False], ["sdpa", "eager"], FAMILIES)
+)
 def test_transformers_models(family, attention, lora):
     model, tolerance = transformer(family, attention, lora)
     fxseek.compile(model, 0.3)

@@ -21,12 +21,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 SDPA_ALONE = {
     "diffllama", "jetmoe", "llama4", "gemma3n", "deepseek_v3", "modernbert", "esm", "whisper",
-    "paligemma_images",
+    "paligemma_images", "bert_classes", "deepseek_v2", "distilbert", "distilbert_classes",
+    "llama_classes", "phi3_longrope", "qwen3_vl_text", "roberta", "roberta_classes", "t5", "trocr",
 }  # fmt: skip
 """Families whose eager attention is left to the sweep."""
 SWEPT = {
     "albert", "electra", "roformer", "qwen2_moe", "mpt", "bart", "smolvlm_text", "smolvlm_images",
-    "paligemma_text",
+    "paligemma_text", "roberta_classes",
 }  # fmt: skip
 """Families left to the sweep: another one is much like them."""
 

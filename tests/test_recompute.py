@@ -18,6 +18,7 @@ from models import (
     tiny_llama,
     tiny_lora,
 )
+from sweeps import sampled, thinned
 from test_stages import shapes_of, stages
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ CELLS = [
         options,
         attention,
         id=f"{attention}-{name}",
-        marks=pytest.mark.sweep if "aot" in name and attention != "sdpa" else (),
+        marks=() if attention == "sdpa" or name in ("none", "all") else pytest.mark.sweep,
     )
     for attention in ("sdpa", "sdpa_causal", "sdpa_float", "eager")
     for name, options in LEAN.items()
@@ -71,11 +72,11 @@ def test_exact_compiled_by_inductor(recompute: str):
     assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
 
 
-@pytest.mark.parametrize("options", LEAN.values(), ids=LEAN)
-def test_exact_lora(options: dict[str, Any]):
+@pytest.mark.parametrize("name", sampled(LEAN, ("block", "all", "block_aot")))
+def test_exact_lora(name: str):
     with double_throughout():
         model = tiny_lora(tiny_llama()).double().train()
-        fxseek.compile(model, 0.2, **options)
+        fxseek.compile(model, 0.2, **LEAN[name])
         inputs = batch(37, tokens=29, padding="right", labels="some")
         assert fxseek.check_gradients(model, None, **inputs).error <= 1e-9
 
@@ -243,9 +244,9 @@ class Gated(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) * gate
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("trained", ["", "head"])
-@pytest.mark.parametrize("size", [None, 13])
+@pytest.mark.parametrize(
+    ("attention", "trained", "size"), thinned(["sdpa", "eager"], ["", "head"], [None, 13])
+)
 def test_what_the_model_keeps_from_a_gradient_gets_none(
     size: int | None, trained: str, attention: str
 ):
@@ -289,9 +290,9 @@ class Centred(nn.Module):
         return F.layer_norm(x - x.mean(1, keepdim=True) * self.weight, x.shape[-1:])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("trained", ["", "head"])
-@pytest.mark.parametrize("size", [None, 13])
+@pytest.mark.parametrize(
+    ("attention", "trained", "size"), thinned(["sdpa", "eager"], ["", "head"], [None, 13])
+)
 def test_a_mean_over_tokens_after_the_last_attention(
     size: int | None, trained: str, attention: str
 ):
@@ -420,9 +421,10 @@ def test_attention_on_chunks_of_queries(kind: str, groups: int, monkeypatch: pyt
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("groups", [False, True], ids=["kernel", "folded"])
-@pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "tiny"])
+@pytest.mark.parametrize(
+    ("groups", "recompute", "family"),
+    thinned([False, True], ["none", "block"], ["llama", "mistral", "gemma3", "tiny"]),
+)
 def test_learn_on_chunks_of_queries(
     family: str, recompute: Any, groups: bool, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from families import FAMILIES
 from graphs import capture
 from models import TinyConfig, TinyDecoder, batch, tiny_gpt2, tiny_llama, tiny_lora
+from sweeps import sampled
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -138,13 +139,13 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(gradient, other[name]), name
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(MODELS, ("llama", "lora", "eager", "bfloat16")))
 def test_gradients_are_the_same_to_the_bit(name: str, always: None):
     model = MODELS[name]()
     assert_same(step(model, name, recompute="none")[0], step(model, name)[0])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(MODELS, ("lora", "gpt2", "grouped", "autocast")))
 def test_it_keeps_less(name: str):
     model = MODELS[name]()
     (gradients, kept), (again, less) = (
@@ -164,16 +165,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-FEW = {"gemma3", "t5", "mixtral", "bert"}
+FEW = {"gemma3", "mixtral", "bert"}
 
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(name, marks=() if name in FEW else pytest.mark.sweep)
-        for name in FAMILIES
-        if not FAMILIES[name].refused
-    ],
+    sampled([name for name in FAMILIES if not FAMILIES[name].refused], FEW),
 )
 def test_families(family: str, always: None, one_thread: None):
     made = FAMILIES[family]
@@ -241,7 +238,7 @@ def test_a_region_is_made_once_and_let_go(monkeypatch: pytest.MonkeyPatch):
     assert not any(reference() for reference in gone)
 
 
-@pytest.mark.parametrize("always_made", [False, True])
+@pytest.mark.parametrize("always_made", sampled([False, True], [True]))
 def test_backward_frees_what_it_is_done_with(always_made: bool, monkeypatch: pytest.MonkeyPatch):
     """No cycle of references waits for the garbage collector: that would be memory at the peak."""
     if always_made:

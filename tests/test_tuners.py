@@ -109,15 +109,23 @@ def general_operations(model: nn.Module) -> tuple[str, ...]:
 # ---- every tuner -------------------------------------------------------------------------------
 
 
+SWEPT = {
+    "bat", "fourierft", "hra", "lora_bias", "lora_embedding", "lora_several", "lora_tokens",
+    "prefix_projected", "rslora",
+}  # fmt: skip
+"""Tuners left to the sweep: another one is much like them."""
+
+
 def cases() -> list[Any]:
-    return [
-        pytest.param(
-            tuner,
-            id=name,
-            marks=[pytest.mark.xfail(reason=tuner.unfinished)] if tuner.unfinished else [],
-        )
-        for name, tuner in TUNERS.items()
-    ]
+    found = []
+    for name, tuner in TUNERS.items():
+        marks: list[pytest.MarkDecorator] = []
+        if tuner.unfinished:
+            marks.append(pytest.mark.xfail(reason=tuner.unfinished))
+        if name in SWEPT:
+            marks.append(pytest.mark.sweep)
+        found.append(pytest.param(tuner, id=name, marks=marks))
+    return found
 
 
 @pytest.mark.parametrize("tuner", cases())

@@ -10,6 +10,7 @@ import transformers
 from families import DENSE
 from models import batch, double_throughout
 from oracle import Model, assert_exact, inputs_of, model_of
+from sweeps import thinned
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -101,8 +102,7 @@ def sees(attention: str) -> Any:
     return transformers.Gemma3ForConditionalGeneration(config).double().train()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize(("image", "attention"), thinned([False, True], ["sdpa", "eager"]))
 def test_token_types(attention, image):
     """All zeros, as a text has them; and the tokens of an image, which see each other."""
     given = batch(80, 2, 23, padding="right")
