@@ -28,7 +28,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from common import IGNORED, ExampleError
-from fxseek import scoring, selecting
+from fxseek import selecting
+from fxseek.scores import measures, tokenseek
+from fxseek.scores.random import random_scores
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -162,7 +164,7 @@ class TokenTune(nn.Module):
         return CausalLMOutput(loss=total / (targets != IGNORED).sum().clamp_min(1))
 
     def _select(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        scores = scoring.random_scores(
+        scores = random_scores(
             input_ids.shape, seed=self.seed, step=self.steps, device=input_ids.device
         )
         return self._best(scores, targets)
@@ -271,14 +273,14 @@ class TokenSeek(TokenTune):
         with _frozen(self.model), torch.enable_grad():
             hidden = hidden.detach().requires_grad_()
             q, k, v = _heads(last, hidden, rotary)
-            context = scoring.attention_column_sums(
+            context = measures.attention_column_sums(
                 q.detach().transpose(1, 2), k.detach().transpose(1, 2), is_causal=True
             )
             x = self.llama.model.norm(_rest_of_block(last, hidden, _attend(q, k, v)))
             loss = summed_loss(self.llama.lm_head(x), targets) / (targets != IGNORED).sum()
             (gradient,) = torch.autograd.grad(loss, hidden)
         valid = torch.ones_like(targets, dtype=torch.bool)
-        scores = scoring.combine(context, scoring.gradient_magnitude(gradient), valid)
+        scores = tokenseek.combine(context, measures.gradient_magnitude(gradient), valid)
         return self._best(scores, targets)
 
 

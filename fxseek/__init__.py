@@ -6,8 +6,8 @@ model(input_ids=..., attention_mask=..., labels=...).loss.backward()
 
 from typing import TYPE_CHECKING, Any
 
-from fxseek.backend import StepReport
-from fxseek.check import GradientCheck, check_gradients
+from fxseek.api import compile, report, resume, uncompile
+from fxseek.capture.backend import StepReport
 from fxseek.config import SeekConfig
 from fxseek.errors import (
     CaptureError,
@@ -18,14 +18,14 @@ from fxseek.errors import (
     InputError,
     ScoreError,
 )
-from fxseek.estimate import Estimate, estimate
-from fxseek.explain import Explanation, Fallback, explain
-from fxseek.profile import Profile, profile
-from fxseek.scoring import ScoreInputs
-from fxseek.step import compile, report, resume, uncompile
+from fxseek.inspect.check import GradientCheck, check_gradients
+from fxseek.inspect.estimate import Estimate, estimate
+from fxseek.inspect.explain import Explanation, Fallback, explain
+from fxseek.inspect.profile import Profile, profile
+from fxseek.scores import ScoreInputs
 
 if TYPE_CHECKING:
-    from fxseek.callback import SeekCallback
+    from fxseek.integrations.trainer import SeekCallback
 
 __version__ = "0.1.0"
 
@@ -60,7 +60,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`SeekCallback` on first use: it needs transformers, and nothing else here does."""
     if name == "SeekCallback":
-        from fxseek.callback import SeekCallback
+        from fxseek.integrations.trainer import SeekCallback
 
         return SeekCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,21 +22,22 @@ import torch
 from torch import fx
 
 from fxseek import _torch
-from fxseek.merging import linear_merged
+from fxseek.ops.adapters import linear_merged
 from fxseek.passes.ditch import regions, without_grad
 from fxseek.passes.facts import example, is_tensor
+from fxseek.passes.ir import Piece
 from fxseek.passes.rules import argument, operation
 
 _EXACT = (torch.float32, torch.float64)
 """Half precision would round what an adapter adds off the weight that it is added to."""
 
 
-def merge_adapters(graph: fx.Graph) -> int:
-    """Let linear layers of the graph run with their adapters merged in (in place).
+def merge_adapters(stage: Piece) -> Piece:
+    """Let linear layers of a stage run with their adapters merged in.
 
-    Adapters of several names on one layer are merged one after the other. Answers how many were.
+    Adapters of several names on one layer are merged one after the other.
     """
-    count = 0
+    graph = stage.graph
     autocast, unrecorded = regions(graph), without_grad(graph)
     for node in list(graph.nodes):
         found = _adapter(node)
@@ -64,8 +65,7 @@ def merge_adapters(graph: fx.Graph) -> int:
             operands = gone.all_input_nodes
             graph.erase_node(gone)
             unused += [x for x in operands if x.op == "call_function" and not x.users]
-        count += 1
-    return count
+    return stage
 
 
 class _Adapter(NamedTuple):

@@ -21,31 +21,35 @@ import operator
 
 from torch import fx
 
-from fxseek.chunks import ChunkedRegion
 from fxseek.errors import GraphError
-from fxseek.passes.ditch import StageGraph, ditch
+from fxseek.passes.ditch import ditch
 from fxseek.passes.facts import Facts, Rows, is_tensor
+from fxseek.passes.ir import (
+    Argument,
+    Given,
+    Parameter,
+    Piece,
+    Prefilled,
+    Selected,
+    Swept,
+    node_of,
+    origin,
+)
 from fxseek.passes.tokens import per_token
 
 
-def chunk_tokens(prefill: StageGraph, source: fx.Graph, facts: Facts, size: int) -> int:
-    """Run the per-token regions of a prefill on `size` tokens at a time (in place).
-
-    Answers how many regions it found.
-    """
-    captured = {node.name: node for node in source.nodes}
-    copies = {
-        captured[node.meta["fxseek"][1]]: node
-        for node in prefill.graph.nodes
-        if node.meta.get("fxseek", ("",))[0] == "extract"
-    }
-    for node, item in zip(prefill.graph.nodes, prefill.inputs, strict=False):
-        assert item.node is not None
-        copies[item.node] = node
-    count = 0
+def chunk_tokens(prefill: Piece, source: fx.Graph, facts: Facts, size: int) -> Piece:
+    """Let a prefill run its per-token regions on `size` tokens at a time."""
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in prefill.graph.nodes:
+        captured = origin(node)
+        if captured is not None:
+            copies[captured] = node
     for region in _regions(source, facts, set(copies)):
-        count += _replace(prefill, source, facts, region, copies, size, count)
-    return count
+        piece = _outlined(region, source, facts, copies)
+        if piece is not None:
+            _call(prefill, region, Swept(piece, _rows_of(piece, facts), size), copies)
+    return prefill
 
 
 def _regions(source: fx.Graph, facts: Facts, present: set[fx.Node]) -> list[set[fx.Node]]:
@@ -66,16 +70,10 @@ def _regions(source: fx.Graph, facts: Facts, present: set[fx.Node]) -> list[set[
     return list(regions.values())
 
 
-def _replace(
-    prefill: StageGraph,
-    source: fx.Graph,
-    facts: Facts,
-    region: set[fx.Node],
-    copies: dict[fx.Node, fx.Node],
-    size: int,
-    number: int,
-) -> bool:
-    """Let one region be a call of a module; no where it has no place or shape for that."""
+def _outlined(
+    region: set[fx.Node], source: fx.Graph, facts: Facts, copies: dict[fx.Node, fx.Node]
+) -> Piece | None:
+    """A region as a piece of its own; None where rows of what it takes are not enough."""
     inside = {copies[node] for node in region}
     outputs = [
         node
@@ -93,24 +91,39 @@ def _replace(
         and _whole_rows(operand, facts)
     }
     if not given or not all(_whole_rows(node, facts) for node in outputs):
-        return False
+        return None
     try:
-        stage = ditch(
+        piece = ditch(
             source, facts, carrying=region, outputs=[("rows", x) for x in outputs], given=given
         )
     except GraphError:
-        return False
-    if stage.general or any(item.kind not in _KINDS for item in stage.inputs):
-        return False
+        return None
+    read = [isinstance(item, (Argument, Parameter, Prefilled, Given)) for item in piece.inputs]
+    known = all(ok or item == Selected("kept") for ok, item in zip(read, piece.inputs, strict=True))
+    return piece if known and not piece.general else None
+
+
+def _rows_of(piece: Piece, facts: Facts) -> dict[fx.Node, Rows]:
+    given = [item.node for item in piece.inputs if isinstance(item, Given)]
+    rows = {node: facts.rows.get(node) for node in (*given, *piece.outputs)}
+    return {node: x for node, x in rows.items() if isinstance(x, Rows)}
+
+
+def _call(
+    prefill: Piece, region: set[fx.Node], swept: Swept, copies: dict[fx.Node, fx.Node]
+) -> None:
+    """Let a prefill call a piece in a region's place, if there is a place for the call."""
+    inside = {copies[node] for node in region}
+    outputs = swept.piece.outputs
     order = {node: index for index, node in enumerate(prefill.graph.nodes)}
-    arguments = [copies.get(x.node) for x in stage.inputs if x.node is not None]
+    nodes = [node_of(item) for item in swept.piece.inputs]
+    arguments = [copies.get(node) for node in nodes if node is not None]
     users = [user for node in outputs for user in copies[node].users if user not in inside]
     first = min(users, key=order.__getitem__)
     if any(x is None or x in inside or order[x] >= order[first] for x in arguments):
-        return False
-    name = f"tokens_{number}"
-    rows = [facts.rows[node] for node in outputs]
-    prefill.modules[name] = ChunkedRegion(stage, facts.rows, rows, size)  # type: ignore[arg-type]
+        return
+    name = f"tokens_{len(prefill.parts)}"
+    prefill.parts[name] = swept
     with prefill.graph.inserting_before(first):
         called = prefill.graph.create_node("call_module", name, tuple(arguments))
         for index, node in enumerate(outputs):
@@ -122,10 +135,6 @@ def _replace(
             copies[node] = made
     for node in reversed([node for node in prefill.graph.nodes if node in inside]):
         prefill.graph.erase_node(node)
-    return True
-
-
-_KINDS = ("input", "value", "rows", "kept")
 
 
 def _whole_rows(node: fx.Node, facts: Facts) -> bool:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -33,6 +32,7 @@ from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.errors import GraphError
+from fxseek.ops.rows import gather_rows, scatter_rows
 from fxseek.passes.facts import (
     KEPT,
     Facts,
@@ -47,59 +47,18 @@ from fxseek.passes.facts import (
     switches_mode,
     tensors_of,
 )
-from fxseek.passes.rules import Full, Length, Plan, RowsOf, Stage, find_rule
+from fxseek.passes.ir import (
+    Given,
+    Input,
+    Piece,
+    Prefilled,
+    Selected,
+    copy_origin,
+    input_of,
+    placeholder_of,
+)
+from fxseek.passes.rules import Full, Length, Plan, RowsOf, find_rule
 from fxseek.passes.tokens import Element
-from fxseek.rows import gather_rows, scatter_rows
-
-
-@dataclass(frozen=True)
-class StageInput:
-    """An input of a stage: ``kind`` says which, `node` is the captured node it stands for.
-
-    ``"input"``: an input of the captured graph; ``"value"``: a full value of the prefill;
-    ``"rows"``: a compact value given by the caller; ``"kept"``, ``"weights"`` and ``"filled"``:
-    the selection; ``"gathered"``: rows gathered by the gather stage, named by `key`.
-    """
-
-    kind: str
-    node: fx.Node | None = None
-    key: str = ""
-
-
-@dataclass
-class StageGraph:
-    """A stage: its graph, and what each placeholder stands for, in order."""
-
-    graph: fx.Graph
-    inputs: list[StageInput]
-    outputs: list[fx.Node]
-    general: list[fx.Node] = field(default_factory=list)
-    compact: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    """Where the selected rows of captured values are in the graph."""
-    modules: dict[str, torch.nn.Module] = field(default_factory=dict)
-    """Modules that the graph calls by name."""
-
-    def placeholders(self) -> dict[fx.Node, StageInput]:
-        """What each placeholder stands for, in order."""
-        nodes = (node for node in self.graph.nodes if node.op == "placeholder")
-        return dict(zip(nodes, self.inputs, strict=True))
-
-    def module(self, name: str) -> fx.GraphModule:
-        """The stage as a module; it owns no parameters, all values are inputs.
-
-        Bodies of autograd functions are taken along from the captured module.
-        """
-        owner = self.graph.owning_module or torch.nn.Module()
-        if not self.modules:
-            return fx.GraphModule(owner, self.graph, class_name=name)
-        constants = {
-            str(node.target): operator.attrgetter(str(node.target))(owner)
-            for node in self.graph.nodes
-            if node.op == "get_attr"
-        }
-        made = fx.GraphModule({**constants, **self.modules}, self.graph, class_name=name)
-        made.graph.lint()
-        return made
 
 
 def regions(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -137,7 +96,7 @@ def ditch(
     outputs: Sequence[tuple[str, fx.Node]],
     given: Iterable[fx.Node] = (),
     constants: Iterable[fx.Node] = (),
-) -> StageGraph:
+) -> Piece:
     """Replay the nodes of `carrying` that `outputs` need, on selected rows.
 
     `outputs` are pairs: ``("rows", node)`` the compact value, ``("full", node)`` the value of
@@ -164,7 +123,7 @@ class _Ditch:
         self.replayed = (carrying | constants) - given
         self.given = given
         self.graph = fx.Graph(owning_module=source.owning_module)
-        self.inputs: dict[StageInput, fx.Node] = {}
+        self.inputs: dict[Input, fx.Node] = {}
         self.anchor: fx.Node | None = None
         self.compact: dict[fx.Node, fx.Node] = {}
         self.whole: dict[fx.Node, fx.Node] = {}
@@ -179,7 +138,7 @@ class _Ditch:
 
     # ---- the walk ------------------------------------------------------------------------
 
-    def run(self, outputs: Sequence[tuple[str, fx.Node]]) -> StageGraph:
+    def run(self, outputs: Sequence[tuple[str, fx.Node]]) -> Piece:
         needed = ancestors(node for _, node in outputs) & self.replayed
         self.anchor = self.graph.call_function(_marker)  # placeholders go in front of it
         inside = {region for node in needed for region in self.regions.get(node, ())}
@@ -200,7 +159,7 @@ class _Ditch:
         inputs = [(key, node) for key, node in self.inputs.items() if node in alive]
         order = {node: index for index, node in enumerate(self.graph.nodes)}
         inputs.sort(key=lambda item: order[item[1]])
-        return StageGraph(
+        return Piece(
             self.graph,
             [key for key, _ in inputs],
             [node for _, node in outputs],
@@ -242,7 +201,7 @@ class _Ditch:
     def _without_gradient(self, node: fx.Node, made: fx.Node) -> fx.Node:
         """The copy of a node that the graph kept from a gradient, as ``no_grad`` does, has none."""
         if is_tensor(node) and (_kept_from_gradient(node) or self._unrecorded(node)):
-            return self._stamp(self.graph.call_method("detach", (made,)), node)
+            return copy_origin(self.graph.call_method("detach", (made,)), node)
         return made
 
     def _unrecorded(self, node: fx.Node) -> bool:
@@ -266,8 +225,8 @@ class _Ditch:
             return self._full(value.node)
         if isinstance(value, Length):
             return self._length(value.expression)
-        if isinstance(value, Stage):
-            return self._input(StageInput(value.name))
+        if isinstance(value, Selected):
+            return self._input(value)
         if isinstance(value, Element):
             return self.compact[value.node]
         if isinstance(value, (list, tuple)):
@@ -284,7 +243,7 @@ class _Ditch:
         own = example(node).dim()
         mine = rows.shift(own - rank)
         if node in self.given and node not in self.compact:
-            self.compact[node] = self._input(StageInput("rows", node))
+            self.compact[node] = self._input(Given(node))
         if node in self.compact and self.facts.rows.get(node) == mine:
             return self.compact[node]
         key = (node, rows, rank)
@@ -307,7 +266,7 @@ class _Ditch:
         if node in self.given:
             rows = self.facts.rows[node]
             if rows is None:
-                return self._input(StageInput("rows", node))
+                return self._input(Given(node))
             assert isinstance(rows, Rows)
             self._rows_of(node, rows, example(node).dim())
             return self._scatter(node, rows)
@@ -318,12 +277,12 @@ class _Ditch:
                 return self._copy(node)
             return self._scatter(node, rows)
         if node.op == "placeholder":
-            return self._input(StageInput("input", node))
+            return self._input(input_of(node))
         if not is_tensor(node) and not list(tensors_of(example(node))):
             return self._copy(node)  # a size
         if self._recomputable(node):
             return self._copy(node)
-        return self._input(StageInput("value", node))
+        return self._input(Prefilled(node))
 
     def _recomputable(self, node: fx.Node) -> bool:
         """Constants without tokens (casts and transposes of frozen weights) are made anew.
@@ -371,7 +330,7 @@ class _Ditch:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node.op == "get_attr":
-            return self._stamp(self.graph.node_copy(node), node)
+            return copy_origin(self.graph.node_copy(node), node)
         args = map_arg(node.args, self._full)
         kwargs = map_arg(node.kwargs, self._full)
         return self._emit(node, node.target, args, kwargs)
@@ -379,44 +338,32 @@ class _Ditch:
     def _emit(self, origin: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
         kind = "call_method" if isinstance(target, str) else "call_function"
         made = self.graph.create_node(kind, target, args, kwargs, name=origin.name)
-        return self._stamp(made, origin)
+        return copy_origin(made, origin)
 
     def _make(self, target: Callable[..., Any], args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
-        return self._stamp(self.graph.call_function(target, args), origin)
-
-    def _stamp(self, made: fx.Node, origin: fx.Node) -> fx.Node:
-        for key in ("stack_trace", "nn_module_stack"):
-            if key in origin.meta:
-                made.meta[key] = origin.meta[key]
-        made.meta["fxseek"] = ("ditch", origin.name)
-        return made
+        return copy_origin(self.graph.call_function(target, args), origin)
 
     def _gather(self, origin: fx.Node, value: fx.Node, rows: Rows) -> fx.Node:
-        args = (value, self._input(StageInput("kept")), *rows.where)
+        args = (value, self._input(Selected("kept")), rows)
         made = self.graph.create_node(
             "call_function", gather_rows, args, name=f"{origin.name}_rows"
         )
-        return self._stamp(made, origin)
+        return copy_origin(made, origin)
 
     def _scatter(self, node: fx.Node, rows: Rows) -> fx.Node:
-        base = self._input(StageInput("value", node))
-        kept = self._input(StageInput("kept"))
-        filled = self._input(StageInput("filled"))
-        args = (base, self.compact[node], kept, *rows.where, filled)
+        base = self._input(Prefilled(node))
+        kept = self._input(Selected("kept"))
+        filled = self._input(Selected("filled"))
+        args = (base, self.compact[node], kept, rows, filled)
         made = self.graph.create_node("call_function", scatter_rows, args, name=f"{node.name}_all")
-        return self._stamp(made, node)
+        return copy_origin(made, node)
 
-    def _input(self, key: StageInput) -> fx.Node:
-        if key not in self.inputs:
-            name = key.kind if key.node is None else key.node.name
-            name = f"{name}_full" if key.kind == "value" else name
+    def _input(self, item: Input) -> fx.Node:
+        if item not in self.inputs:
             assert self.anchor is not None
             with self.graph.inserting_before(self.anchor):
-                made = self.graph.placeholder(name)
-            if key.node is not None:
-                self._stamp(made, key.node)
-            self.inputs[key] = made
-        return self.inputs[key]
+                self.inputs[item] = placeholder_of(self.graph, item)
+        return self.inputs[item]
 
     def _length(self, expression: sympy.Expr) -> Any:
         if expression.is_Integer:
@@ -444,7 +391,7 @@ class _Ditch:
 
     def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
         if symbol == KEPT:
-            kept = self._input(StageInput("kept"))
+            kept = self._input(Selected("kept"))
             return self.graph.call_method("size", (kept, 1))
         sizes = self.facts.sizes
         if symbol == sizes.tokens and sizes.virtual:
@@ -479,4 +426,4 @@ def _marker() -> None:
     """Stands before the first operation while a stage is built."""
 
 
-__all__ = ["StageGraph", "StageInput", "ditch", "regions", "without_grad"]
+__all__ = ["ditch", "regions", "without_grad"]

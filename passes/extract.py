@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from fxseek.passes.ditch import StageGraph, StageInput, regions
+from fxseek.passes.ditch import regions
 from fxseek.passes.facts import hooks_gradient, leaves_autocast, switches_grad
+from fxseek.passes.ir import Input, Piece, Prefilled, input_of, placeholder_of
 
 
 def extract(
@@ -21,12 +22,12 @@ def extract(
     *,
     given: Iterable[fx.Node] = (),
     grad_modes: bool = False,
-) -> StageGraph:
+) -> Piece:
     """The nodes between `given` (and the inputs) and `outputs`, as a graph of their own.
 
-    Placeholders of the result stand for inputs of the captured graph (``"input"``) or for
-    given values (``"value"``). `grad_modes` keeps the captured switches of the grad mode, and hooks
-    on gradients; a stage that runs without grad as a whole must not have them.
+    Placeholders of the result stand for inputs of the captured graph or for given values.
+    `grad_modes` keeps the captured switches of the grad mode, and hooks on gradients; a stage that
+    runs without grad as a whole must not have them.
     """
     stops = set(given)
     needed: set[fx.Node] = set()
@@ -47,15 +48,14 @@ def extract(
     }
     graph = fx.Graph(owning_module=source.owning_module)
     new_of: dict[fx.Node, fx.Node] = {}
-    inputs: list[StageInput] = []
+    inputs: list[Input] = []
     for node in source.nodes:
         if node not in needed or (node.op != "placeholder" and node not in stops):
             continue
-        kind = "input" if node.op == "placeholder" else "value"
-        name = node.name if kind == "input" else f"{node.name}_full"
-        new_of[node] = graph.placeholder(name)
-        new_of[node].meta = dict(node.meta)
-        inputs.append(StageInput(kind, node))
+        item = input_of(node) if node.op == "placeholder" else Prefilled(node)
+        new_of[node] = placeholder_of(graph, item)
+        new_of[node].meta |= node.meta
+        inputs.append(item)
     for node in source.nodes:
         if switches_grad(node):
             if grad_modes:
@@ -68,9 +68,9 @@ def extract(
             new_of[node] = new_of[node.args[0]]  # type: ignore[index]
             continue
         new_of[node] = graph.node_copy(node, new_of.__getitem__)
-        new_of[node].meta["fxseek"] = ("extract", node.name)
+        new_of[node].meta["origin"] = node
     graph.output(tuple(new_of[node] for node in outputs))
-    return StageGraph(graph, inputs, list(outputs))
+    return Piece(graph, inputs, list(outputs))
 
 
 __all__ = ["extract"]

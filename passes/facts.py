@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,50 +21,10 @@ from torch import fx
 
 from fxseek import _torch
 from fxseek.errors import GraphError
+from fxseek.ops.rows import Rows
 
 KEPT = sympy.Symbol("kept", integer=True, positive=True)
 """The number of selected tokens of a row, in size expressions of a compact graph."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the tokens of a value are.
-
-    `row`: the dimension whose index is the token that the value belongs to.
-    `batch`: the dimension of the batch; None when the batch is 1 or merged into `row`.
-    `packed`: `row` is batch × tokens, batch-major, as ``view(-1, width)`` makes it.
-    `heads`: how often `batch` repeats each row of the batch; above 1 where heads are merged into
-    it (batch-major), as ``view(batch * heads, tokens, width)`` does.
-    """
-
-    row: int
-    batch: int | None = None
-    packed: bool = False
-    heads: int = 1
-
-    def shift(self, by: int) -> Rows:
-        """The same dimensions when `by` leading ones are added (or, negative, removed)."""
-        return self.moved(lambda dim: dim + by)
-
-    def moved(self, place: Callable[[int], int]) -> Rows:
-        """The same tokens where each dimension ``dim`` has become ``place(dim)``."""
-        batch = None if self.batch is None else place(self.batch)
-        return replace(self, row=place(self.row), batch=batch)
-
-    def without(self, dims: Iterable[int]) -> Rows:
-        """The same tokens when `dims` are gone, none of which is one of these."""
-        gone = set(dims)
-        return self.moved(lambda dim: dim - sum(other < dim for other in gone))
-
-    @property
-    def where(self) -> tuple[int, int | None, bool, int]:
-        """As `fxseek.rows` takes them."""
-        return self.row, self.batch, self.packed, self.heads
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """Every dimension that an operation must leave alone to be per-token."""
-        return (self.row,) if self.batch is None else (self.row, self.batch)
 
 
 RowsLike = Rows | tuple[Rows | None, ...] | None
@@ -188,7 +148,7 @@ def moved_rows(
             return None
     if any(dim not in target for dim in rows.dims):
         return None
-    return replace(rows.moved(target.__getitem__), heads=heads)
+    return rows.moved(target.__getitem__)._replace(heads=heads)
 
 
 def example(node: fx.Node) -> Any:

@@ -17,15 +17,16 @@ logits of one chunk are alive at a time. The score stage runs the same module on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from fxseek import _torch
-from fxseek.loss import cross_entropy_parts, selected_cross_entropy
-from fxseek.passes.ditch import StageGraph, StageInput, ditch
+from fxseek.ops.loss import cross_entropy_parts, selected_cross_entropy
+from fxseek.passes.ditch import ditch
 from fxseek.passes.facts import Facts, Rows, ancestors, descendants, example
+from fxseek.passes.ir import Given, Input, Piece, Prefilled, input_of, placeholder_of
 from fxseek.passes.rules import argument
 from fxseek.passes.rules.loss import TokenLoss
 from fxseek.passes.structure import Structure
@@ -36,16 +37,16 @@ class Head:
     """The end of a model: `stage` maps rows of `entry` to (weighted sum of losses, labels).
 
     `logits`: the same inputs to the logits and their targets; `rows`: where the tokens of `entry`
-    are; `loss`: as it was captured; `full`: what `fxseek.loss.mass_of` takes, None where a part is
-    None; `logit_bytes`: bytes of one token's logits.
+    are; `loss`: as it was captured; `full`: what `fxseek.ops.loss.mass_of` takes, None where a part
+    is None; `logit_bytes`: bytes of one token's logits.
     """
 
-    stage: StageGraph
-    logits: StageGraph
+    stage: Piece
+    logits: Piece
     entry: fx.Node
     rows: Rows
     loss: TokenLoss
-    full: tuple[StageInput | None, ...]
+    full: tuple[Input | None, ...]
     logit_bytes: int
 
 
@@ -65,9 +66,9 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
     if any(facts.token_sized(node) for node in carrying - between):
         return None  # a part of the stream goes past the entry
     stage = ditch(loss.graph, facts, carrying=carrying, outputs=[("value", loss)], given=[entry])
-    if any(item.kind == "rows" and item.node is not entry for item in stage.inputs):
+    if any(isinstance(item, Given) and item.node is not entry for item in stage.inputs):
         return None
-    to_parts(stage)
+    stage = to_parts(stage)
     return Head(
         stage,
         _to_logits(stage),
@@ -79,21 +80,26 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
     )
 
 
-def _whole(node: fx.Node) -> StageInput:
-    return StageInput("input" if node.op == "placeholder" else "value", node)
+def _whole(node: fx.Node) -> Input:
+    return input_of(node) if node.op == "placeholder" else Prefilled(node)
 
 
-def to_parts(stage: StageGraph) -> None:
+def to_parts(stage: Piece) -> Piece:
     """Let a stage that ends in the loss return `cross_entropy_parts` instead."""
     made = next(node for node in stage.graph.nodes if node.target is selected_cross_entropy)
     options = {name: value for name, value in made.kwargs.items() if name != "reduction"}
     made.target, made.args, made.kwargs = cross_entropy_parts, made.args[:5], options
     stage.graph.output_node().args = (made,)
-    _drop_unused(stage)
+    given = stage.placeholders()
+    for node in given:
+        if not node.users:
+            stage.graph.erase_node(node)
+    stage.inputs[:] = [item for node, item in given.items() if node.users]
     stage.graph.lint()
+    return stage
 
 
-def _to_logits(stage: StageGraph) -> StageGraph:
+def _to_logits(stage: Piece) -> Piece:
     """A head without its loss: the logits and their targets."""
     graph = fx.Graph(owning_module=stage.graph.owning_module)
     copies: dict[fx.Node, fx.Node] = {}
@@ -103,7 +109,7 @@ def _to_logits(stage: StageGraph) -> StageGraph:
     graph.output(tuple(copies[x] for x in made.args[:2] if isinstance(x, fx.Node)))
     graph.erase_node(copies[made])
     graph.lint()
-    return StageGraph(graph, stage.inputs, [])
+    return Piece(graph, stage.inputs, [])
 
 
 def _trained_before(loss: fx.Node, entry: fx.Node, facts: Facts) -> set[fx.Node]:
@@ -127,15 +133,7 @@ def logit_bytes(logits: fx.Node) -> int:
     return _torch.size_hint(classes) * max(4, value.element_size())
 
 
-def _drop_unused(stage: StageGraph) -> None:
-    given = stage.placeholders()
-    for node in given:
-        if not node.users:
-            stage.graph.erase_node(node)
-    stage.inputs[:] = [item for node, item in given.items() if node.users]
-
-
-def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
+def attach_head(learn: Piece, head: Head) -> Piece:
     """Let a learn stage that takes the loss and returns the head's entry first call the head."""
     graph = learn.graph
     place = {item: node for node, item in learn.placeholders().items()}
@@ -143,15 +141,14 @@ def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
     output = graph.output_node()
     entry, *results = output.args[0]  # type: ignore[misc]
     output.args = (tuple(results),)
-    loss = place.pop(StageInput("rows", head.loss.node))
+    loss = place.pop(Given(head.loss.node))
 
-    def read(item: StageInput) -> Any:
-        if item == StageInput("rows", head.entry):
+    def read(item: Input) -> Any:
+        if item == Given(head.entry):
             return entry
         if item not in place:
             with graph.inserting_before(start):
-                node = graph.placeholder(item.kind if item.node is None else item.node.name)
-            place[item] = node
+                place[item] = placeholder_of(graph, item)
         return place[item]
 
     full = head.full if head.loss.reduction == "sum" else ()
@@ -162,9 +159,9 @@ def attach_head(learn: StageGraph, head: Head, module: nn.Module) -> None:
         made = graph.create_node("call_module", "head", tuple(arguments))
     loss.replace_all_uses_with(made)
     graph.erase_node(loss)
-    learn.modules["head"] = module
     of_node = {node: item for item, node in place.items()}
-    learn.inputs[:] = [of_node[node] for node in graph.nodes if node.op == "placeholder"]
+    inputs = [of_node[node] for node in graph.nodes if node.op == "placeholder"]
+    return replace(learn, inputs=inputs, parts={**learn.parts, "head": head})
 
 
 __all__ = ["Head", "attach_head", "find_head", "logit_bytes", "to_parts"]

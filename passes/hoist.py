@@ -2,7 +2,7 @@
 
 Before::
 
-    learn(mask_full, kept):  mask_rows = gather_rows(mask_full, kept, 2, 0);  ...
+    learn(mask_full, kept):  mask_rows = gather_rows(mask_full, kept, Rows(2, 0));  ...
 
 After::
 
@@ -19,78 +19,75 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxseek.passes.ditch import StageGraph, StageInput
+from fxseek.ops.attention import attend_rows, shared_mask
+from fxseek.ops.rows import gather_rows
 from fxseek.passes.facts import example
+from fxseek.passes.ir import Argument, Gathered, Input, Parameter, Piece, Prefilled, origin
 from fxseek.passes.rules import argument
-from fxseek.rows import attend_rows, gather_rows, shared_mask
 
 
-def hoist_gathers(
-    stage: StageGraph,
-) -> tuple[StageGraph, list[tuple[StageInput, tuple[Any, ...]]]]:
-    """Split off the gathers whose operand is a stage input without gradient.
+def hoist_gathers(stage: Piece) -> Piece:
+    """Let a stage take the rows of constants gathered: `Gathered` inputs, gathered ahead of it.
 
-    Returns the stage that takes gathered rows, and the gathers: for each the new input and
-    (leading dimensions to add, row, batch, packed, heads).
+    Constants are inputs without gradient. The graph of `stage` is not to be used afterwards.
     """
     graph = stage.graph
     given = stage.placeholders()
     start = next(iter(graph.nodes))
-    gathers: list[tuple[StageInput, tuple[Any, ...]]] = []
-    made: dict[StageInput, Any] = {}
+    made: dict[Gathered, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is not gather_rows:
             continue
-        operand, _, *where = node.args
+        operand, _, rows = node.args
         unsqueezed = 0
         while operand.op == "call_function" and operand.target is torch.unsqueeze:
             operand, unsqueezed = operand.args[0], unsqueezed + 1
         source = given.get(operand)
-        if source is None or source.node is None or source.kind not in ("input", "value"):
+        if not isinstance(source, (Argument, Parameter, Prefilled)):
             continue
-        value = source.node.meta.get("example_value")
-        if isinstance(value, torch.Tensor) and value.requires_grad and source.kind == "input":
+        value = example(source.node)
+        trained = isinstance(value, torch.Tensor) and value.requires_grad
+        if trained and not isinstance(source, Prefilled):
             continue
-        key = StageInput("gathered", source.node, f"{unsqueezed},{where}")
+        key = Gathered(source.node, unsqueezed, rows)
         if key not in made:
             with graph.inserting_before(start):
                 made[key] = graph.placeholder(node.name)
             made[key].meta = dict(node.meta)
-            gathers.append((key, (unsqueezed, *where)))
         node.replace_all_uses_with(made[key])
         graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
         if node.target is torch.unsqueeze and not node.users:
             graph.erase_node(node)
-    inputs: list[StageInput] = []
-    by_placeholder = {node: key for key, node in made.items()}
+    items = given | {node: key for key, node in made.items()}
+    inputs: list[Input] = []
     for node in list(graph.nodes):
         if node.op != "placeholder":
             continue
         if not node.users:
             graph.erase_node(node)
         else:
-            inputs.append(by_placeholder.get(node) or given[node])
+            inputs.append(items[node])
     alive = set(graph.nodes)
-    compact = {node: made for node, made in stage.compact.items() if made in alive}
-    return StageGraph(graph, inputs, stage.outputs, stage.general, compact), gathers
+    compact = {node: rows for node, rows in stage.compact.items() if rows in alive}
+    return Piece(graph, inputs, stage.outputs, stage.general, compact)
 
 
-def masks_of_attentions(stage: StageGraph) -> set[StageInput]:
+def masks_of_attentions(stage: Piece) -> frozenset[Gathered]:
     """The gathered inputs of a learn stage that attentions alone read, as their masks."""
-    return {
+    return frozenset(
         item
         for node, item in stage.placeholders().items()
-        if item.kind == "gathered"
+        if isinstance(item, Gathered)
         and all(
             user.target is attend_rows and user.kwargs.get("mask") is node and node not in user.args
             for user in node.users
         )
-    }
+    )
 
 
-def share_masks(stage: StageGraph) -> None:
-    """Let the attentions of a learn stage share one additive mask (in place).
+def share_masks(stage: Piece) -> Piece:
+    """Let the attentions of a learn stage share one additive mask.
 
     Before::
 
@@ -107,23 +104,24 @@ def share_masks(stage: StageGraph) -> None:
     for node in list(stage.graph.nodes):
         mask = node.kwargs.get("mask") if node.target is attend_rows else None
         item = given.get(mask) if isinstance(mask, fx.Node) else None
-        if item is None or item.node is None or item.kind != "gathered":
+        if not isinstance(item, Gathered):
             continue
-        if item.node.meta["example_value"].dtype != torch.bool:
+        if example(item.node).dtype != torch.bool:
             continue
         grouped = node.kwargs.get("enable_gqa", False)
-        key = (mask, grouped, _heads(item.node.graph, node) if grouped else None)
+        key = (mask, grouped, _heads(node) if grouped else None)
         if key not in made:
             with stage.graph.inserting_before(node):
                 made[key] = stage.graph.call_function(
                     shared_mask, (mask, *node.args[:2]), {"enable_gqa": grouped}
                 )
         node.update_kwarg("mask", made[key])
+    return stage
 
 
-def _heads(captured: fx.Graph, attention: fx.Node) -> tuple[int | torch.SymInt, ...]:
+def _heads(attention: fx.Node) -> tuple[int | torch.SymInt, ...]:
     """How many heads queries and keys of an attention of the learn stage have."""
-    name = attention.meta["fxseek"][1]
-    origin = next(node for node in captured.nodes if node.name == name)
-    operands = (argument(origin, 0, "query"), argument(origin, 1, "key"))
+    captured = origin(attention)
+    assert captured is not None
+    operands = (argument(captured, 0, "query"), argument(captured, 1, "key"))
     return tuple(example(x).shape[-3] for x in operands if isinstance(x, fx.Node))

@@ -13,36 +13,39 @@ After::
 
 A boolean mask is elementwise in values of one token dimension. Its rows for some queries follow
 from those values at these queries. Whether it is more than the causal flag says (padding, packing,
-a window) is not known before the batch is: `fxseek.masks.MaskRows` finds out, chunk by chunk.
+a window) is not known before the batch is: `fxseek.ops.attention.MaskRows` finds out, in chunks.
 Fused kernels skip half of the work under the causal flag and none under a mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxseek.masks import MaskMaker, attend_all, queries_of
-from fxseek.passes.ditch import StageGraph
+from fxseek.ops.attention import MaskMaker, attend_all, queries_of
+from fxseek.ops.rows import Rows
 from fxseek.passes.facts import Sizes, example, is_tensor, switches_mode
+from fxseek.passes.head import Head
+from fxseek.passes.ir import Gathered, Piece, Prefilled, origin
 from fxseek.passes.rules import find_rule, operation
 from fxseek.passes.rules.pointwise import binary, convert, unary
+from fxseek.passes.score import ScorePlan, SpelledMap
 
 _CALLS = ("call_function", "call_method", "call_module")
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
 
 
-def use_mask_rows(stage: StageGraph, sizes: Sizes, whole: Iterable[fx.Node] = ()) -> None:
-    """Let the attentions of a stage that runs on all tokens take masks by rows (in place).
+def use_mask_rows(stage: Piece, sizes: Sizes, whole: Iterable[fx.Node] = ()) -> Piece:
+    """Let the attentions of a stage that runs on all tokens take masks by rows.
 
     Masks leave the stage in that form too, but for those of `whole`, captured masks that a later
     stage reads otherwise.
     """
-    keep = {node.name for node in whole}
+    keep = set(whole)
     masks: dict[fx.Node, list[fx.Node]] = {}
     for node in stage.graph.nodes:
         if operation(node) != "scaled_dot_product_attention":
@@ -59,21 +62,43 @@ def use_mask_rows(stage: StageGraph, sizes: Sizes, whole: Iterable[fx.Node] = ()
             masks.setdefault(made, [])  # of an attention that only later stages run
     inputs = stage.placeholders()
     for mask, users in masks.items():
-        if mask in inputs and inputs[mask].kind == "value":  # another stage made it, in either form
+        if mask in inputs and isinstance(inputs[mask], Prefilled):  # made elsewhere
             continue
         rows = _Rows(mask, sizes)
-        name = f"mask_rows_{len(stage.modules)}"
+        name = f"mask_rows_{len(stage.parts)}"
         square = sizes.shape(example(mask))[-1] == sizes.tokens
-        stage.modules[name] = MaskMaker(rows.module(), square)
+        stage.parts[name] = MaskMaker(rows.module(), square)
         with stage.graph.inserting_after(list(inputs)[-1] if mask in inputs else mask):
             made = stage.graph.create_node("call_module", name, tuple(rows.leaves))
-        made.meta["fxseek"] = ("masks", mask.name)
-        captured = mask.meta.get("fxseek", ("", mask.name))[1]
+        made.meta["origin"] = captured = origin(mask)
         for user in (*users, *(() if captured in keep else (output,))):
             user.replace_input_with(mask, made)
     for node in reversed(list(stage.graph.nodes)):  # lint knows no modules of a stage to be
         if not node.users and node.op in _CALLS and not switches_mode(node):
             stage.graph.erase_node(node)
+    return stage
+
+
+def read_whole(learn: Piece, score: ScorePlan, head: Head | None) -> Iterator[fx.Node]:
+    """Values that a later stage reads otherwise than as an attention's mask, or as its rows."""
+    pieces = [learn]
+    if score.gradient is not None:
+        pieces += score.gradient.pieces()
+    if head is not None:
+        pieces.append(head.stage)
+    for piece in pieces:
+        for node, item in piece.placeholders().items():
+            masks = all(user.target is attend_all for user in node.users)
+            if isinstance(item, Prefilled) and not (node.users and masks):
+                yield item.node
+    if isinstance(score.context, SpelledMap):
+        yield from score.context.reads
+    for item in learn.inputs:
+        if isinstance(item, Gathered):
+            value = example(item.node)
+            rank = value.dim() if isinstance(value, torch.Tensor) else 0
+            if (item.unsqueezed, item.rows) not in ((0, Rows(rank - 2, 0)), (0, Rows(rank - 2))):
+                yield item.node
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -148,4 +173,4 @@ class _Rows:
         return self.leaves[node]
 
 
-__all__ = ["use_mask_rows"]
+__all__ = ["read_whole", "use_mask_rows"]

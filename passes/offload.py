@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import fx
 
-from fxseek.offload import to_device, to_host
-from fxseek.passes.ditch import StageGraph
-from fxseek.rows import scatter_rows
+from fxseek.ops.offload import to_device, to_host
+from fxseek.ops.rows import scatter_rows
+from fxseek.passes.ir import Piece, Prefilled
 
 
-def take_from_host(learn: StageGraph) -> list[fx.Node]:
-    """Let the scatters of a learn stage take their bases from the host (in place).
+def take_from_host(learn: Piece) -> tuple[Piece, list[fx.Node]]:
+    """Let the scatters of a learn stage take their bases from the host.
 
     Answers the captured nodes whose values must wait there, in the order of their use.
     """
@@ -34,17 +34,17 @@ def take_from_host(learn: StageGraph) -> list[fx.Node]:
             continue
         base = node.args[0]
         item = given.get(base)
-        if item is None or item.kind != "value" or item.node is None or len(base.users) > 1:
+        if not isinstance(item, Prefilled) or len(base.users) > 1:
             continue
         with learn.graph.inserting_before(node):
             fetched = learn.graph.call_function(to_device, (base,))
         node.replace_input_with(base, fetched)
         found.append(item.node)
-    return found
+    return learn, found
 
 
-def send_to_host(prefill: StageGraph, nodes: list[fx.Node]) -> None:
-    """Let a prefill send values to the host after their last use (in place)."""
+def send_to_host(prefill: Piece, nodes: list[fx.Node]) -> Piece:
+    """Let a prefill send values to the host after their last use."""
     output = prefill.graph.output_node()
     order = {node: index for index, node in enumerate(prefill.graph.nodes)}
     made: dict[fx.Node, Any] = dict(zip(prefill.outputs, output.args[0], strict=True))  # type: ignore[arg-type]
@@ -56,6 +56,7 @@ def send_to_host(prefill: StageGraph, nodes: list[fx.Node]) -> None:
             sent = prefill.graph.call_function(to_host, (value,))
         order[sent] = order[last]
         output.replace_input_with(value, sent)
+    return prefill
 
 
 __all__ = ["send_to_host", "take_from_host"]

@@ -12,7 +12,7 @@ After, with x, h and u saved::
 A region is what follows from a few values without any product: norms, activations, rotations,
 casts, layout. Regions end at products, attentions and draws, where the residual stream is all that
 goes on, and at the next attention where something else goes on too. Whether making one again saves
-memory is known when it is run: `fxseek.selective`.
+memory is known when it is run: `fxseek.run.selective`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from fxseek.passes.ditch import StageInput, regions
+from fxseek.passes.ditch import regions
 from fxseek.passes.facts import needs_grad
+from fxseek.passes.ir import Argument, Given, Input, Parameter
 from fxseek.passes.rules import find_rule
 
 
@@ -41,13 +42,13 @@ class Region:
 
 def cheap_regions(
     graph: fx.Graph,
-    inputs: Iterable[StageInput],
-    cuts: Iterable[str],
-    attentions: Iterable[str] = (),
+    inputs: Iterable[Input],
+    cuts: Iterable[fx.Node],
+    attentions: Iterable[fx.Node] = (),
 ) -> list[Region]:
     """The regions of a stage that carry gradient.
 
-    None goes on past the nodes named `cuts`, nor from one side of an attention to the other.
+    None goes on past `cuts`, nor from one side of an attention to the other.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     in_autocast = regions(graph)  # which would have to be entered again
@@ -59,15 +60,15 @@ def cheap_regions(
     for node in graph.nodes:
         if node.op == "placeholder":
             item = next(given)
-            trained = item.kind == "input" and item.node is not None and needs_grad(item.node)
-            if trained or item.kind == "rows":
+            trained = isinstance(item, (Argument, Parameter)) and needs_grad(item.node)
+            if trained or isinstance(item, Given):
                 carrying.add(node)
             continue
         if carrying.isdisjoint(node.all_input_nodes):
             continue
         carrying.add(node)
         found = find_rule(node)
-        if found is None or not found.cheap or node.name in ends or node in in_autocast:
+        if found is None or not found.cheap or node in ends or node in in_autocast:
             continue
         between.add_node(node)
         between.add_edges_from(
@@ -81,12 +82,12 @@ def cheap_regions(
     return found_regions
 
 
-def _depths(graph: fx.Graph, attentions: set[str]) -> dict[fx.Node, int]:
+def _depths(graph: fx.Graph, attentions: set[fx.Node]) -> dict[fx.Node, int]:
     """How many attentions lie on the way to each node that has most of them."""
     depths: dict[fx.Node, int] = {}
     for node in graph.nodes:
         depth = max((depths[x] for x in node.all_input_nodes), default=0)
-        depths[node] = depth + (node.name in attentions)
+        depths[node] = depth + (node in attentions)
     return depths
 
 

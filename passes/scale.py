@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxseek.loss import scaled_cross_entropy
+from fxseek.ops.loss import scaled_cross_entropy
 from fxseek.passes.facts import Sizes, example, is_tensor, needs_grad
 from fxseek.passes.rules import argument, operation
 from fxseek.passes.rules.loss import TokenLoss

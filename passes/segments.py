@@ -16,13 +16,10 @@ and no other's, and is compiled once for all layers that look alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import fx
-from torch.fx.passes.split_module import split_module
 
-from fxseek.passes.ditch import StageGraph
 from fxseek.passes.facts import ancestors
+from fxseek.passes.ir import Piece
 from fxseek.passes.structure import Structure
 
 
@@ -37,23 +34,24 @@ def block_inputs(structure: Structure) -> list[fx.Node]:
     return list(found)
 
 
-def segment(module: fx.GraphModule, stage: StageGraph, cuts: Iterable[fx.Node]) -> fx.GraphModule:
-    """`module` (of `stage`) as calls of submodules, cut after the compact values of `cuts`.
+def place_segments(piece: Piece, structure: Structure) -> dict[fx.Node, int]:
+    """The segment that each node of a learn stage belongs to; a cut ends one.
 
-    A submodule that the graph calls by name stays alone in its segment.
+    A part that the graph calls by name stays alone in its segment.
     """
-    ends = {stage.compact[cut].name for cut in cuts if cut in stage.compact}
+    cuts = block_inputs(structure)
+    ends = {piece.compact[cut] for cut in cuts if cut in piece.compact}
     place: dict[fx.Node, int] = {}
     index, alone = 0, False
-    for node in module.graph.nodes:
+    for node in piece.graph.nodes:
         called = node.op == "call_module"
         if (called or alone) and place:
             index += 1
         place[node] = index
         alone = called
-        if node.name in ends:
+        if node in ends:
             index += 1
-    return split_module(module, module, place.__getitem__, keep_original_order=True)
+    return place
 
 
-__all__ = ["block_inputs", "segment"]
+__all__ = ["block_inputs", "place_segments"]

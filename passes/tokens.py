@@ -100,7 +100,7 @@ def _settle_element(node: fx.Node, facts: Facts) -> None:
     """An element of a tuple: it has what the operation gave it."""
     source, index = node.args
     rows = facts.rows.get(source) if isinstance(source, fx.Node) else None  # type: ignore[arg-type]
-    if isinstance(rows, tuple) and isinstance(index, int):
+    if isinstance(rows, tuple) and not isinstance(rows, Rows) and isinstance(index, int):
         facts.rows[node] = rows[index]
         if rows[index] is not None:
             assert isinstance(source, fx.Node)

@@ -144,7 +144,7 @@ def _checked(
     from oracle import assert_exact_causal
 
     import fxseek
-    from fxseek.step import step_of
+    from fxseek.capture.step import step_of
 
     torch._dynamo.reset()
     try:
@@ -161,7 +161,7 @@ def _checked(
         return f"refused: {_reason(error)}"
     step = step_of(model)
     assert step is not None
-    learn = step.recorder.programs[0].learn
+    learn = step.recorder.steps[0].program.learn
     assert learn is not None
     general = dict.fromkeys(str(getattr(n.target, "__name__", n.target)) for n in learn.general)
     if not general:

@@ -13,9 +13,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.node import map_arg
 
 from fxseek import _torch
-from fxseek.passes.ditch import StageGraph, ditch
+from fxseek.capture.patches import capture_settings
+from fxseek.passes.ditch import ditch
 from fxseek.passes.facts import Facts, Rows, example, find_sizes, is_tensor, needs_grad
 from fxseek.passes.functionalise import functionalise
+from fxseek.passes.ir import Piece, Prefilled, Selected
 from fxseek.passes.normalise import normalise
 from fxseek.passes.tokens import find_tokens
 
@@ -74,7 +76,7 @@ def capture(
         for dim in dims:
             _torch.mark_dynamic(tensor, dim)
     compiled = torch.compile(function, backend=backend, fullgraph=True)
-    with _torch.capture_settings(captures=8):
+    with capture_settings(captures=8):
         try:
             compiled(*tensors)
         except BackendCompilerFailed as error:
@@ -162,7 +164,7 @@ def node_mask(
 
 
 def run_stage(
-    stage: StageGraph,
+    stage: Piece,
     captured: Captured,
     values: dict[fx.Node, Any],
     kept: Tensor,
@@ -174,15 +176,13 @@ def run_stage(
     inputs = dict(zip(placeholders, captured.inputs, strict=True))
     given: list[Any] = []
     for item in stage.inputs:
-        if item.kind == "input":
-            assert item.node is not None
-            given.append(inputs[item.node])
-        elif item.kind == "value":
-            assert item.node is not None
+        if isinstance(item, Selected):
+            given.append({"kept": kept, "weights": weights, "filled": None}[item.part])
+        elif isinstance(item, Prefilled):
             value = values[item.node]
             given.append(value.detach() if isinstance(value, Tensor) else value)
         else:
-            given.append({"kept": kept, "weights": weights, "filled": None}[item.kind])
+            given.append(inputs[item.node])
     module = stage.module("Stage")
     return list(module(*given))
 
@@ -243,7 +243,7 @@ def _tokens_of(shape: Sequence[int], rows: Rows, batch: int) -> int:
 
 
 def take(value: Tensor, rows: Rows, kept: Tensor) -> Tensor:
-    """The selected rows of a full value, one by one; shares nothing with fxseek.rows."""
+    """The selected rows of a full value, one by one; shares nothing with fxseek.ops.rows."""
     pieces: list[Tensor] = []
     tokens = _tokens_of(value.shape, rows, kept.shape[0])
     for index, positions in enumerate(kept.tolist()):

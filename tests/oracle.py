@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import fxseek
 from fxseek import _torch
-from fxseek.reference import compare
+from fxseek.inspect.reference import compare
 
 IGNORED = -100
 

@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 from tuners import spread
 
 import fxseek
-from fxseek import merging
-from fxseek.merging import linear_merged
+from fxseek.capture.step import step_of
+from fxseek.ops import adapters
+from fxseek.ops.adapters import linear_merged
 from fxseek.passes.adapters import merge_adapters
-from fxseek.step import step_of
+from fxseek.passes.ir import Piece
 
 TOKENS, IN, OUT, RANK = 23, 7, 5, 3
 
@@ -167,7 +168,7 @@ def _run(
         return function(x, dict(zip(names, given, strict=True)))
 
     captured = capture(call, tensors, [(1,), *[()] * len(names)])
-    merge_adapters(captured.graph)
+    merge_adapters(Piece(captured.graph, [], []))
     captured.graph.lint()
     torch.manual_seed(1)
     module = fx.GraphModule(captured.graph.owning_module or nn.Module(), captured.graph)
@@ -196,12 +197,12 @@ def merged_in(model: nn.Module) -> tuple[int, int]:
     """How many adapters are merged in the prefill, and in the last block of the score stage."""
     step = step_of(model)
     assert step is not None
-    program = step.recorder.programs[-1]
-    assert program.prefill is not None and program.score is not None
-    stages = (program.prefill, program.score.block)
+    program = step.recorder.steps[-1].program
+    gradient = program.score.gradient
+    pieces = (program.prefill, None if gradient is None else gradient.block)
     counts = [
-        0 if stage is None else sum(node.target is linear_merged for node in stage.graph.nodes)
-        for stage in stages
+        0 if piece is None else sum(node.target is linear_merged for node in piece.graph.nodes)
+        for piece in pieces
     ]
     return counts[0], counts[1]
 
@@ -215,7 +216,7 @@ def test_gradients_and_scores_are_those_of_the_model(
     reports = []
     for apart in (False, True):
         if apart:
-            monkeypatch.setattr("fxseek.pipeline.merge_adapters", lambda graph: 0)
+            monkeypatch.setattr("fxseek.program.merge_adapters", lambda piece: piece)
         model = fxseek.compile(model_with(), 0.3, score=score)
         fxseek.check_gradients(model, **inputs, tolerance=1e-9)
         model(**inputs).loss.backward()
@@ -255,8 +256,7 @@ def test_adapters_of_two_names(monkeypatch: pytest.MonkeyPatch):
     fxseek.check_gradients(model, **batch(37, 2, 31), tolerance=1e-9)
     step = step_of(model)
     assert step is not None
-    prefill = step.recorder.programs[-1].prefill
-    assert prefill is not None
+    prefill = step.recorder.steps[-1].program.prefill
     counts = [len(n.args[3]) for n in prefill.graph.nodes if n.target is linear_merged]  # type: ignore[arg-type]
     assert sorted(counts) == [1, 1, 1, 1, 1, 1, 2, 2, 2]
 
@@ -269,7 +269,7 @@ def test_a_merge_is_no_larger_than_what_an_adapter_makes(monkeypatch: pytest.Mon
         made.append(weight.shape)
         return addmm(weight, *args, **kwargs)
 
-    monkeypatch.setattr(merging.torch, "addmm", recorded)
+    monkeypatch.setattr(adapters.torch, "addmm", recorded)
     model = fxseek.compile(model_with(), 0.3, score="random")
     model(**batch(37, 1, 25)).loss.backward()
     assert made and all(shape[1] <= 25 for shape in made)  # not the 29 columns of down_proj

@@ -13,8 +13,8 @@ from models import batch, tiny_gpt2, tiny_llama, tiny_lora, without_casts
 from torch import Tensor, nn
 
 import fxseek
-from fxseek.reference import compare, masked_backprop
-from fxseek.step import step_of
+from fxseek.capture.step import step_of
+from fxseek.inspect.reference import compare, masked_backprop
 
 VOCABULARY = 37
 
@@ -103,14 +103,14 @@ def test_a_model_that_torch_compile_wraps_afterwards():
     reason="needs torch 2.13: before, models of one class share their number of captures",
 )
 def test_many_models_in_one_process(monkeypatch):
-    monkeypatch.setattr("fxseek.step._CAPTURES", 2)
+    monkeypatch.setattr("fxseek.capture.step._CAPTURES", 2)
     for _ in range(3):
         model: Any = fxseek.compile(tiny_llama(num_hidden_layers=1), 0.3, score="random")
         model(**given()).loss.backward()
 
 
 def test_a_step_that_is_captured_again_and_again(monkeypatch):
-    monkeypatch.setattr("fxseek.step._CAPTURES", 2)
+    monkeypatch.setattr("fxseek.capture.step._CAPTURES", 2)
     model: Any = fxseek.compile(tiny_llama(num_hidden_layers=1), 0.3, score="random")
     model(**given())
     model.double()(**given())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import baselines
 import fxseek
 from common import ExampleError
-from fxseek.reference import compare, masked_backprop
+from fxseek.inspect.reference import compare, masked_backprop
 
 TOKENS = 23
 

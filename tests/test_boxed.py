@@ -12,7 +12,7 @@ from models import batch, tiny_llama
 from torch import Tensor, fx, nn
 
 import fxseek
-from fxseek.boxed import Boxed
+from fxseek.run.boxed import Boxed
 
 VOCAB = 37
 

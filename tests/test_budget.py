@@ -6,9 +6,9 @@ import pytest
 from models import batch, tiny_llama
 
 import fxseek
-from fxseek.budget import ratio_within
-from fxseek.estimate import peak_of_ratios
-from fxseek.step import step_of
+from fxseek.capture.step import step_of
+from fxseek.inspect.budget import ratio_within
+from fxseek.inspect.estimate import peak_of_ratios
 
 BOUNDS = (0.05, 0.9)
 SIZES = {"hidden_size": 24, "intermediate_size": 40}

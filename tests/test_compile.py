@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fxseek
-from fxseek.reference import compare, masked_backprop
-from fxseek.step import step_of
+from fxseek.capture.step import step_of
+from fxseek.inspect.reference import compare, masked_backprop
 
 GROUPED = TinyConfig(heads=4, kv_heads=2)
 
@@ -238,7 +238,7 @@ def test_lengths_may_change_from_step_to_step(model):
         model(**batch(37, tokens=tokens)).loss.backward()
     step = step_of(model)
     assert step is not None
-    assert len(step.recorder.programs) == 1
+    assert len(step.recorder.steps) == 1
 
 
 def test_check_gradients_leaves_no_trace(model, inputs):

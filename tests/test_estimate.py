@@ -12,7 +12,7 @@ from peaks import training_peak
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fxseek
-from fxseek.memory import CATEGORIES, module_tensors
+from fxseek.inspect.memory import CATEGORIES, module_tensors
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers' and peft's own

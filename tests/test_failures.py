@@ -171,7 +171,7 @@ def test_a_defect_of_the_passes(monkeypatch):
     def build(*_: Any, **options: Any) -> Any:
         raise ZeroDivisionError("of a pass")
 
-    monkeypatch.setattr("fxseek.backend.build", build)
+    monkeypatch.setattr("fxseek.capture.backend.build", build)
     model: Any = fxseek.compile(tiny_llama(num_hidden_layers=1), 0.3)
     message = r"no step could be made of it: ZeroDivisionError: of a pass\n.*defect of fxseek"
     with pytest.raises(fxseek.GraphError, match=message):

@@ -11,7 +11,7 @@ from oracle import assert_exact_causal
 from torch import nn
 
 import fxseek
-from fxseek.step import step_of
+from fxseek.capture.step import step_of
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers' own, of what it does in a capture
@@ -50,7 +50,7 @@ CELLS = [
 def general(model: nn.Module) -> list[str]:
     step = step_of(model)
     assert step is not None
-    learn = step.recorder.programs[0].learn
+    learn = step.recorder.steps[0].program.learn
     assert learn is not None
     return [node.name for node in learn.general]
 
@@ -66,7 +66,7 @@ def test_exact(family: Family, attention: str):
         fxseek.check_gradients(model, 1e-9, **longer)
     step = step_of(model)
     assert step is not None
-    assert len(step.recorder.programs) <= 2  # at most one more for the other batch and length
+    assert len(step.recorder.steps) <= 2  # at most one more for the other batch and length
     if family.dense:
         assert general(model) == []
 

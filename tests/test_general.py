@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fxseek
+from fxseek.capture.step import step_of
 from fxseek.passes.facts import where
-from fxseek.step import step_of
 
 Body = Callable[[Model, Tensor], Tensor]
 
@@ -359,7 +359,7 @@ def test_what_took_the_general_path_is_named():
     assert_exact(model)
     step = step_of(model)
     assert step is not None
-    facts = step.recorder.programs[0].facts
+    facts = step.recorder.steps[0].program.facts
     assert facts is not None
     named = [where(node) for node in facts.general]
     assert named

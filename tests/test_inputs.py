@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fxseek
 from fxseek.errors import GraphError, InputError
-from fxseek.masks import read_tokens
+from fxseek.ops.attention import read_tokens
 
 VOCAB, TOKENS = 37, 23
 

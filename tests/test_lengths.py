@@ -14,8 +14,8 @@ from sweeps import thinned
 from torch import Tensor
 
 import fxseek
-from fxseek.reference import compare, masked_backprop
-from fxseek.rows import gather_rows, scatter_rows
+from fxseek.inspect.reference import compare, masked_backprop
+from fxseek.ops.rows import Rows, gather_rows, scatter_rows
 from fxseek.selecting import Selection, count_kept, count_kept_of_rows, select_sample, select_topk
 
 VOCAB = 37
@@ -86,25 +86,25 @@ def test_a_row_alone_selects_what_it_selects_beside_a_longer_one():
 
 
 @pytest.mark.parametrize(
-    ("shape", "where"),
+    ("shape", "at"),
     [
-        ((2, 5, 3), (1, 0)),
-        ((5, 2, 3), (0, 1)),
-        ((2, 4, 5, 3), (2, 0)),
-        ((10, 3), (0, None, True)),
-        ((6, 5, 3), (1, 0, False, 3)),
+        ((2, 5, 3), Rows(1, 0)),
+        ((5, 2, 3), Rows(0, 1)),
+        ((2, 4, 5, 3), Rows(2, 0)),
+        ((10, 3), Rows(0, None, True)),
+        ((6, 5, 3), Rows(1, 0, False, 3)),
     ],
 )
-def test_filled_rows_pass_no_gradient(shape, where):
+def test_filled_rows_pass_no_gradient(shape, at):
     base = torch.rand(*shape, dtype=torch.float64)
     kept = torch.tensor([[0, 3], [1, 4]])
-    rows = gather_rows(base, kept, *where).clone().requires_grad_()
+    rows = gather_rows(base, kept, at).clone().requires_grad_()
     filled = torch.tensor([[False, True], [False, False]])
-    placed = scatter_rows(base, rows, kept, *where, filled=filled)
+    placed = scatter_rows(base, rows, kept, at, filled)
     torch.testing.assert_close(placed, base)  # their values stay
     slopes = torch.rand(placed.shape, dtype=torch.float64)
     (found,) = torch.autograd.grad(placed, rows, slopes)
-    wanted = gather_rows(slopes, kept, *where)
+    wanted = gather_rows(slopes, kept, at)
     lost = (found == 0) & (wanted != 0)
     torch.testing.assert_close(torch.where(lost, wanted, found), wanted)
     once = math.prod(shape) // 10  # elements of one token of one row

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 import fxseek
-from fxseek.reference import compare, masked_backprop
+from fxseek.inspect.reference import compare, masked_backprop
 
 VOCABULARY = 37
 

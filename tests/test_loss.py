@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxseek.loss import Scratch, cross_entropy_parts, cross_entropy_slope
+from fxseek.ops.loss import Scratch, cross_entropy_parts, cross_entropy_slope
 
 ROWS, CLASSES = 11, 7
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import fxseek
 from fxseek import _torch
-from fxseek.loss import cross_entropy_parts, scaled_cross_entropy
-from fxseek.reference import compare
+from fxseek.inspect.reference import compare
+from fxseek.ops.loss import cross_entropy_parts, scaled_cross_entropy
 
 ROWS, TOKENS, VOCAB = 3, 17, 37
 CLASSES = torch.linspace(0.2, 3.0, VOCAB, dtype=torch.float64)
@@ -445,7 +445,7 @@ def test_a_wrong_gradient_of_such_a_loss_is_found(monkeypatch: Any):
     def unweighted(logits: Tensor, target: Tensor, weights: Tensor, *rest: Any, **options: Any):
         return cross_entropy_parts(logits, target, weights, **options)
 
-    monkeypatch.setattr("fxseek.loss.cross_entropy_parts", unweighted)
+    monkeypatch.setattr("fxseek.ops.loss.cross_entropy_parts", unweighted)
     model = model_of()
     fxseek.compile(model, 0.4, score="random", loss=CASES["weight"].loss)
     with pytest.raises(fxseek.GradientMismatch):

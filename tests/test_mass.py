@@ -14,10 +14,10 @@ from strategies import batches, tiny_configs
 from torch import Tensor, nn
 
 import fxseek
-from fxseek.reference import compare, masked_backprop
-from fxseek.scoring import mass
+from fxseek.inspect.reference import compare, masked_backprop
+from fxseek.run.stages import Scores, Select
+from fxseek.scores.tokenseek import mass
 from fxseek.selecting import count_kept
-from fxseek.stages import Scores, Select
 
 EXACT = 1e-9
 VOCAB = 37

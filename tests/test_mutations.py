@@ -14,9 +14,9 @@ from models import TinyConfig, TinyDecoder, batch
 from torch import Tensor, nn
 
 import fxseek
-from fxseek.loss import cross_entropy_parts
-from fxseek.masks import MaskRows
-from fxseek.rows import gather_rows
+from fxseek.ops.attention import MaskRows
+from fxseek.ops.loss import cross_entropy_parts
+from fxseek.ops.rows import Rows, gather_rows
 
 
 def model_of(**config: Any) -> nn.Module:
@@ -56,22 +56,22 @@ def test_keys_and_values_not_scattered_back(attention, inputs, monkeypatch):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_constants_gathered_at_the_wrong_place(attention, inputs, monkeypatch):
-    def off_by_one(x: Tensor, kept: Tensor, *where: Any) -> Tensor:
-        return gather_rows(x, (kept - 1).clamp(min=0), *where)
+    def off_by_one(x: Tensor, kept: Tensor, at: Rows) -> Tensor:
+        return gather_rows(x, (kept - 1).clamp(min=0), at)
 
-    monkeypatch.setattr("fxseek.stages.gather_rows", off_by_one)
+    monkeypatch.setattr("fxseek.run.stages.gather_rows", off_by_one)
     with pytest.raises(fxseek.GradientMismatch):
         check(compiled(attention=attention), inputs)
 
 
 @pytest.mark.parametrize("attention", ["sdpa_float", "eager"])
 def test_mask_rows_of_the_first_positions(attention, inputs, monkeypatch):
-    def first_rows(x: Tensor, kept: Tensor, *where: Any) -> Tensor:
+    def first_rows(x: Tensor, kept: Tensor, at: Rows) -> Tensor:
         if x.dim() == 4 and x.shape[-1] == x.shape[-2]:
             kept = torch.arange(kept.shape[1]).expand_as(kept)
-        return gather_rows(x, kept, *where)
+        return gather_rows(x, kept, at)
 
-    monkeypatch.setattr("fxseek.stages.gather_rows", first_rows)
+    monkeypatch.setattr("fxseek.run.stages.gather_rows", first_rows)
     with pytest.raises(fxseek.GradientMismatch):
         check(compiled(attention=attention), inputs)
 
@@ -100,10 +100,10 @@ def test_the_causal_flag_as_if_selected_tokens_were_neighbours(inputs, monkeypat
 
 
 def test_labels_not_shifted(inputs, monkeypatch):
-    def unshifted(x: Tensor, kept: Tensor, *where: Any) -> Tensor:
+    def unshifted(x: Tensor, kept: Tensor, at: Rows) -> Tensor:
         if x.dtype == torch.int64 and x.dim() == 1:  # targets, batch × tokens
             kept = (kept - 1).clamp(min=0)
-        return gather_rows(x, kept, *where)
+        return gather_rows(x, kept, at)
 
     monkeypatch.setattr("fxseek.passes.ditch.gather_rows", unshifted)
     with pytest.raises(fxseek.GradientMismatch):
@@ -120,11 +120,11 @@ def test_weights_left_out(inputs, monkeypatch):
 
 
 def test_the_embedding_of_the_wrong_tokens(inputs, monkeypatch):
-    def last_tokens(x: Tensor, kept: Tensor, *where: Any) -> Tensor:
+    def last_tokens(x: Tensor, kept: Tensor, at: Rows) -> Tensor:
         if x.dtype == torch.int64 and x.dim() == 2:  # ids and positions
             kept = x.shape[1] - 1 - kept
-        return gather_rows(x, kept, *where)
+        return gather_rows(x, kept, at)
 
-    monkeypatch.setattr("fxseek.stages.gather_rows", last_tokens)
+    monkeypatch.setattr("fxseek.run.stages.gather_rows", last_tokens)
     with pytest.raises(fxseek.GradientMismatch):
         check(compiled(), inputs)

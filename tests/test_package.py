@@ -43,9 +43,10 @@ def read(wheel: Path, suffix: str) -> str:
 
 
 def test_every_module_is_in_the_wheel_and_nothing_else(wheel: Path) -> None:
-    sources = {f"fxseek/{path.name}" for path in (ROOT / "fxseek").glob("*.py")}
-    passes = (path.relative_to(ROOT) for path in (ROOT / "passes").rglob("*.py"))
-    sources |= {f"fxseek/{path.as_posix()}" for path in passes}
+    passes = (ROOT / "passes").rglob("*.py")
+    sources = {f"fxseek/{path.relative_to(ROOT).as_posix()}" for path in passes}
+    own = (path.relative_to(ROOT).as_posix() for path in (ROOT / "fxseek").rglob("*.py"))
+    sources |= set(own)
     packaged = {name for name in names(wheel) if name.endswith(".py")}
     assert packaged == sources
     assert "fxseek/passes/__init__.py" in packaged
@@ -65,7 +66,9 @@ def test_it_tells_type_checkers_that_it_is_typed(wheel: Path) -> None:
 def test_it_declares_the_dynamo_backend(wheel: Path) -> None:
     entries = configparser.ConfigParser()
     entries.read_string(read(wheel, "entry_points.txt"))
-    assert dict(entries["torch_dynamo_backends"]) == {"fxseek": "fxseek.backend:fxseek_backend"}
+    assert dict(entries["torch_dynamo_backends"]) == {
+        "fxseek": "fxseek.capture.backend:fxseek_backend"
+    }
 
 
 def test_it_carries_its_licence_and_the_torch_versions_it_was_tried_on(wheel: Path) -> None:

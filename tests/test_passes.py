@@ -14,13 +14,14 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fxseek.masks import MaskMaker
-from fxseek.passes.ditch import StageGraph, ditch
+from fxseek.ops.attention import MaskMaker
+from fxseek.passes.ditch import ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import KEPT, Rows, Sizes, moved_rows
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.hoist import hoist_gathers
 from fxseek.passes.inline import inline
+from fxseek.passes.ir import Gathered, Piece
 from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.structure import find_structure
@@ -41,6 +42,8 @@ def text(graph: fx.Graph) -> str:
     def spell(value: Any) -> str:
         if isinstance(value, fx.Node):
             return names[value]
+        if isinstance(value, Rows):
+            return f"Rows{tuple(value[: 4 if value.packed or value.heads > 1 else 2])}"
         if isinstance(value, (tuple, list)):
             inside = ", ".join(spell(item) for item in value)
             return f"[{inside}]" if isinstance(value, list) else f"({inside})"
@@ -98,7 +101,7 @@ def weight() -> Tensor:
     return ones(WIDTH, WIDTH)
 
 
-def ditched(made: Captured, wanted: str = "rows") -> StageGraph:
+def ditched(made: Captured, wanted: str = "rows") -> Piece:
     """The learn stage of a graph with one result."""
     (result,) = made.results
     carrying = carrying_nodes(made.graph)
@@ -222,12 +225,12 @@ def test_ditch():
     same(
         stage.graph,
         """
-        x_rows = gather_rows(x, kept, 1, 0, False, 1)
+        x_rows = gather_rows(x, kept, Rows(1, 0))
         h = linear(x_rows, w)
-        h_all = scatter_rows(h_full, h, kept, 1, 0, False, 1, filled)
+        h_all = scatter_rows(h_full, h, kept, Rows(1, 0), filled)
         k = cumsum(h_all, 1)
-        k_rows = gather_rows(k, kept, 1, 0, False, 1)
-        k_all = scatter_rows(k_full, k_rows, kept, 1, 0, False, 1, filled)
+        k_rows = gather_rows(k, kept, Rows(1, 0))
+        k_all = scatter_rows(k_full, k_rows, kept, Rows(1, 0), filled)
         sdpa = attend_rows(h, k_all, x, kept, DEFAULTS)
         mul = mul(sdpa, 2)
         return (mul)
@@ -244,9 +247,9 @@ def test_ditch_gives_full_outputs():
     same(
         stage.graph,
         """
-        x_rows = gather_rows(x, kept, 1, 0, False, 1)
+        x_rows = gather_rows(x, kept, Rows(1, 0))
         linear = linear(x_rows, w)
-        linear_all = scatter_rows(linear_full, linear, kept, 1, 0, False, 1, filled)
+        linear_all = scatter_rows(linear_full, linear, kept, Rows(1, 0), filled)
         return (linear_all)
         """,
     )
@@ -259,20 +262,19 @@ def test_hoist():
 
     mask = torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool)
     made = captured(body, hidden(), weight(), mask)
-    stage, gathers = hoist_gathers(ditched(made))
+    stage = hoist_gathers(ditched(made))
     same(
         stage.graph,
         """
-        x_rows = gather_rows(x, kept, 1, 0, False, 1)
+        x_rows = gather_rows(x, kept, Rows(1, 0))
         h = linear(x_rows, w)
-        h_all = scatter_rows(h_full, h, kept, 1, 0, False, 1, filled)
+        h_all = scatter_rows(h_full, h, kept, Rows(1, 0), filled)
         sdpa = attend_rows(h, h_all, h_all, kept, DEFAULTS, mask=mask_rows_1)
         return (sdpa)
         """,
     )
-    assert [(key.node.name, where) for key, where in gathers if key.node] == [
-        ("l_mask_", (0, 1, 0, False, 1))
-    ]
+    gathered = [item for item in stage.inputs if isinstance(item, Gathered)]
+    assert [(x.node.name, x.unsqueezed, x.rows) for x in gathered] == [("l_mask_", 0, Rows(1, 0))]
 
 
 def test_extract():
@@ -320,7 +322,7 @@ def test_masks_by_rows():
         return (sdpa_1)
         """,
     )
-    maker = stage.modules["mask_rows_0"]
+    maker = stage.parts["mask_rows_0"]
     assert isinstance(maker, MaskMaker) and isinstance(maker.make, fx.GraphModule)
     same(
         maker.make.graph,

@@ -13,7 +13,7 @@ from sweeps import thinned
 from torch import nn
 
 import fxseek
-from fxseek.memory import CATEGORIES
+from fxseek.inspect.memory import CATEGORIES
 
 STAGES = ["prefill", "score", "select", "gather", "learn", "backward"]
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxseek
-from fxseek.saved import SavedBytes
-from fxseek.step import step_of
+from fxseek.capture.step import step_of
+from fxseek.run.saved import SavedBytes
 
 # ---- which functions are per-token ---------------------------------------------------------------
 
@@ -220,8 +220,7 @@ def in_general(model: nn.Module) -> list[str]:
     assert step is not None
     names = [
         str(node.target)
-        for program in step.recorder.programs
-        if program.facts is not None and program.learn is not None
+        for program in (each.program for each in step.recorder.steps)
         for node in (*program.facts.general, *program.learn.general)
     ]
     return names
@@ -517,7 +516,7 @@ def test_steps_of_training(saved):
     assert all(torch.equal(parameters[name], before) for name, before in frozen.items())
     step_ = step_of(model)
     assert step_ is not None
-    assert len(step_.recorder.programs) == 1
+    assert len(step_.recorder.steps) == 1
 
 
 @pytest.mark.sweep
@@ -529,7 +528,7 @@ def test_8_bit_layers_settle_after_a_step(saved):
     fxseek.check_gradients(model, tolerance=1e-5, **batch(37))
     step_ = step_of(model)
     assert step_ is not None
-    assert len(step_.recorder.programs) <= 2
+    assert len(step_.recorder.steps) <= 2
 
 
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.sweep)])

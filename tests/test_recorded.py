@@ -17,7 +17,7 @@ from sweeps import sampled
 from torch import Tensor
 
 import fxseek
-from fxseek.recorders import install_recorders
+from fxseek.capture.recorders import install_recorders
 
 
 def mixture(**options: Any) -> Any:

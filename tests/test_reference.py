@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fxseek.errors import InputError
-from fxseek.reference import compare, masked_backprop
+from fxseek.inspect.reference import compare, masked_backprop
 
 
 def everything(inputs: dict[str, Tensor]) -> Tensor:

@@ -12,19 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fxseek import scoring
 from fxseek.errors import ScoreError
-from fxseek.scoring import (
-    ScoreInputs,
-    accumulate_columns,
-    attention_column_sums,
-    check_scores,
-    combine,
-    gradient_magnitude,
-    mass,
-    random_scores,
-    step_generator,
-)
+from fxseek.scores import ScoreInputs, measures
+from fxseek.scores.base import step_generator
+from fxseek.scores.measures import accumulate_columns, attention_column_sums, gradient_magnitude
+from fxseek.scores.own import check_scores
+from fxseek.scores.random import random_scores
+from fxseek.scores.tokenseek import combine, mass
 
 BATCH, KV_HEADS, GROUPS, TOKENS, WIDTH = 2, 3, 2, 11, 5
 HEADS = KV_HEADS * GROUPS
@@ -141,7 +135,7 @@ def test_column_sums_at_any_size(
 
 
 def test_more_rows_than_one_chunk_takes():
-    tokens = 2 * scoring._MOST_ROWS + 3
+    tokens = 2 * measures._MOST_ROWS + 3
     query, key = randn(1, 2, tokens, WIDTH), randn(1, 1, tokens, WIDTH, seed=1)
     got = attention_column_sums(query, key, is_causal=True)
     expected = column_sums(probabilities(query, key, is_causal=True))
@@ -266,7 +260,7 @@ def test_chunks_cover_everything_once_and_keep_the_bound(
     batch: int, kv_heads: int, groups: int, tokens: int, keys: int, entries: int
 ):
     seen = torch.zeros(batch, kv_heads, tokens, dtype=torch.long)
-    for b, h, rows in scoring._chunks(batch, kv_heads, groups, tokens, keys, entries):
+    for b, h, rows in measures._chunks(batch, kv_heads, groups, tokens, keys, entries):
         part = seen[b, h, rows]
         assert part.numel() > 0
         one_row = part.numel() == 1

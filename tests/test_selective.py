@@ -20,13 +20,14 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxseek
-from fxseek import selective
+from fxseek.capture.step import step_of
 from fxseek.errors import GraphError
-from fxseek.passes.ditch import StageInput
+from fxseek.inspect.memory import loss_of
+from fxseek.passes.ir import input_of
 from fxseek.passes.rematerialise import cheap_regions
 from fxseek.passes.rules import registry
-from fxseek.selective import Selectively
-from fxseek.step import step_of
+from fxseek.run import selective
+from fxseek.run.selective import Selectively
 
 VOCAB, TOKENS = 37, 31
 
@@ -44,8 +45,8 @@ def regions_of(*cuts: str) -> list[list[str]]:
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     captured = capture(block, tensors, [(1,), (), (), ()])
     placeholders = captured.graph.find_nodes(op="placeholder")
-    inputs = [StageInput("input", node) for node in placeholders]
-    found = cheap_regions(captured.graph, inputs, cuts)
+    ends = [node for node in captured.graph.nodes if node.name in cuts]
+    found = cheap_regions(captured.graph, [input_of(node) for node in placeholders], ends)
     return [[registry.operation(node) or "" for node in region.nodes] for region in found]
 
 
@@ -179,7 +180,7 @@ def test_families(family: str, always: None, one_thread: None):
     for recompute in ("none", "selective"):
         fxseek.compile(model, 0.3, score="random", recompute=recompute)
         torch.manual_seed(5)
-        fxseek.memory.loss_of(model(**made.batch())).backward()
+        loss_of(model(**made.batch())).backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         fxseek.uncompile(model)
         model.zero_grad(set_to_none=True)
@@ -196,7 +197,7 @@ def test_a_sum_of_products_is_kept_and_not_its_parts():
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     captured = capture(adapted, tensors, [(1,), (), (), ()])
     placeholders = captured.graph.find_nodes(op="placeholder")
-    regions = cheap_regions(captured.graph, [StageInput("input", n) for n in placeholders], ())
+    regions = cheap_regions(captured.graph, [input_of(n) for n in placeholders], ())
     run = Selectively(fx.GraphModule(nn.Module(), captured.graph), regions)
     for _ in range(2):
         (found,), saved = run(list(captured.inputs), tensors)
@@ -299,7 +300,7 @@ def test_later_steps_look_at_fewer_nodes_and_keep_the_same():
         kept.append(fxseek.report(model).saved_bytes)
     compiled = step_of(model)
     assert compiled is not None
-    module: Any = compiled.recorder.programs[-1].module
+    module: Any = compiled.recorder.steps[-1].module
     run = module.learn.run
     assert isinstance(run, Selectively)
     assert run.narrowed and len(run.narrowed.watched) < len(run.whole.watched)
@@ -431,7 +432,7 @@ def test_regions_end_at_the_next_attention(spelled_out: bool):
     assert saved[1] < saved[0]
     compiled = step_of(model)
     assert compiled is not None
-    module: Any = compiled.recorder.programs[-1].module
+    module: Any = compiled.recorder.steps[-1].module
     regions = [watched.nodes for watched in module.learn.run.whole.watched]
     norms = [sum("rms_norm" in node.name for node in region) for region in regions]
     assert sorted(norms, reverse=True)[:4] == [1, 1, 1, 1]

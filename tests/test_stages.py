@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxseek
-from fxseek.backend import Recorder
-from fxseek.offload import HostTensor, link
-from fxseek.saved import Held, SavedBytes
-from fxseek.step import step_of
+from fxseek.capture.backend import Recorder
+from fxseek.capture.step import step_of
+from fxseek.ops.offload import HostTensor, link
+from fxseek.run.env import Env
+from fxseek.run.saved import Held, SavedBytes
 
 VOCAB, TOKENS, HEADS = 211, 67, 3
 LARGE = TinyConfig(vocab=VOCAB, heads=HEADS, kv_heads=1)
@@ -51,9 +52,7 @@ def recorder_of(model: torch.nn.Module) -> Recorder:
 
 
 def stages(model: torch.nn.Module) -> Any:
-    module = recorder_of(model).programs[0].module
-    assert module is not None
-    return module
+    return recorder_of(model).steps[0].module
 
 
 def shapes_of(stage: Any, run: Any) -> set[tuple[int, ...]]:
@@ -111,7 +110,7 @@ def test_the_prefill_makes_no_logits(score):
     made = shapes_of(stages(model).prefill, lambda: model(**inputs))
     assert not any(VOCAB in shape and TOKENS in shape for shape in made)
     operations = stages(model).prefill.graph_module.graph
-    assert all(not node.meta.get("fxseek") or node.users for node in operations.nodes)
+    assert all(node.meta.get("origin") is None or node.users for node in operations.nodes)
 
 
 def test_the_score_stage_leaves_no_parameter_gradient():
@@ -129,10 +128,9 @@ def test_prefill_values_are_gone_after_the_step():
     prefill = stages(model).prefill
     forward = prefill.forward
 
-    def remember(*args: Any) -> Any:
-        values = forward(*args)
-        held.extend(weakref.ref(value) for value in values.values())
-        return values
+    def remember(env: Env) -> None:
+        forward(env)
+        held.extend(weakref.ref(value) for value in env.values.values())
 
     prefill.forward = remember
     gc.disable()
@@ -251,8 +249,8 @@ def test_the_program_reads_as_the_method():
     assert order == sorted(order)
     assert code.count("self.") == 5
     learn = str(stages(model).learn.graph_module.graph)
-    assert "fxseek.rows.scatter_rows" in learn
-    assert "fxseek.rows.attend_rows" in learn
+    assert "fxseek.ops.rows.scatter_rows" in learn
+    assert "fxseek.ops.attention.attend_rows" in learn
 
 
 def test_outer_saved_tensor_hooks_still_run():

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from tuners import TUNERS, VIRTUAL, Tuner, tuned
 
 import fxseek
-from fxseek.backend import StepReport
+from fxseek.capture.backend import StepReport
+from fxseek.capture.step import step_of
 from fxseek.errors import CaptureError, InputError
+from fxseek.inspect.reference import Reference, compare, masked_backprop
 from fxseek.passes.rules import operation
-from fxseek.reference import Reference, compare, masked_backprop
-from fxseek.step import step_of
 
 # Dynamo makes an instance where a model applies an autograd function of its own (LoHa).
 pytestmark = pytest.mark.filterwarnings(
@@ -101,7 +101,7 @@ def general_operations(model: nn.Module) -> tuple[str, ...]:
     """Operations of the learn stage that the last step ran on all tokens."""
     step = step_of(model)
     assert step is not None
-    learn = step.recorder.programs[-1].learn
+    learn = step.recorder.steps[-1].program.learn
     assert learn is not None
     return tuple(sorted({operation(n) or getattr(n.target, "__name__", "") for n in learn.general}))
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxseek
-from fxseek.reference import compare
-from fxseek.step import step_of
+from fxseek.capture.step import step_of
+from fxseek.inspect.reference import compare
 
 # ---- writes that become new values ---------------------------------------------------------------
 
@@ -653,12 +653,13 @@ def test_views_read_after_a_write(body):
 
 
 def test_a_buffer_bound_to_a_new_tensor():
-    def body(m: Model, x: Tensor) -> Tensor:
+    def body(m: Any, x: Tensor) -> Tensor:
         m.count = m.count * 0.5 + 1
         m.calls += 1
         return x * m.count
 
-    model, inputs = model_of(body), inputs_of()
+    model: Any = model_of(body)
+    inputs: dict[str, Any] = inputs_of()
     model.calls = 0
     fxseek.compile(model, 0.4, score="random")
     for step in range(1, 6):
@@ -672,11 +673,12 @@ def test_a_buffer_bound_to_a_new_tensor():
 
 
 def test_a_counter_is_captured_twice_at_most_and_counts():
-    def body(m: Model, x: Tensor) -> Tensor:
+    def body(m: Any, x: Tensor) -> Tensor:
         m.calls += 1
         return x * (m.scale + m.calls / 7)
 
-    model, inputs = model_of(body), inputs_of()
+    model: Any = model_of(body)
+    inputs: dict[str, Any] = inputs_of()
     model.calls = 0
     fxseek.compile(model, 0.4, score="random")
     step = step_of(model)
@@ -684,7 +686,7 @@ def test_a_counter_is_captured_twice_at_most_and_counts():
     for _ in range(4):
         fxseek.check_gradients(model, **inputs)
         model(**inputs)["loss"].backward()
-    assert len(step.recorder.programs) <= 2
+    assert len(step.recorder.steps) <= 2
 
 
 @pytest.mark.parametrize("outputs", ["loss", "full"])
@@ -708,7 +710,7 @@ def test_a_buffer_set_to_an_activation(outputs):
 
 
 def test_a_weight_set_to_its_own_memory():
-    def body(m: Model, x: Tensor) -> Tensor:
+    def body(m: Any, x: Tensor) -> Tensor:
         m.scale.data = m.alias
         return x * m.scale
 

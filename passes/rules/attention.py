@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
+from fxseek.ops.attention import attend_rows
 from fxseek.passes.facts import is_tensor
-from fxseek.passes.rules.registry import Call, Full, Plan, Sample, Stage, rule
-from fxseek.rows import attend_rows
+from fxseek.passes.ir import Selected
+from fxseek.passes.rules.registry import Call, Full, Plan, Sample, rule
 
 
 @rule(
@@ -57,5 +58,5 @@ def sdpa(call: Call) -> Plan | None:
         if want is None:
             return None
         options["mask"] = want
-    args = (call.own(query, rows), Full(key), Full(value), Stage("kept"))
+    args = (call.own(query, rows), Full(key), Full(value), Selected("kept"))
     return Plan(rows, attend_rows, args, options)

@@ -33,13 +33,13 @@ from fxseek.passes.facts import (
     needs_grad,
     tensors_of,
 )
+from fxseek.passes.ir import Selected
 from fxseek.passes.rules.registry import (
     Call,
     Full,
     Length,
     Plan,
     Sample,
-    Stage,
     find_rule,
     operation,
     rule,
@@ -235,7 +235,8 @@ class _Walk:
             rows = self.rows[carried[0]][node.args[1]]
         else:
             rows = self._planned(node)
-        if not all(isinstance(own, Rows) for own in (rows if isinstance(rows, tuple) else (rows,))):
+        parts = (rows,) if rows is None or isinstance(rows, Rows) else rows
+        if not all(isinstance(own, Rows) for own in parts):
             return False
         if self.facts.square(node):
             return False
@@ -253,8 +254,8 @@ class _Walk:
         plan = found.function(Call(node, self.facts))
         if plan is None or not _same_operation(plan.target, found.name):
             return None
-        whole = [want for want in wants_of(plan) if isinstance(want, (Full, Stage))]
-        if any(isinstance(want, Stage) or want.node in self.facts.stream for want in whole):
+        whole = [want for want in wants_of(plan) if isinstance(want, (Full, Selected))]
+        if any(isinstance(want, Selected) or want.node in self.facts.stream for want in whole):
             return None
         return plan.rows
 

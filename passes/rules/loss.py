@@ -1,7 +1,7 @@
 """Cross-entropy over tokens: the mean over the selected labelled positions.
 
 The full loss is a mean (or sum) of one term per token; only the terms of kept positions are
-computed, with the weights of the selection. See `fxseek.loss.selected_cross_entropy`. A sum of
+computed, with the weights of the selection. See `fxseek.ops.loss.selected_cross_entropy`. A sum of
 terms that constants scale is one operation by then (`passes.scale`), under the same name.
 """
 
@@ -13,15 +13,15 @@ import sympy
 import torch.nn.functional as F
 from torch import fx
 
-from fxseek.loss import selected_cross_entropy
+from fxseek.ops.loss import selected_cross_entropy
 from fxseek.passes.facts import is_tensor
+from fxseek.passes.ir import Selected
 from fxseek.passes.rules.registry import (
     Call,
     Full,
     Length,
     Plan,
     Sample,
-    Stage,
     argument,
     fake,
     rule,
@@ -139,6 +139,6 @@ def cross_entropy(call: Call) -> Plan | None:
     return Plan(
         None,
         selected_cross_entropy,
-        (logits, target, Stage("weights"), classes, scale, every, full_scale),
+        (logits, target, Selected("weights"), classes, scale, every, full_scale),
         {**options, "reduction": loss.reduction},
     )

@@ -21,7 +21,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxseek import _torch
-from fxseek.loss import scaled_cross_entropy
+from fxseek.ops.loss import scaled_cross_entropy
 from fxseek.passes.facts import Facts, Rows, RowsLike, example, is_tensor, moved_rows
 
 
@@ -53,17 +53,10 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """An input of the stage itself: ``"kept"`` or ``"weights"``."""
-
-    name: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """How a node is computed on compact operands.
 
-    `args` and `kwargs` hold `RowsOf`, `Full`, `Length` and `Stage` where the operands go;
+    `args` and `kwargs` hold `RowsOf`, `Full`, `Length` and `Selected` where the operands go;
     `rows` says where the tokens of the (compact) result are, None for a result without.
     """
 

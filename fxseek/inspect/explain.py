@@ -11,15 +11,15 @@ import torch
 from torch import fx, nn
 
 from fxseek import _torch
-from fxseek.backend import make_backend
+from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import InputError
 from fxseek.passes.facts import example, module_path, tensors_of, where
 from fxseek.passes.rules import operation
-from fxseek.pipeline import Program, positions_of
-from fxseek.saved import SavedBytes
+from fxseek.passes.score import EndsInLoss
+from fxseek.program import Program
+from fxseek.run.assemble import Step
+from fxseek.run.saved import SavedBytes
 from fxseek.selecting import Selection, count_kept
-from fxseek.stages import Learn
-from fxseek.step import SeekStep, step_of
 
 __all__ = ["Explanation", "Fallback", "called", "explain"]
 
@@ -98,9 +98,9 @@ def _mib(count: int) -> str:
 class _Captured(BaseException):
     """Carries a captured program out of the call that captured it; nothing is run."""
 
-    def __init__(self, program: Program, inputs: Sequence[Any]) -> None:
+    def __init__(self, step: Step, inputs: Sequence[Any]) -> None:
         super().__init__()
-        self.program = program
+        self.step = step
         self.inputs = inputs
 
 
@@ -118,31 +118,19 @@ def explain(model: nn.Module, /, **batch: Any) -> Explanation:
     step = step_of(model)
     if step is None:
         raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
-    program, inputs = capture(step, batch)
-    return _explain(program, inputs)
+    return _explain(*capture(step, batch))
 
 
-def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[Any]]:
-    """The program of a training step for this batch, and its inputs; nothing is run."""
+def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Step, Sequence[Any]]:
+    """The compiled training step for this batch, and its inputs; nothing is run."""
 
-    def wrap(program: Program) -> Callable[..., Any]:
+    def wrap(step: Step) -> Callable[..., Any]:
         def stop(*inputs: Any) -> Any:
-            raise _Captured(program, inputs)
+            raise _Captured(step, inputs)
 
         return stop
 
-    config = step.config_for(batch)
-    trial = SeekStep(step.model, config)
-    trial.shapes_only = True
-    trial.use_backend(
-        make_backend(
-            config,
-            trial.recorder,
-            full_outputs=False,
-            token_inputs=trial.token_inputs,
-            run=wrap,
-        )
-    )
+    trial = SeekStep(step.model, step.config_for(batch), run=wrap)
     was_training = step.model.training
     modes = {module: module.training for module in step.model.modules()}
     try:
@@ -151,7 +139,7 @@ def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[An
         with torch.enable_grad():
             trial(**batch)
     except _Captured as captured:
-        return captured.program, captured.inputs
+        return captured.step, captured.inputs
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -161,20 +149,18 @@ def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Program, Sequence[An
     )
 
 
-def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
-    facts, learn, score, prefill = program.facts, program.learn, program.score, program.prefill
-    structure = program.structure
-    assert facts and learn and score and prefill and structure
-    stages = {"prefill": _counts(prefill.graph)}
-    stages["score"] = Counter()
-    regions = [part.stage for part in (score.lead, score.tail) if part is not None]
-    for part in (score.block, score.head, *regions):
-        if part is not None:
-            stages["score"] += _counts(part.graph)
-    stages["gather"] = Counter({"gather_rows": len(program.gathers)})
-    stages["learn"] = _counts(learn.graph)
+def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
+    program = step.program
+    facts, learn, score, structure = program.facts, program.learn, program.score, program.structure
+    pieces = [] if score.gradient is None else score.gradient.pieces()
+    stages = {
+        "prefill": _counts(program.prefill.graph),
+        "score": sum((_counts(piece.graph) for piece in pieces), Counter()),
+        "gather": Counter({"gather_rows": len(program.gathered)}),
+        "learn": _counts(learn.graph),
+    }
     notes = []
-    if program.config.score in ("gradient", "tokenseek") and score.head is score.exit is None:
+    if score.gradient is not None and isinstance(score.gradient.end, EndsInLoss):
         notes.append(
             "score: head and loss are not per-token after the last attention, so their gradient "
             "is taken on all tokens at once, not in chunks"
@@ -192,7 +178,7 @@ def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
         )
         for node in learn.general
     )
-    tokens, (fewest, kept), batch, predicted = _predict(program, inputs)
+    tokens, (fewest, kept), batch, predicted = _predict(step, inputs)
     return Explanation(
         tokens=tokens,
         kept=kept,
@@ -205,7 +191,7 @@ def _explain(program: Program, inputs: Sequence[Any]) -> Explanation:
         notes=tuple(notes),
         predicted_saved_bytes=predicted,
         ordinary_saved_bytes=_predict_ordinary(program, inputs),
-        program=program.module,  # type: ignore[arg-type]
+        program=step.module,
     )
 
 
@@ -240,31 +226,27 @@ def _elements(tensor: torch.Tensor) -> int:
     return total
 
 
-def _predict(program: Program, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], int, int]:
+def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], int, int]:
     """tokens, the fewest and the most kept, batch, and the bytes that the learn stage saves.
 
     Found on fake tensors.
     """
-    module, score = program.module, program.score
-    assert module is not None and score is not None and score.primary is not None
-    positions = positions_of(program.graph)
+    config, counted = step.program.config, step.program.score.tokens
     mode, fakes = _torch.faked(inputs)
-    primary = fakes[positions[score.primary]]
-    tokens = primary.shape[program.config.token_dim]
-    batch = 1 if score.batch_dim is None else primary.shape[score.batch_dim]
-    ratio = program.config.ratio
-    bounds = program.config.ratio_bounds if isinstance(ratio, str) else (ratio, ratio)
+    env = step.env(fakes)
+    primary = env.read(counted.primary)
+    tokens = primary.shape[config.token_dim]
+    batch = 1 if counted.batch_dim is None else primary.shape[counted.batch_dim]
+    ratio = config.ratio
+    bounds = config.ratio_bounds if isinstance(ratio, str) else (ratio, ratio)
     fewest, kept = (count_kept(bound, tokens) for bound in bounds)
     with mode:
-        values = module.get_submodule("prefill")(fakes, positions)
-        positions_kept = torch.zeros(batch, kept, dtype=torch.int64, device=primary.device)
-        weights = torch.ones(batch, kept, device=primary.device)
-        rows = module.get_submodule("gather")(fakes, positions, values, positions_kept)
-        selection = Selection(positions_kept, weights)
-        learn = module.get_submodule("learn")
-        assert isinstance(learn, Learn)
-        learn(fakes, positions, values, rows, selection)
-    return tokens, (fewest, kept), batch, learn.saved_bytes
+        positions = torch.zeros(batch, kept, dtype=torch.int64, device=primary.device)
+        selection = Selection(positions, torch.ones(batch, kept, device=primary.device))
+        step.module.get_submodule("prefill")(env)
+        step.module.get_submodule("gather")(env, positions)
+        _, saved_bytes = step.module.get_submodule("learn")(env, selection)
+    return tokens, (fewest, kept), batch, saved_bytes
 
 
 def _predict_ordinary(program: Program, inputs: Sequence[Any]) -> int:

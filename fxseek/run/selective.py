@@ -1,8 +1,8 @@
 """Running a stage so that autograd keeps products, and not what follows from them cheaply.
 
-Autograd hands each tensor that it saves to a pair of hooks (`fxseek.saved`). In the place of one
-that a cheap region has made (`fxseek.passes.rematerialise`) a note is kept of how to make it. The
-region runs again when backward asks for the first of its tensors, and lets go of each as it is
+Autograd hands each tensor that it saves to a pair of hooks (`fxseek.run.saved`). In the place of
+one that a cheap region has made (`fxseek.passes.rematerialise`) a note is kept of how to make it.
+The region runs again when backward asks for the first of its tensors, and lets go of each as it is
 given.
 """
 
@@ -20,11 +20,11 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fxseek import _torch
-from fxseek.boxed import unpack_list, with_source_lines
 from fxseek.errors import GraphError
 from fxseek.passes.facts import tensors_of
 from fxseek.passes.rematerialise import Region
-from fxseek.saved import Held, SavedBytes
+from fxseek.run.boxed import unpack_list, with_source_lines
+from fxseek.run.saved import Held, SavedBytes
 
 __all__ = ["Selectively"]
 

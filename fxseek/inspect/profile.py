@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxseek.backend import stage_seconds
+from fxseek.capture.backend import stage_seconds
+from fxseek.capture.step import step_of
 from fxseek.errors import InputError
-from fxseek.explain import capture
-from fxseek.memory import (
+from fxseek.inspect.explain import capture
+from fxseek.inspect.memory import (
     StepMemory,
     Tracker,
     following,
@@ -22,8 +23,7 @@ from fxseek.memory import (
     loss_of,
     module_tensors,
 )
-from fxseek.pipeline import Program, positions_of
-from fxseek.step import step_of
+from fxseek.run.assemble import Step
 
 __all__ = ["Profile", "profile"]
 
@@ -91,8 +91,8 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
             f"backend={step.config.backend!r}: the tensors inside of compiled stages cannot be "
             'followed. Compile the model with backend="eager" to profile it'
         )
-    program, inputs = capture(step, batch)
-    run = _Run(model, program, tuple(inputs), step.recorder.step, step.padding_mask(batch))
+    compiled, inputs = capture(step, batch)
+    run = _Run(model, compiled, tuple(inputs), step.recorder.step, step.calls.padding_mask(batch))
     tensors = [x for x in batch.values() if isinstance(x, Tensor)]
     tracker = Tracker(tensors[0].device.type)
     tracker.hold(module_tensors(model), "parameters")
@@ -102,11 +102,10 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
         kept = run.followed(tracker)
     with _as_before(model, inputs):
         seconds, allocated = run.timed()  # warm by now
-    learn: Any = run.module.get_submodule("learn")
     return Profile(
         **tracker.result(),
         seconds=seconds,
-        saved_bytes=learn.saved_bytes,
+        saved_bytes=run.saved_bytes,
         allocated_bytes=allocated,
         tokens=run.tokens,
         kept=kept.shape[1],
@@ -121,17 +120,16 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        program: Program,
+        step: Step,
         inputs: tuple[Any, ...],
         index: int,
         padding_mask: Tensor | None,
     ) -> None:
-        assert program.module is not None
         self.model = model
-        self.program = program
-        self.module = program.module
-        self.arguments = (inputs, positions_of(program.graph), index, padding_mask)
+        self.step = step
+        self.arguments = (inputs, index, padding_mask)
         self.tokens = 0
+        self.saved_bytes = 0
 
     def timed(self) -> tuple[dict[str, float], int | None]:
         """Seconds of each stage, and the allocator's peak in bytes."""
@@ -139,8 +137,8 @@ class _Run:
         if accelerator:
             torch.accelerator.reset_peak_memory_stats()
         seconds: dict[str, float] = {}
-        with stage_seconds(self.module, seconds):
-            outputs, _, scores = self.module(*self.arguments)
+        with stage_seconds(self.step.module, seconds):
+            outputs, _, scores, self.saved_bytes = self.step.run(*self.arguments)
         self.tokens = scores.valid.shape[1]
         del scores
         start = time.perf_counter()
@@ -152,8 +150,8 @@ class _Run:
 
     def followed(self, tracker: Tracker) -> Tensor:
         """Memory into the tracker; returns the positions that were kept."""
-        with tracker, following(self.program, tracker):
-            outputs, selection, _ = self.module(*self.arguments)
+        with tracker, following(self.step, tracker):
+            outputs, selection, *_ = self.step.run(*self.arguments)
             tracker.stage("backward")
             loss_of(outputs).backward()
             tracker.label((p.grad for p in self.model.parameters()), "gradients")

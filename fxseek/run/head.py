@@ -8,21 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxseek import _torch
 from fxseek.config import SeekConfig
-from fxseek.loss import Scratch, cross_entropy_slope, mass_of, mean_of_parts
-from fxseek.lowering import piece
-from fxseek.passes.facts import Rows
+from fxseek.ops.loss import Scratch, cross_entropy_slope, mass_of, mean_of_parts
+from fxseek.ops.sweep import Sum, chunks_of, rows_of_chunk, sweep
 from fxseek.passes.head import Head
+from fxseek.passes.ir import Given, Selected
+from fxseek.run.lowering import run_part
+from fxseek.run.piece import module_of
 
-__all__ = ["ChunkedHead", "chunks_of", "rows_of_chunk"]
-
-
-def chunks_of(total: int, most: int) -> list[slice]:
-    """`total` positions in as few slices as possible of at most `most`, of about one length."""
-    count = -(-total // max(1, most))
-    size = -(-total // max(1, count))
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+__all__ = ["ChunkedHead"]
 
 
 class ChunkedHead(nn.Module):
@@ -37,18 +31,18 @@ class ChunkedHead(nn.Module):
         self.head = head
         self.chunk_bytes = config.chunk_bytes
         self.recompute = config.recompute == "block"
-        module = head.stage.module("Head")
-        self.run: Callable[..., tuple[Tensor, Tensor]] = piece(module, config.backend, "none")
-        self.run_again: Callable[..., tuple[Tensor, Tensor]] = piece(
+        module = module_of(head.stage, "Head")
+        self.run: Callable[..., tuple[Tensor, Tensor]] = run_part(module, config.backend, "none")
+        self.run_again: Callable[..., tuple[Tensor, Tensor]] = run_part(
             module, config.backend, "block"
         )
-        self.logits: Callable[..., tuple[Tensor, Tensor]] = piece(
-            head.logits.module("Logits"), config.backend, "none"
+        self.logits: Callable[..., tuple[Tensor, Tensor]] = run_part(
+            module_of(head.logits, "Logits"), config.backend, "none"
         )
-        kinds = [item.kind for item in head.stage.inputs]
-        self.rows_at = kinds.index("rows")
-        self.positions_at = [i for i, k in enumerate(kinds) if k in ("kept", "weights", "filled")]
-        self.weights_at = kinds.index("weights")
+        inputs = head.stage.inputs
+        self.rows_at = inputs.index(Given(head.entry))
+        self.positions_at = [i for i, item in enumerate(inputs) if isinstance(item, Selected)]
+        self.weights_at = inputs.index(Selected("weights"))
 
     def forward(self, *arguments: Any) -> Tensor:
         """The loss: a scalar. The arguments are the head's inputs; last, for a sum, all targets.
@@ -60,13 +54,11 @@ class ChunkedHead(nn.Module):
         weights = given[self.weights_at]
         chunks = self.chunks(*weights.shape)
         run = self.run_again if self.recompute or len(chunks) > 1 else self.run
-        parts = []
-        for chunk in _torch.few(chunks, weights):
-            sliced = given if len(chunks) == 1 else self.sliced(given, chunk)
-            parts.append(run(*sliced))
-        total, labelled = parts[0]
-        for more, count in parts[1:]:
-            total, labelled = total + more, labelled + count
+
+        def part(chunk: slice) -> tuple[Tensor, Tensor]:
+            return run(*(given if len(chunks) == 1 else self.sliced(given, chunk)))
+
+        total, labelled = sweep(chunks, part, (Sum(), Sum()), weights)
         return mean_of_parts(total, labelled, self.mass(*full) if full else None)
 
     def mass(self, *full: Any) -> Any:
@@ -114,16 +106,3 @@ class ChunkedHead(nn.Module):
             if found[index] is not None:
                 found[index] = found[index][:, chunk]
         return found
-
-
-def rows_of_chunk(x: Tensor, rows: Rows, batch: int, chunk: slice) -> Tensor:
-    """A chunk of each row's positions."""
-    if rows.packed:
-        return x.unflatten(rows.row, (batch, -1))[_at(rows.row + 1, chunk)].flatten(
-            rows.row, rows.row + 1
-        )
-    return x[_at(rows.row, chunk)]
-
-
-def _at(dim: int, chunk: slice) -> tuple[slice, ...]:
-    return (*[slice(None)] * dim, chunk)

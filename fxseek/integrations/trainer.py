@@ -12,9 +12,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fxseek.backend import StepReport
+from fxseek.api import resume
+from fxseek.capture.backend import StepReport
+from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import InputError
-from fxseek.step import SeekStep, resume, step_of
 
 try:
     import resource

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxseek.backend import StepReport
+from fxseek.capture.backend import StepReport
+from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import GradientMismatch, InputError
-from fxseek.explain import called
+from fxseek.inspect.explain import called
+from fxseek.inspect.reference import Reference, compare, masked_backprop, state_of
 from fxseek.passes.facts import (
     Facts,
     Rows,
@@ -26,8 +28,6 @@ from fxseek.passes.facts import (
     where,
 )
 from fxseek.passes.rules import Full, Plan, wants_of
-from fxseek.reference import Reference, compare, masked_backprop, state_of
-from fxseek.step import SeekStep, step_of
 
 __all__ = ["GradientCheck", "check_gradients"]
 
@@ -116,12 +116,12 @@ def _reference(
     model: nn.Module, step: SeekStep, last: StepReport, batch: dict[str, Any]
 ) -> Reference:
     """Masked full backprop of what the step selected."""
-    program = step.recorder.program
-    structure = None if program is None else program.structure
-    virtual = 0 if program is None or program.sizes is None else program.sizes.virtual
+    latest = step.recorder.latest
+    assert latest is not None
+    structure, virtual = latest.program.structure, latest.program.facts.sizes.virtual
     loss = step.config.loss
-    restricted = structure is None or bool(structure.losses)
-    if loss is None and restricted and not (structure and structure.unrestricted):
+    restricted = bool(structure.losses)
+    if loss is None and restricted and not structure.unrestricted:
         # the model's own, written by hand
         with suppress(InputError):
             return masked_backprop(
@@ -244,11 +244,12 @@ def _refuse_hidden_rows(step: SeekStep) -> None:
         InputError: rows that a parameter makes reach an operation that reads all of them, and are
             the result of no module on the way.
     """
-    program = step.recorder.program
-    facts = None if program is None else program.facts
-    for node in [] if program is None or facts is None else program.graph.nodes:
-        plan = facts.plans.get(node) if facts is not None else None
-        if facts is None or not isinstance(plan, Plan) or not isinstance(plan.rows, Rows):
+    latest = step.recorder.latest
+    assert latest is not None
+    facts = latest.program.facts
+    for node in latest.program.graph.nodes:
+        plan = facts.plans.get(node)
+        if not isinstance(plan, Plan) or not isinstance(plan.rows, Rows):
             continue
         if not any(needs_grad(x) and not facts.token_sized(x) for x in node.all_input_nodes):
             continue
@@ -292,9 +293,11 @@ def _same_module(node: fx.Node, user: fx.Node) -> bool:
 
 def _tolerance(step: SeekStep) -> float:
     """By the lowest precision among the values that carry gradient."""
+    latest = step.recorder.latest
+    assert latest is not None
     dtypes = {
         tensor.dtype
-        for node in ([] if step.recorder.program is None else step.recorder.program.graph.nodes)
+        for node in latest.program.graph.nodes
         for tensor in tensors_of(example(node))
         if tensor.requires_grad and tensor.dtype in _TOLERANCES
     }

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from fxseek import _torch
 from fxseek.errors import InputError
-from fxseek.pipeline import Program
-from fxseek.stages import Learn
+from fxseek.run.assemble import Step
+from fxseek.run.stages import Learn
 
 __all__ = [
     "CATEGORIES",
@@ -344,22 +344,20 @@ def loss_of(outputs: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def following(program: Program, tracker: Tracker) -> Iterator[None]:
-    """Let a run of `program.module` tell the tracker its stages and what they hand on."""
-    module, learn = program.module, program.learn
-    assert module is not None and learn is not None
-    kept = {item.node for item in learn.inputs if item.kind == "value"}
-    constants = {item.node for item, _ in program.gathers}
+def following(step: Step, tracker: Tracker) -> Iterator[None]:
+    """Let a run of a step tell the tracker its stages and what they hand on."""
+    module, kept = step.module, step.program.kept
+    constants = {item.node for item in step.program.gathered}
     inside = contextlib.ExitStack()
 
     def begin(name: str) -> Any:
         def hook(stage: nn.Module, arguments: tuple[Any, ...]) -> None:
             tracker.stage(name)
             if isinstance(stage, Learn):
-                _, _, values, rows, selection = arguments
-                tracker.label((x for n, x in values.items() if n in kept), "K/V")
-                tracker.label((x for n, x in values.items() if n in constants), "constants")
-                tracker.label([*rows.values(), *vars(selection).values()], "constants")
+                env, selection = arguments
+                tracker.label((x for n, x in env.values.items() if n in kept), "K/V")
+                tracker.label((x for n, x in env.values.items() if n in constants), "constants")
+                tracker.label([*env.rows.values(), *vars(selection).values()], "constants")
                 inside.enter_context(tracker.kinds_kept())
                 inside.enter_context(saved_as_activations(tracker))
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
-from fxseek.estimate import peak_of_ratios
+from fxseek.inspect.estimate import peak_of_ratios
 
 __all__ = ["ratio_within"]
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from fxseek import _torch
+from fxseek.capture.uncomputed import Uncomputed
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, GraphError, InputError
 from fxseek.passes.facts import tensors_of
-from fxseek.pipeline import Program, build, positions_of, trains
-from fxseek.saved import functions_of
-from fxseek.selecting import Selection
-from fxseek.stages import Learn, Scores
-from fxseek.uncomputed import Uncomputed
+from fxseek.program import Writes, build, trains
+from fxseek.run.assemble import Ran, Step, assemble
+from fxseek.run.saved import functions_of
+from fxseek.scores import scorer_of
 
 log = logging.getLogger("fxseek")
 
@@ -37,8 +37,8 @@ class StepReport:
     `selected`: LongTensor[batch, kept], ascending; a row keeps its ratio of its own valid tokens,
     and one that keeps fewer than another ends in -1. `weights`: FloatTensor[batch, kept], the
     loss weight of each (0 where there is none). `valid`: BoolTensor[batch, tokens], False at
-    padding. `scores`, `context`, `gradient`: FloatTensor[batch, tokens]; the latter two are None
-    where the score does not use them.
+    padding. `scores`: FloatTensor[batch, tokens]; `parts`: what they are made of, by name, of the
+    same shape (``"context"``, ``"gradient"``), where the score measures any.
     `full_loss`: the loss over all labelled tokens in nats, None where scoring did not compute it.
     `saved_bytes`: bytes that autograd keeps for backward, parameters and buffers excluded, shared
     memory counted once. `tokens`: tokens of a row. `step`: how many steps were run before.
@@ -50,13 +50,22 @@ class StepReport:
     weights: Tensor
     valid: Tensor
     scores: Tensor
-    context: Tensor | None
-    gradient: Tensor | None
+    parts: dict[str, Tensor]
     full_loss: Tensor | None
     saved_bytes: int
     tokens: int
     step: int
     timings: dict[str, float] | None = None
+
+    @property
+    def context(self) -> Tensor | None:
+        """The context score, None where the score does not use it."""
+        return self.parts.get("context")
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient score, None where the score does not use it."""
+        return self.parts.get("gradient")
 
 
 @dataclass
@@ -72,8 +81,8 @@ class Recorder:
     padding_mask: Tensor | None = None
     uncomputed: list[Uncomputed] = field(default_factory=list)
     """What the last step returned in the place of activations."""
-    programs: list[Program] = field(default_factory=list)
-    program: Program | None = None
+    steps: list[Step] = field(default_factory=list)
+    latest: Step | None = None
     """The one that ran last."""
     compile_seconds: float = 0.0
 
@@ -96,12 +105,12 @@ def make_backend(
     *,
     full_outputs: bool,
     token_inputs: Sequence[str] | None = None,
-    run: Callable[[Program], Callable[..., Any]] | None = None,
+    run: Callable[[Step], Callable[..., Any]] | None = None,
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """A backend for `torch.compile` that compiles training graphs and leaves others alone.
 
     `token_inputs` are the arguments that count tokens; by default all that are long enough.
-    `run` makes the compiled function of a program; by default the step itself.
+    `run` makes the compiled function of a step; by default the step itself.
     """
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -110,26 +119,21 @@ def make_backend(
         start = time.perf_counter()
         program = build(gm.graph, config, full_outputs=full_outputs, token_inputs=token_inputs)
         structure = program.structure
-        assert structure is not None
         for note in [] if full_outputs and not structure.losses else structure.notes():
             log.warning("fxseek: %s", note)
-        recorder.programs.append(program)
+        step = assemble(program)
+        recorder.steps.append(step)
         recorder.compile_seconds += time.perf_counter() - start
-        return _step(program, recorder, config) if run is None else run(program)
+        return _compiled(step, recorder) if run is None else run(step)
 
     return backend
 
 
-def _step(program: Program, recorder: Recorder, config: SeekConfig) -> Callable[..., Any]:
-    module = program.module
-    assert module is not None
-    positions = positions_of(program.graph)
-    learn = module.get_submodule("learn")
-    assert isinstance(learn, Learn)
+def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
+    config, writes, dropped = step.program.config, step.program.writes, step.program.dropped
+    drawn = scorer_of(config).draws or config.select == "sample"
 
-    drawn = config.score not in ("tokenseek", "context", "gradient") or config.select == "sample"
-
-    def step(*inputs: Any) -> Any:
+    def run(*inputs: Any) -> Any:
         index = recorder.step
         if drawn and _torch.in_backward():
             raise InputError(
@@ -138,39 +142,37 @@ def _step(program: Program, recorder: Recorder, config: SeekConfig) -> Callable[
                 'of torch.utils.checkpoint; recompute="block" of fxseek.compile keeps less.'
             )
         timings: dict[str, float] | None = {} if recorder.timed else None
-        if program.parameters:
-            assert program.first is not None
+        if writes.parameters:
             with torch.no_grad():
-                program.first(*[inputs[at] for at in program.parameters])
+                writes.first(*[inputs[at] for at in writes.parameters])
         given = list(inputs)
-        for at in program.written:  # what autograd saves of them must not change
+        for at in writes.written:  # what autograd saves of them must not change
             given[at] = inputs[at].clone()
-        with nullcontext() if timings is None else stage_seconds(module, timings):
-            outputs, selection, scores = module(given, positions, index, recorder.padding_mask)
-        if program.written:
-            outputs = _write(outputs, inputs, program)
+        with nullcontext() if timings is None else stage_seconds(step.module, timings):
+            ran = step.run(given, index, recorder.padding_mask)
+        outputs = _write(ran.outputs, inputs, writes) if writes.written else ran.outputs
         recorder.step += 1
-        recorder.program = program
-        recorder.uncomputed = [Uncomputed() for _ in program.dropped]
-        if program.dropped:
+        recorder.latest = step
+        recorder.uncomputed = [Uncomputed() for _ in dropped]
+        if dropped:
             outputs = list(outputs)
-            for at, stand_in in zip(program.dropped, recorder.uncomputed, strict=True):
+            for at, stand_in in zip(dropped, recorder.uncomputed, strict=True):
                 outputs[at] = stand_in
-        recorder.last = _report(selection, scores, learn.saved_bytes, index, timings)
+        recorder.last = _report(ran, index, timings)
         _LATEST.recorder = weakref.ref(recorder)
         return outputs
 
-    return step
+    return run
 
 
 @torch.no_grad()
-def _write(outputs: Sequence[Any], inputs: Sequence[Any], program: Program) -> list[Any]:
+def _write(outputs: Sequence[Any], inputs: Sequence[Any], writes: Writes) -> list[Any]:
     """Write the last outputs to the buffers that they are for; the others."""
-    count = len(outputs) - len(program.written)
-    for at, value in zip(program.written, outputs[count:], strict=True):
+    count = len(outputs) - len(writes.written)
+    for at, value in zip(writes.written, outputs[count:], strict=True):
         inputs[at].copy_(value)
     return [
-        inputs[program.returned[i]] if i in program.returned else value
+        inputs[writes.returned[i]] if i in writes.returned else value
         for i, value in enumerate(outputs[:count])
     ]
 
@@ -202,22 +204,16 @@ def stage_seconds(module: fx.GraphModule, timings: dict[str, float]) -> Iterator
             hook.remove()
 
 
-def _report(
-    selection: Selection,
-    scores: Scores,
-    saved_bytes: int,
-    step: int,
-    timings: dict[str, float] | None,
-) -> StepReport:
+def _report(ran: Ran, step: int, timings: dict[str, float] | None) -> StepReport:
+    scores = ran.scores
     return StepReport(
-        selected=selection.selected,
-        weights=selection.weights,
+        selected=ran.selection.selected,
+        weights=ran.selection.weights,
         valid=scores.valid,
         scores=scores.scores,
-        context=scores.context,
-        gradient=scores.gradient,
+        parts=scores.parts,
         full_loss=scores.full_loss,
-        saved_bytes=saved_bytes,
+        saved_bytes=ran.saved_bytes,
         tokens=scores.valid.shape[1],
         step=step,
         timings=timings,

@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
-from fxseek.boxed import Boxed
+from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
-from fxseek.passes.ditch import StageGraph
-from fxseek.passes.rematerialise import cheap_regions
-from fxseek.passes.segments import block_inputs, segment
-from fxseek.passes.structure import Structure
-from fxseek.saved import SavedBytes, functions_of
-from fxseek.selective import Selectively
+from fxseek.passes.schedule import Schedule
+from fxseek.run.boxed import Boxed
+from fxseek.run.saved import SavedBytes, functions_of
+from fxseek.run.selective import Selectively
 
 BACKENDS = {"aot_eager": "aot_eager_decomp_partition", "inductor": "inductor"}
 """torch.compile's names; the plain ``aot_eager`` would not partition by min-cut."""
@@ -31,7 +30,7 @@ Run = Callable[[list[Any], tuple[Any, ...]], tuple[Any, int]]
 bytes saved for backward."""
 
 
-def piece(module: fx.GraphModule, backend: str, recompute: str) -> Callable[..., Any]:
+def run_part(module: fx.GraphModule, backend: str, recompute: str) -> Callable[..., Any]:
     """How a part of the learn stage is run.
 
     With ``recompute="block"`` only its inputs are kept for backward, which runs it again.
@@ -41,43 +40,34 @@ def piece(module: fx.GraphModule, backend: str, recompute: str) -> Callable[...,
     return partial(checkpoint, module, use_reentrant=False) if recompute == "block" else module
 
 
-def lower(
-    module: fx.GraphModule,
-    stage: StageGraph,
-    backend: str,
-    recompute: str,
-    structure: Structure,
-) -> Run:
-    """How the learn stage is run: `module` is that of `stage`.
+def lower(module: fx.GraphModule, schedule: Schedule, config: SeekConfig) -> Run:
+    """How the learn stage is run: `module` is that of the piece which `schedule` is made for.
 
     ``backend="eager"`` runs the graph and lets go of each value after its last use;
     ``"aot_eager"`` runs AOTAutograd with the min-cut partitioner, ``"inductor"`` compiles; both
     with dynamic shapes, block by block, so that blocks that look alike are compiled once.
-    ``recompute="selective"`` keeps products and makes again what follows from them cheaply, as the
+    ``recompute="selective"`` keeps products and recomputes what follows from them cheaply, as the
     partitioner does in any case. ``recompute="block"`` keeps the inputs of each block and runs it
     again in backward.
     """
-    if backend == "eager" and recompute == "none":
+    eager = config.backend == "eager"
+    if schedule.regions is not None:
+        return Selectively(module, schedule.regions)
+    if schedule.segments is None:
         return _hooked(module)
-    if backend == "eager" and recompute == "selective":
-        ends, attentions = (
-            [stage.compact[node].name for node in nodes if node in stage.compact]
-            for nodes in (structure.stream_cuts, structure.attentions)
-        )
-        regions = cheap_regions(module.graph, stage.inputs, ends, attentions)
-        return Selectively(module, regions)
-    module = segment(module, stage, block_inputs(structure))
+    place = schedule.segments.__getitem__
+    module = split_module(module, module, place, keep_original_order=True)
     alike: dict[Any, Callable[..., Any]] = {}
     for name, part in list(module.named_children()):
         assert isinstance(part, fx.GraphModule)
         part = fx.GraphModule(part, part.graph)  # Dynamo reads no lazy one, as split_module makes
         if part.graph.find_nodes(op="call_module", target="head"):
             continue  # it sees to itself
-        key = name if backend == "eager" else _likeness(part)
+        key = name if eager else _likeness(part)
         if key not in alike:
-            alike[key] = piece(part, backend, recompute)
+            alike[key] = run_part(part, config.backend, config.recompute)
         setattr(module, name, _Called(alike[key]))
-    return _hooked(module) if backend == "eager" else _counted(module)
+    return _hooked(module) if eager else _counted(module)
 
 
 class _Called(nn.Module):

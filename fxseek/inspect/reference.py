@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._torch import compiled_call, set_compiled_call
-from .errors import InputError
+from fxseek._torch import compiled_call, set_compiled_call
+from fxseek.errors import InputError
 
 __all__ = ["Comparison", "Reference", "compare", "masked_backprop", "state_of"]
 

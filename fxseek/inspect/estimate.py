@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,13 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxseek import _torch, rows
+from fxseek import _torch
+from fxseek.capture.limits import uses_cache
+from fxseek.capture.step import SeekStep
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
-from fxseek.explain import capture
-from fxseek.limits import uses_cache
-from fxseek.masks import read_tokens
-from fxseek.memory import (
+from fxseek.inspect.explain import capture
+from fxseek.inspect.memory import (
     StepMemory,
     Tracker,
     following,
@@ -37,10 +36,8 @@ from fxseek.memory import (
     module_tensors,
     saved_as_activations,
 )
-from fxseek.pipeline import Program, positions_of
-from fxseek.stages import Select
-from fxseek.step import compile as compile_step
-from fxseek.step import step_of
+from fxseek.ops.attention import kernel, read_tokens
+from fxseek.run.assemble import Step
 
 __all__ = ["Estimate", "estimate"]
 
@@ -155,11 +152,7 @@ def estimate(
     if ordinary:
         run.ordinary(model, inputs)
         return Estimate(**run.tracker.result(), kept=tokens, **about)
-    compile_step(model, config)
-    step = step_of(model)
-    assert step is not None
-    program, arguments = capture(step, inputs)
-    kept = run.selective(model, program, arguments, inputs)
+    kept = run.selective(model, *capture(SeekStep(model, config), inputs), inputs)
     return Estimate(**run.tracker.result(), kept=kept, **about)
 
 
@@ -172,18 +165,11 @@ def peak_of_ratios(
     """
     model = _on_meta(model, torch.float32).train()
     inputs = _batch(model, tokens, batch)
-    compile_step(model, config)
-    step = step_of(model)
-    assert step is not None
-    program, arguments = capture(step, inputs)
-    assert program.module is not None
-    select = program.module.get_submodule("select")
-    assert isinstance(select, Select)
+    step, arguments = capture(SeekStep(model, config), inputs)
 
     def peak(ratio: float) -> int:
-        select.config = dataclasses.replace(config, ratio=ratio)
         run = _Run(device, None)
-        run.selective(model, program, arguments, inputs)
+        run.selective(model, step.with_ratio(ratio), arguments, inputs)
         return Estimate(
             **run.tracker.result(), tokens=tokens, kept=0, batch=batch, parameters=0, trainable=0,
             device=device, description="",
@@ -445,9 +431,6 @@ class _Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
-        if func is Tensor.backward:  # the mode is off in it, and blocks may run again there
-            with patch.object(torch.nn.functional, "scaled_dot_product_attention", self.attend):
-                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -559,13 +542,11 @@ class _Run:
     def selective(
         self,
         model: nn.Module,
-        program: Program,
+        step: Step,
         arguments: Sequence[Any],
         batch: dict[str, Tensor],
     ) -> int:
         """The stages, backward and the optimiser's step; returns how many tokens are kept."""
-        module = program.module
-        assert module is not None
         mode = _torch.fake_mode()
         known: dict[int, Tensor] = {}
 
@@ -584,8 +565,8 @@ class _Run:
         optimiser = self._start(
             map(fake, module_tensors(model)), map(fake, batch.values()), trained
         )
-        with mode, self._running(), following(program, self.tracker):
-            outputs, selection, _ = module(fakes, positions_of(program.graph), 0, padding_mask)
+        with mode, self._running(), following(step, self.tracker):
+            outputs, selection, *_ = step.run(fakes, 0, padding_mask)
             self._finish(loss_of(outputs), trained, optimiser)
         return int(selection.kept.shape[1])
 
@@ -629,7 +610,8 @@ class _Run:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         grouped = ("cpu", "meta") if self.device == "cpu" else ("cpu",)  # what meta stands for
-        with patch.object(rows, "GROUPED_KERNELS", grouped), self.tracker, _Kernels(self.device):
+        kernels = _Kernels(self.device)
+        with kernel(kernels.attend, grouped), self.tracker, kernels:
             yield
 
     def _finish(

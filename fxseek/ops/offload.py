@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxseek import _torch
-from fxseek.rows import owned
+from fxseek.ops.rows import owned
 
 __all__ = ["HostTensor", "link", "to_device", "to_host"]
 

@@ -1,4 +1,4 @@
-"""Attention masks that are made row by row.
+"""Attention of some tokens or all, and masks that are made row by row.
 
 Shapes: `kept` is LongTensor[batch or 1, rows], query positions; rows of a mask are
 Bool[batch or 1, heads or 1, rows, keys].
@@ -6,7 +6,8 @@ Bool[batch or 1, heads or 1, rows, keys].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,15 +17,20 @@ from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
 from fxseek.errors import InputError
+from fxseek.ops.sweep import Cat, chunks_of, sweep
 
 __all__ = [
     "MaskMaker",
     "MaskRows",
     "attend",
     "attend_all",
+    "attend_folded",
     "attend_in_chunks",
+    "attend_rows",
+    "kernel",
     "queries_of",
     "read_tokens",
+    "shared_mask",
 ]
 
 _COMPARED_ROWS = 256
@@ -130,12 +136,28 @@ class MaskMaker(nn.Module):
         return MaskRows(self.make, leaves, self.square)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """`scaled_dot_product_attention` as it is at each call, in backward too.
+_attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+_grouped: tuple[str, ...] = ("cpu",)
 
-    `fxseek.estimate` replaces torch's own meanwhile.
+
+@contextlib.contextmanager
+def kernel(attend: Callable[..., Tensor], grouped: tuple[str, ...]) -> Iterator[None]:
+    """Attention by another function meanwhile, for tensors that stand for those of a device.
+
+    `grouped`: devices with a fused kernel for a mask together with grouped heads.
     """
-    return F.scaled_dot_product_attention(query, key, value, **options)
+    global _attend, _grouped
+    before = _attend, _grouped
+    _attend, _grouped = attend, grouped
+    try:
+        yield
+    finally:
+        _attend, _grouped = before
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """`scaled_dot_product_attention`, or the `kernel` in its place."""
+    return _attend(query, key, value, **options)
 
 
 def attend_all(
@@ -173,20 +195,115 @@ def attend_in_chunks(
     The mask of a chunk is made for it, and in backward anew, with the attention.
     """
     count = kept.shape[1]
-    step = max(1, _CHUNK_BYTES // (4 * key.shape[-2] * max(1, query.shape[0])))
+    most = max(1, _CHUNK_BYTES // (4 * key.shape[-2] * max(1, query.shape[0])))
 
     def part(query: Tensor, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
         return attention(query, key, value, attn_mask=mask.rows(kept), **options)
 
-    if count <= step:
+    if count <= most:
         return part(query, key, value, kept)
-    parts = []
-    starts = range(0, count, step)
-    for start in _torch.few(starts, query):
-        chunk = slice(start, min(start + step, count))
+
+    def run(chunk: slice) -> tuple[Tensor]:
         given = (query[..., chunk, :], key, value, kept[:, chunk])
         if torch.is_grad_enabled():
-            parts.append(checkpoint(part, *given, use_reentrant=False))
+            return (checkpoint(part, *given, use_reentrant=False),)
+        return (part(*given),)
+
+    (found,) = sweep(chunks_of(count, most), run, (Cat(-2),), query)
+    return found
+
+
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    *,
+    mask: Tensor | MaskRows | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    batch_dim: int | None = None,
+) -> Tensor:
+    """`scaled_dot_product_attention` of selected queries over all keys.
+
+    Shapes: query [..., kept, width]; key, value [..., keys, width]; mask broadcastable to
+    [..., kept, keys], or made by rows, on chunks of queries. The causal flag becomes the kept rows
+    of the causal mask (aligned at the top left, as torch's own flag is).
+    """
+    if is_causal:
+        causal = kept.unsqueeze(-1) >= torch.arange(key.shape[-2], device=key.device)
+        if batch_dim is None:
+            mask = causal[0]
         else:
-            parts.append(part(*given))
-    return torch.cat(_torch.all_of(parts, len(starts)), dim=-2)
+            shape = [1] * query.dim()
+            shape[batch_dim] = causal.shape[0]
+            mask = causal.view(*shape[:-2], *causal.shape[-2:])
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
+    attention: Callable[..., Tensor] = attend
+    if mask is not None and _folds(query, enable_gqa):
+        attention = attend_folded
+    else:
+        options["enable_gqa"] = enable_gqa
+    if isinstance(mask, MaskRows):
+        return attend_in_chunks(attention, query, key, value, kept, mask, **options)
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        mask = mask.to(query.dtype)  # shared by layers of other precision
+    return attention(query, key, value, attn_mask=mask, **options)
+
+
+def _folds(query: Tensor, enable_gqa: bool) -> bool:
+    """Whether grouped heads become further queries.
+
+    Of the fused kernels only the CPU's takes a mask and grouped heads; elsewhere keys and values
+    would be repeated, and a map of kept × keys made for each head.
+    """
+    return enable_gqa and query.dim() == 4 and query.device.type not in _grouped
+
+
+def shared_mask(
+    mask: Tensor | MaskRows, query: Tensor, key: Tensor, *, enable_gqa: bool = False
+) -> Tensor | MaskRows:
+    """A boolean mask as the kernels of all layers want it.
+
+    They make an additive one of their own in each call, and autograd keeps every one of them. Each
+    makes its own of one by rows.
+    """
+    if isinstance(mask, MaskRows):
+        return mask
+    mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    return _folded(mask, query, key.shape[1]) if _folds(query, enable_gqa) else mask
+
+
+def _folded(mask: Tensor, query: Tensor, kv_heads: int) -> Tensor:
+    """A mask for queries of which each key head has its whole group."""
+    groups = (kv_heads, query.shape[1] // kv_heads)
+    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask.expand(-1, -1, query.shape[2], -1)
+    if mask.shape[1] == 1:
+        return mask.unsqueeze(2).expand(-1, -1, groups[1], -1, -1).flatten(2, 3)
+    return mask.unflatten(1, groups).flatten(2, 3)
+
+
+def attend_folded(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any
+) -> Tensor:
+    """Grouped-query attention whose groups are further queries of their key head.
+
+    Shapes: query [batch, heads, kept, width]; key, value [batch, kv_heads, keys, width]; attn_mask
+    broadcastable to [batch, heads, kept, keys], or folded already → [batch, heads, kept, width].
+    """
+    heads, kept = query.shape[1:3]
+    kv_heads = key.shape[1]
+    groups = (kv_heads, heads // kv_heads)
+    if attn_mask.dim() < 4 or attn_mask.shape[2] != groups[1] * kept:
+        attn_mask = _folded(attn_mask, query, kv_heads)
+    found = attend(
+        query.unflatten(1, groups).flatten(2, 3),
+        key,
+        value,
+        attn_mask=attn_mask,
+        **options,
+    )
+    return found.unflatten(2, (groups[1], kept)).flatten(1, 2)

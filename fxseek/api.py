@@ -1,0 +1,111 @@
+"""`fxseek.compile`, and what is asked of a compiled model."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fxseek import _torch
+from fxseek.capture.backend import StepReport, latest_recorder
+from fxseek.capture.limits import refuse_attention, refuse_wrapper
+from fxseek.capture.step import SeekStep, step_of
+from fxseek.config import SeekConfig
+from fxseek.errors import ConfigError, InputError
+from fxseek.inspect.budget import ratio_within
+
+__all__ = ["compile", "report", "resume", "uncompile"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile(model: Model, ratio: float | str | SeekConfig = 0.1, **options: Any) -> Model:
+    """Make a model's training step keep the activations of selected tokens only.
+
+    In training mode, with grad enabled and labels given, a call of the model runs the
+    compiled step: all tokens once without grad, scores, and the best ``ceil(ratio · tokens)``
+    of each row with grad. In eval mode and under ``torch.no_grad`` the model is what it was.
+
+    Args:
+        model: any module that Dynamo captures as one graph; returned itself, not wrapped.
+        ratio: share of tokens that are back-propagated through, in (0, 1]; ``"mass:0.9"`` for as
+            few of each row as hold 90 % of its score mass; or a `SeekConfig`.
+        options: fields of `SeekConfig`: score, select, alpha, beta, backend, ...
+
+    Raises:
+        ConfigError: an argument is out of range, the model is compiled already or wrapped for
+            parallel training, or its attention cannot be compiled.
+
+    Source: TokenSeek, arXiv 2601.19739. Gradients equal masked full backprop (docs).
+    """
+    config = SeekConfig.make(ratio, **options)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse_wrapper(model, ConfigError)
+    compiled = [name for name, module in model.named_modules() if step_of(module) is not None]
+    if compiled:
+        part = f"{compiled[0]!r} in the model" if compiled[0] else "the model"
+        raise ConfigError(
+            f"{part} is compiled by fxseek already; call fxseek.uncompile on it first"
+            + ("" if compiled[0] else " to change the configuration")
+        )
+    if _torch.is_compiled(model):
+        raise ConfigError(
+            "the model is compiled by torch.compile already. Give fxseek the plain model, and "
+            'choose how its stages are lowered by backend="inductor".'
+        )
+    refuse_attention(model, ConfigError)
+    step = SeekStep(model, config, fit=ratio_within)
+    step.switch_off_checkpointing()
+    _torch.set_compiled_call(model, step)
+    return model
+
+
+def uncompile(model: Model) -> Model:
+    """Give the model its original call back; returns it. A model that is not compiled stays."""
+    step = step_of(model)
+    if step is not None:
+        step.restore_checkpointing()
+        _torch.set_compiled_call(model, None)
+    return model
+
+
+def report(model: nn.Module | None = None) -> StepReport:
+    """What the last training step selected, scored and saved; see `StepReport`.
+
+    Without a model: the last step of ``torch.compile(..., backend="fxseek")`` in this thread.
+
+    Raises:
+        InputError: the model is not compiled by fxseek, or no training step has run.
+    """
+    if model is None:
+        recorder = latest_recorder()
+    else:
+        step = step_of(model)
+        if step is None:
+            raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+        recorder = step.recorder
+    if recorder is None or recorder.last is None:
+        raise InputError(
+            "no training step has run: call the model in training mode, with labels and with "
+            "grad enabled"
+        )
+    return recorder.last
+
+
+def resume(model: nn.Module, step: int) -> None:
+    """Let the next training step of a compiled model be number `step`.
+
+    Random scores and samples are drawn from the seed and the number of the step, counted per
+    forward. After a restart, a loop that has run `step` of them goes on where it was:
+    ``fxseek.report(model).step + 1`` at the time of saving. `SeekCallback` does it in a Trainer.
+
+    Raises:
+        InputError: the model is not compiled by fxseek, or `step` is not a number of steps.
+    """
+    compiled = step_of(model)
+    if compiled is None:
+        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise InputError(f"step={step!r} is not a number of steps: pass an integer of at least 0")
+    compiled.recorder.step = step

@@ -1,0 +1,181 @@
+"""Where Dynamo (torch 2.11 to 2.14) has no way to be told: settings and patches, for a capture.
+
+A patch is put back after the last capture under way. Where another release has no such class or
+method, it is left out: what it settles is then what Dynamo itself makes of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["capture_settings"]
+
+
+@contextlib.contextmanager
+def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
+    """Settings of the capture: no duck shaping, `warning_once` ignored, and `_settled` questions.
+
+    A module is captured for at most so many kinds of batches (`captures`). `optimize_ddp` would
+    split the graph at the buckets of a DistributedDataParallel around the module. Duck shaping
+    gives two dimensions of equal length one symbol, so a batch as large as the sequence would be
+    taken for it. A module's hooks are guarded, so that one that is added or removed later counts;
+    by default Dynamo takes it that nobody does. An integer of a module that changes from step to
+    step, such as a counter, becomes an input of the graph; by default each value is captured anew.
+    The settings live in private config modules. transformers adds `warning_once` to
+    `logging.Logger`; Dynamo breaks on Logger methods unless they are listed. In a `first` call,
+    which captures, the garbage collector rests: it finds next to nothing in Dynamo's millions of
+    objects and takes a sixth of the time.
+    """
+    from torch.fx.experimental import _config as fx_config
+
+    functions: set[Any] = torch._dynamo.config.ignore_logging_functions
+    warning_once: Any = getattr(logging.Logger, "warning_once", None)
+    added = warning_once is not None and warning_once not in functions
+    if added:
+        functions.add(warning_once)
+    resting = first and gc.isenabled()
+    if resting:
+        gc.disable()
+    try:
+        with (
+            torch._dynamo.config.patch(
+                optimize_ddp=False,
+                recompile_limit=captures,
+                skip_nnmodule_hook_guards=False,
+                allow_unspec_int_on_nn_module=True,
+            ),
+            fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
+            _settled(),
+        ):
+            yield
+    finally:
+        if resting:
+            gc.enable()
+        if added:
+            functions.discard(warning_once)
+
+
+_SETTLED = threading.RLock()
+_settled_by = 0  # captures that are under way
+_overridden: list[tuple[type, str, Any]] = []
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Let Dynamo settle what is known at capture and what it asks a graph for, or gives up on.
+
+    - A single uniform draw compared with a number that no draw reaches, as in
+      ``torch.rand(1) > p`` with ``p = 0``: a layer that is dropped by chance, where the chance is
+      none. 0 counts as a number that no draw reaches (one in 2**24 does).
+    - A method of a string that is an attribute of a constant: ``type(x).__module__.startswith``.
+    - ``x.requires_grad = value`` where that is its value already.
+
+    Dynamo has no setting for any of them; the methods are put back after the last capture.
+    """
+    global _settled_by
+    with _SETTLED:
+        _settled_by += 1
+    try:
+        with _SETTLED:
+            if not _overridden:
+                _override_dynamo()
+        yield
+    finally:
+        with _SETTLED:
+            _settled_by -= 1
+            while _settled_by == 0 and _overridden:
+                owner, name, before = _overridden.pop()
+                if before is None:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+
+
+def _override_dynamo() -> None:
+    from torch._dynamo import variables
+    from torch._dynamo.variables import builtin, misc
+    from torch._dynamo.variables.constant import ConstantVariable
+
+    def override(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        if hasattr(owner, name):  # another release may have another name, and the settlement
+            _overridden.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, make(getattr(owner, name)))
+
+    def comparison(ask: Any) -> Any:
+        def as_python_constant(self: Any) -> Any:
+            settled = _settled_comparison(self.proxy.node)
+            return ask(self) if settled is None else settled
+
+        return as_python_constant
+
+    def text_method(ask: Any) -> Any:
+        def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+            if self.is_python_constant() and isinstance(self.as_python_constant(), str):
+                text = ConstantVariable.create(self.as_python_constant())
+                return text.call_method(tx, name, args, kwargs)
+            return ask(self, tx, name, args, kwargs)
+
+        return call_method
+
+    def assignment(ask: Any) -> Any:
+        def set_attribute(self: Any, tx: Any, owner: Any, name: Any, value: Any) -> Any:
+            if (
+                isinstance(owner, variables.TensorVariable)
+                and name.is_python_constant()
+                and name.as_python_constant() == "requires_grad"
+                and value.is_python_constant()
+                and value.as_python_constant() is owner.requires_grad
+            ):
+                return value
+            return ask(self, tx, owner, name, value)
+
+        return set_attribute
+
+    override(variables.TensorVariable, "as_python_constant", comparison)
+    override(misc.GetAttrVariable, "call_method", text_method)
+    for owner, name in (
+        ("SetAttrBuiltinVariable", "_call_setattr"),  # torch 2.13
+        ("BuiltinVariable", "call_setattr"),
+    ):
+        override(getattr(builtin, owner, None), name, assignment)
+
+
+_SWAPPED = {"gt": "lt", "lt": "gt", "ge": "le", "le": "ge"}
+
+
+def _settled_comparison(node: fx.Node) -> bool | None:
+    """What a comparison of a uniform draw with a number gives whatever is drawn, or None."""
+    name = _name(node)
+    if name not in _SWAPPED or len(node.args) != 2:
+        return None
+    draw, bound = node.args
+    if getattr(bound, "target", None) is torch.rand:
+        draw, bound, name = bound, draw, _SWAPPED[name]
+    if not isinstance(draw, fx.Node) or draw.target is not torch.rand or "out" in draw.kwargs:
+        return None
+    if not all(_name(user) in _SWAPPED for user in draw.users):
+        return None  # it may have been written to
+    drawn = draw.meta.get("example_value")
+    if isinstance(bound, fx.Node):  # a number that has changed since the last capture
+        bound = bound.meta.get("example_value")
+    if not isinstance(bound, (int, float, torch.SymFloat)) or isinstance(bound, bool):
+        return None
+    if drawn is None or drawn.numel() != 1:
+        return None
+    if bound <= 0:  # of a symbol, this is a guard
+        return name in ("gt", "ge")
+    if bound >= 1:
+        return name in ("lt", "le")
+    return None
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -1,0 +1,364 @@
+"""What `fxseek.compile` puts in the place of a model's call."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxseek import _torch
+from fxseek.capture.backend import Recorder, make_backend
+from fxseek.capture.call import Calls
+from fxseek.capture.limits import refuse_attention, refuse_wrapper
+from fxseek.capture.patches import capture_settings
+from fxseek.capture.quantised import trace_dequantisation
+from fxseek.capture.recorders import install_recorders
+from fxseek.capture.uncomputed import Uncomputed, cleared
+from fxseek.config import SeekConfig
+from fxseek.errors import CaptureError, FxseekError, InputError
+from fxseek.run.assemble import Step
+
+__all__ = ["SeekStep", "step_of"]
+
+log = logging.getLogger("fxseek")
+
+Fit = Callable[[nn.Module, SeekConfig, int, int], float]
+
+# What a step of one model may be captured for: dtypes, adapters, one row or many, ...
+_CAPTURES = 64
+
+
+def step_of(model: nn.Module) -> SeekStep | None:
+    """The compiled step of a model, or None."""
+    call = _torch.compiled_call(model)
+    return call if isinstance(call, SeekStep) else None
+
+
+class SeekStep:
+    """What `nn.Module.__call__` runs instead of the module's own call.
+
+    `fit` picks the ratio that a memory budget allows, for a model, a configuration, and a number of
+    tokens and rows. `run` makes the function of a captured step; by default the step itself. With
+    another one the call is captured and not run, so that any device will do (`fxseek.explain`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SeekConfig,
+        *,
+        fit: Fit | None = None,
+        run: Callable[[Step], Callable[..., Any]] | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.calls = Calls(model, config, self._tell)
+        self.fit = fit
+        self.run = run
+        self.recorder = Recorder()
+        self._restore: list[Callable[[], None]] = []
+        self._buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        """Each module's buffers as they were at a capture, until its first step is done."""
+        self._told: set[str] = set()
+        self._largest = 0
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Let the model's call be captured anew when it is called next."""
+        self._global_hooks = _torch.global_hooks()
+        model, loss = self.model, self.config.loss
+        backend = make_backend(
+            self.config,
+            self.recorder,
+            full_outputs=False,
+            token_inputs=self.calls.token_inputs,
+            run=self.run,
+        )
+        call = _torch.eager_call(model)
+        options: dict[str, Any] = {"fullgraph": True}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
+            options["isolate_recompiles"] = True  # models share code: each counts its own captures
+
+        def with_loss(*args: Any, **kwargs: Any) -> Any:
+            # a function of ours: Dynamo would break a bare call up at the model's own hooks
+            outputs = call(*args, **kwargs)
+            return None if loss is None else _scalar(loss(outputs, kwargs)), outputs
+
+        def capture(gm: fx.GraphModule, examples: Any) -> Callable[..., Any]:
+            self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
+            return backend(gm, examples)
+
+        self._plain = with_loss
+        self._compiled = torch.compile(with_loss, backend=capture, **options)
+
+    # ---- the call ------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The training step where there is something to train on, else the original call."""
+        model = self.model
+        if not (model.training and torch.is_grad_enabled()):
+            return _torch.eager_call(model)(*args, **kwargs)
+        return self._train(args, kwargs)
+
+    @torch.compiler.disable(reason="fxseek compiles the training step by itself")
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The compiled step; a `torch.compile` around the model leaves it alone."""
+        refuse_wrapper(self.model, InputError)
+        refuse_attention(self.model, InputError)
+        calls = self.calls
+        batch = calls.bind(args, kwargs)
+        if batch.get("fused_lm_head"):
+            raise InputError(
+                "fused_lm_head=True: TRL's SFTTrainer computes its loss outside the model, by a "
+                "kernel that cannot be captured. Let it use the model's own loss: override its "
+                "compute_loss as docs/quickstart.md shows."
+            )
+        if self.config.loss is None and not calls.has_labels(batch):
+            raise InputError(
+                "no labels: in training mode fxseek selects tokens for the loss, so the model "
+                "must be given labels=. Pass them, or give fxseek.compile a loss= callable; for "
+                "inference call model.eval() or use torch.no_grad()."
+            )
+        self.switch_off_checkpointing()
+        calls.refuse_cache(batch)
+        calls.without_cache(batch)
+        if self._global_hooks != _torch.global_hooks():
+            self._prepare()
+        marked = calls.marked(batch, any_device=self.run is not None)
+        if self.run is None:
+            self._fit_budget(batch)
+        self.recorder.padding_mask = calls.padding_mask(batch)
+        try:
+            return self._run(marked)
+        finally:
+            self.recorder.padding_mask = None
+
+    def _tell(self, message: str) -> None:
+        """Log a warning, once for each model."""
+        if message not in self._told:
+            self._told.add(message)
+            log.warning("fxseek: %s", message)
+
+    def _fit_budget(self, batch: dict[str, Any]) -> None:
+        """Pick the ratio for the first batch, and for one that is larger than all before."""
+        config = self.config_for(batch)
+        if config is self.config:
+            return
+        primary = batch[self.calls.primary_names(batch)[0]]
+        self._largest = primary.shape[0] * primary.shape[config.token_dim]
+        self.config = config
+        self._prepare()
+
+    def config_for(self, batch: dict[str, Any]) -> SeekConfig:
+        """The configuration, with the ratio that a memory budget allows for such a batch."""
+        names = self.calls.primary_names(batch)
+        if self.config.memory_budget_bytes is None or self.fit is None or not names:
+            return self.config
+        rows, tokens = batch[names[0]].shape[0], batch[names[0]].shape[self.config.token_dim]
+        if rows * tokens <= self._largest:
+            return self.config
+        ratio = self.fit(self.model, self.config, tokens, rows)
+        return dataclasses.replace(self.config, ratio=ratio)
+
+    def _run(self, batch: dict[str, Any]) -> Any:
+        try:
+            first = not self.recorder.steps
+            with capture_settings(captures=_CAPTURES, first=first), _quiet(batch):
+                result = self._captured(batch)
+        except FxseekError:
+            raise
+        except _torch.CapturedTooOften as error:
+            raise CaptureError(
+                f"{type(self.model).__name__} was captured {_CAPTURES} times: something other than "
+                "the length and the batch size changes from step to step. TORCH_LOGS=recompiles "
+                "shows what; keep it constant, or call torch._dynamo.reset()."
+            ) from error
+        except Exception as error:
+            told = self._hooked(error)
+            own = None
+            if told is None:
+                told = _torch.translated(error, type(self.model).__name__)
+                own = self._own_error(batch) if _torch.may_have_raised(error) else None
+            try:
+                if own is not None:
+                    raise own from own.__cause__
+                if told is None:
+                    raise
+                raise told from error
+            finally:
+                del told, own  # their tracebacks hold this frame
+        if self.recorder.uncomputed:
+            result = self._cleared(result)
+        self._buffers = []
+        loss, outputs = result
+        if self.config.loss is None:
+            return outputs
+        if not loss.requires_grad and any(p.requires_grad for p in self.model.parameters()):
+            raise InputError(
+                "loss= returned a tensor that no gradient flows through: compute it from the "
+                "model's outputs, without detach(), item() or torch.no_grad()"
+            )
+        return _with_loss(outputs, loss)
+
+    def _cleared(self, result: Any) -> Any:
+        """The model's output with None for activations; says so where somebody else keeps one."""
+        met: list[Uncomputed] = []
+        result = cleared(result, met)
+        if len({id(x) for x in met}) < len(self.recorder.uncomputed):
+            self._refuse_kept_buffer()
+            self._tell(
+                "a hook or the model keeps activations that a training step does not compute, and "
+                'reading one is an error: compile with outputs="full" to have them, or with '
+                'outputs="selected" to have their selected rows'
+            )
+        self.recorder.uncomputed = []
+        return result
+
+    def _refuse_kept_buffer(self) -> None:
+        """A buffer must be a tensor: it is saved with the model."""
+        names = {module: name for name, module in self.model.named_modules()}
+        refused = []
+        for module, before in self._buffers:
+            for name, value in module._buffers.items():
+                if isinstance(value, Uncomputed):
+                    module._buffers[name] = before.get(name)
+                    refused.append(".".join(part for part in (names[module], name) if part))
+        if refused:
+            raise InputError(
+                f"the model sets its buffer {refused[0]!r} to an activation of all tokens, which a "
+                'training step does not compute: fxseek.compile(model, ..., outputs="full") makes '
+                "it do so. The buffer is as it was before the step."
+            )
+
+    def _hooked(self, error: Exception) -> CaptureError | None:
+        """The error to raise where hooks on a backward were in the way of a capture."""
+        if not isinstance(error, _torch.CaptureFailure):
+            return None
+        hooked = [
+            repr(name) if name else "the model" for name in _torch.backward_hooked(self.model)
+        ]
+        if any(name.startswith("_global_backward") for name, *_ in self._global_hooks):
+            hooked.append("every module (register_module_full_backward_hook)")
+        if not hooked:
+            return None
+        more = f" (and {len(hooked) - 1} more)" if len(hooked) > 1 else ""
+        return CaptureError(
+            f"{hooked[0]}{more} has a hook on its backward, which cannot be captured. Remove it, "
+            "or hook the gradient of a value instead: a forward hook that calls "
+            "output.register_hook(...) is captured."
+        )
+
+    def _captured(self, batch: dict[str, Any]) -> Any:
+        """The compiled call, captured again where hooks had to be installed first."""
+        trace_dequantisation()
+        while True:
+            try:
+                return self._compiled(**batch)
+            except _torch.CaptureFailure as error:
+                if not install_recorders(self.model, error):
+                    raise
+
+    def _own_error(self, batch: dict[str, Any]) -> Exception | None:
+        """What the model, or `loss=`, raises for this batch by itself; None if it raises nothing.
+
+        Dynamo reads code that raises as code that it cannot capture. So the call is run once more
+        without it, keeping nothing for backward. Shapes alone do not run.
+        """
+        tensors = [x for x in batch.values() if isinstance(x, Tensor)]
+        if any(x.is_meta or _torch.is_fake(x) for x in (*tensors, *self.model.parameters())):
+            return None
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):
+                self._plain(**batch)
+        except FxseekError as error:
+            return error
+        except torch.OutOfMemoryError:
+            return None  # a capture needs no memory
+        except Exception as error:
+            error.add_note(
+                f"Raised by the code of {type(self.model).__name__}, its hooks or loss=, when "
+                "fxseek captured a training step, and without fxseek too. The call was given "
+                f"{', '.join(batch)}."
+            )
+            return error
+        return None
+
+    # ---- what is in the way of a capture -------------------------------------------------
+
+    def switch_off_checkpointing(self) -> None:
+        """Switch gradient checkpointing and the input-require-grads hook off, and say so."""
+        modules = [
+            module
+            for module in self.model.modules()
+            if getattr(module, "gradient_checkpointing", False) is True
+        ]
+        for module in modules:
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010 - not declared on Module
+            self._restore.append(partial(setattr, module, "gradient_checkpointing", True))
+        if modules:
+            log.warning(
+                "fxseek: gradient checkpointing is switched off; the compiled step keeps the "
+                "activations of selected tokens only, so there is nothing left to checkpoint"
+            )
+        hooks = _input_hooks(self.model)
+        for table, key in hooks:
+            self._restore.append(partial(table.__setitem__, key, table.pop(key)))
+        if hooks:
+            log.warning(
+                "fxseek: the input-require-grads hook is removed; only gradient checkpointing "
+                "needs it, and it cannot be captured"
+            )
+
+    def restore_checkpointing(self) -> None:
+        """Undo `switch_off_checkpointing`."""
+        while self._restore:
+            self._restore.pop()()
+
+
+@contextlib.contextmanager
+def _quiet(batch: dict[str, Any]) -> Iterator[None]:
+    """Dynamo looks at an input's .grad; torch warns about that of an alias of a trained input."""
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in batch.values()):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        yield
+
+
+def _input_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int]]:
+    """The hooks that make embeddings' outputs require grad (transformers and peft name them so)."""
+    return [
+        (module._forward_hooks, key)
+        for module in model.modules()
+        for key, hook in module._forward_hooks.items()
+        if "make_inputs_require_grad" in getattr(hook, "__name__", "")
+    ]
+
+
+def _scalar(loss: Any) -> Tensor:
+    """What `loss=` returned, if it can be trained on."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise InputError(
+        f"loss= must return a tensor with one element, the loss to train on; it returned {found}"
+    )
+
+
+def _with_loss(outputs: Any, loss: Tensor) -> Any:
+    """The model's output with the loss in it: as ``["loss"]`` of a mapping, else first."""
+    if isinstance(outputs, dict):
+        outputs["loss"] = loss
+        return outputs
+    if isinstance(outputs, tuple):
+        return (loss, *outputs)
+    return loss, outputs

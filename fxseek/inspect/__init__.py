@@ -1,0 +1,1 @@
+"""What can be asked of a compiled model: explain, check, profile, estimate."""

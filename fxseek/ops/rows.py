@@ -1,0 +1,137 @@
+"""Token rows: where a value has them, and how the stages gather and scatter them.
+
+Shapes: `kept` is LongTensor[batch, kept].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rows", "gather_rows", "owned", "put_rows_", "scatter_rows"]
+
+
+class Rows(NamedTuple):
+    """Where the tokens of a value are.
+
+    `row`: the dimension whose index is the token that the value belongs to.
+    `batch`: the dimension of the batch; None when the batch is 1 or merged into `row`.
+    `packed`: `row` is batch × tokens, batch-major, as ``view(-1, width)`` makes it.
+    `heads`: how often `batch` repeats each row of the batch; above 1 where heads are merged into
+    it (batch-major), as ``view(batch * heads, tokens, width)`` does.
+    """
+
+    row: int
+    batch: int | None = None
+    packed: bool = False
+    heads: int = 1
+
+    def shift(self, by: int) -> Rows:
+        """The same dimensions when `by` leading ones are added (or, negative, removed)."""
+        return self.moved(lambda dim: dim + by)
+
+    def moved(self, place: Callable[[int], int]) -> Rows:
+        """The same tokens where each dimension ``dim`` has become ``place(dim)``."""
+        batch = None if self.batch is None else place(self.batch)
+        return self._replace(row=place(self.row), batch=batch)
+
+    def without(self, dims: Iterable[int]) -> Rows:
+        """The same tokens when `dims` are gone, none of which is one of these."""
+        gone = set(dims)
+        return self.moved(lambda dim: dim - sum(other < dim for other in gone))
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Every dimension that an operation must leave alone to be per-token."""
+        return (self.row,) if self.batch is None else (self.row, self.batch)
+
+
+def _packed_index(kept: Tensor, length: int) -> Tensor:
+    batch = kept.shape[0]
+    start = torch.arange(batch, device=kept.device).unsqueeze(1) * (length // batch)
+    return (kept + start).reshape(-1)
+
+
+def gather_rows(x: Tensor, kept: Tensor, at: Rows) -> Tensor:
+    """The selected rows of a full value: [..., tokens, ...] → [..., kept, ...].
+
+    A batch dimension of size 1 (a value that all rows of a batch share) is expanded first.
+    """
+    row, batch, packed, heads = at
+    if packed:
+        return x.index_select(row, _packed_index(kept, x.shape[row]))
+    if batch is None:
+        return x.index_select(row, kept[0])
+    kept = _repeated(kept, heads)
+    rows = kept.shape[0]
+    if x.shape[batch] == 1 and rows > 1:
+        x = x.expand(*(rows if i == batch else -1 for i in range(x.dim())))
+    moved = x.movedim((batch, row), (0, 1))
+    which = torch.arange(rows, device=kept.device).unsqueeze(1)
+    return moved[which, kept].movedim((0, 1), (batch, row))
+
+
+def scatter_rows(
+    base: Tensor, rows: Tensor, kept: Tensor, at: Rows, filled: Tensor | None = None
+) -> Tensor:
+    """A full value with its selected rows replaced; the others are constants from `base`.
+
+    Rows that are `filled` up with positions that are not selected pass no gradient.
+
+    Shapes: base [..., tokens, ...], rows [..., kept, ...], filled Bool [batch, kept] →
+    [..., tokens, ...].
+    """
+    row, batch, packed, heads = at
+    kept = _repeated(kept, heads)
+    if filled is not None:
+        filled = _repeated(filled, heads)
+        rows = torch.where(_placed(filled, rows, at), rows.detach(), rows)
+    if packed:
+        return base.index_copy(row, _packed_index(kept, base.shape[row]), rows)
+    if batch is None:
+        return base.index_copy(row, kept[0], rows)
+    which = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
+    moved = base.movedim((batch, row), (0, 1))
+    placed = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
+    return placed.movedim((0, 1), (batch, row))
+
+
+def owned(value: Any) -> Any:
+    """A value that keeps nothing but itself alive: views of larger memory are copied."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+        return value.clone()
+    return value
+
+
+def put_rows_(base: Tensor, rows: Tensor, kept: Tensor, at: Rows) -> None:
+    """Write rows into a full value in place; shapes as `scatter_rows` has them. No gradient."""
+    row, batch, packed, heads = at
+    kept = _repeated(kept, heads)
+    if packed:
+        base.index_copy_(row, _packed_index(kept, base.shape[row]), rows)
+    elif batch is None:
+        base.index_copy_(row, kept[0], rows)
+    else:
+        which = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
+        base.movedim((batch, row), (0, 1))[which, kept] = rows.movedim((batch, row), (0, 1))
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    return x if heads == 1 else x.repeat_interleave(heads, 0)
+
+
+def _placed(filled: Tensor, rows: Tensor, at: Rows) -> Tensor:
+    """[batch, kept] with its dimensions where `rows` has them."""
+    row, batch, packed, _ = at
+    shape = [1] * rows.dim()
+    if packed:
+        shape[row] = filled.numel()
+        return filled.reshape(shape)
+    shape[row] = filled.shape[1]
+    if batch is None:
+        return filled[0].reshape(shape)
+    shape[batch] = filled.shape[0]
+    return (filled if batch < row else filled.T).reshape(shape)

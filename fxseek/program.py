@@ -1,0 +1,241 @@
+"""The passes in order, and the program that they make.
+
+captured graph
+  → inline, unbatch    no checkpointed regions, no vmap
+  → functionalise      no writes
+  → normalise          one spelling per operation
+  → scale_terms        scaled terms of a loss as one operation
+  → unshift            label shifts by padding
+  → find_tokens        rows, columns, batch; a plan for each node that a rule understands
+  → find_structure     loss, attentions, the last block
+  → ditch              learn: the selected rows alone    ┐
+  → plan_scores        score: what the scorer reads      ├ → extract   prefill: what they read
+  → schedule           what is kept for backward         ┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from torch import fx, nn
+
+from fxseek.config import SeekConfig
+from fxseek.errors import FxseekError, GraphError
+from fxseek.passes.adapters import merge_adapters
+from fxseek.passes.chunks import chunk_tokens
+from fxseek.passes.ditch import ditch
+from fxseek.passes.extract import extract
+from fxseek.passes.facts import Facts, find_sizes, needs_grad, switches_mode
+from fxseek.passes.functionalise import Functional, functionalise
+from fxseek.passes.head import Head, attach_head, find_head
+from fxseek.passes.hoist import hoist_gathers, masks_of_attentions, share_masks
+from fxseek.passes.inline import inline
+from fxseek.passes.ir import Gathered, Piece, Prefilled
+from fxseek.passes.masks import read_whole, use_mask_rows
+from fxseek.passes.normalise import normalise
+from fxseek.passes.offload import send_to_host, take_from_host
+from fxseek.passes.outputs import ends_in, find_outputs, refuse_unselected, returns
+from fxseek.passes.scale import scale_terms
+from fxseek.passes.schedule import Schedule, schedule
+from fxseek.passes.score import ScorePlan, plan_scores
+from fxseek.passes.structure import Structure, find_structure
+from fxseek.passes.tokens import find_tokens, made_from_rows
+from fxseek.passes.unbatch import unbatch
+from fxseek.passes.unshift import unshift
+
+__all__ = ["Program", "Writes", "build", "places_of", "trains"]
+
+
+@dataclass(frozen=True)
+class Writes:
+    """What a step writes to, by the places of the graph's inputs.
+
+    `first`: writes to `parameters`, run ahead of a step without grad; `written`: buffers, whose new
+    values are the last outputs; `returned`: outputs that are such a buffer itself.
+    """
+
+    first: fx.GraphModule
+    parameters: tuple[int, ...]
+    written: tuple[int, ...]
+    returned: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the passes make of a captured graph.
+
+    `graph`: the captured graph, functional and normalised; `facts`, `structure`: what is known of
+    it; `prefill`, `score`, `learn`: the stages; `head`: the end of the model, None where it is not
+    per-token; `masks`: gathered constants that attentions alone read; `on_host`: values that wait
+    in host memory; `dropped`: which of the captured outputs a step does not compute; `writes`: what
+    it writes to.
+    """
+
+    graph: fx.Graph
+    config: SeekConfig
+    facts: Facts
+    structure: Structure
+    prefill: Piece
+    score: ScorePlan
+    learn: Piece
+    schedule: Schedule
+    head: Head | None
+    masks: frozenset[Gathered]
+    on_host: tuple[fx.Node, ...]
+    dropped: tuple[int, ...]
+    writes: Writes
+
+    @property
+    def gathered(self) -> list[Gathered]:
+        """The rows of constants that the learn stage reads."""
+        return [item for item in self.learn.inputs if isinstance(item, Gathered)]
+
+    @property
+    def kept(self) -> set[fx.Node]:
+        """Values of all tokens that the learn stage reads whole: keys and values."""
+        return {item.node for item in self.learn.inputs if isinstance(item, Prefilled)}
+
+
+def build(
+    captured: fx.Graph,
+    config: SeekConfig,
+    *,
+    full_outputs: bool,
+    token_inputs: Sequence[str] | None = None,
+) -> Program:
+    """Run all passes, in the order of this module's diagram.
+
+    `full_outputs`: token-shaped outputs keep their size (the torch.compile backend), whatever
+    the configuration says. `token_inputs`: see `find_sizes`.
+
+    Raises:
+        GraphError: the graph cannot be rewritten; the message names the pass, the user's
+            source line and the remedy.
+    """
+    then = _Passes()
+    eager = config.backend == "eager"
+
+    graph = then(inline, captured)
+    graph = then(unbatch, graph)
+    functional = then(functionalise, graph)
+    graph = then(normalise, functional.graph)
+    sizes = then(find_sizes, graph, config.token_dim, token_inputs)
+    graph = then(scale_terms, graph, sizes)
+    graph = then(unshift, graph, sizes)
+    graph = then(without_dead_code, graph)
+    writes = then(find_writes, functional, graph)
+
+    facts = then(find_tokens, graph, sizes)
+    structure = then(find_structure, graph, facts, loss_first=config.loss is not None)
+    then(refuse_unselected, graph, facts, structure, config.token_dim)
+    kind = "full" if full_outputs else config.outputs
+    outputs = then(find_outputs, graph, facts, kind, len(writes.written))
+    head = then(find_head, facts, structure)
+
+    carrying = {node for node in graph.nodes if needs_grad(node)}
+    constants = then(made_from_rows, graph, facts)
+    on_host: list[fx.Node] = []
+    masks: frozenset[Gathered] = frozenset()
+    if head is not None and ends_in(head, outputs):
+        wanted = [("rows", head.entry), *outputs.wanted]
+        given = [head.loss.node]
+        learn = then(
+            ditch, graph, facts, carrying=carrying, outputs=wanted, given=given, constants=constants
+        )
+        learn = then(hoist_gathers, learn)
+        learn = then(attach_head, learn, head)
+    else:
+        learn = then(
+            ditch, graph, facts, carrying=carrying, outputs=outputs.wanted, constants=constants
+        )
+        learn = then(hoist_gathers, learn)
+    learn = then(returns, learn, outputs)
+    if eager:  # Dynamo takes tensors only
+        masks = then(masks_of_attentions, learn)
+        if config.recompute != "block":
+            learn = then(share_masks, learn)
+    if config.kv == "offload":
+        learn, on_host = then(take_from_host, learn)
+    plan = then(schedule, learn, structure, config)
+
+    score = then(plan_scores, graph, facts, structure, config, head)
+    if score.gradient is not None:
+        then(use_mask_rows, score.gradient.block, sizes)
+
+    prefill = then(extract, graph, prefilled(learn, score))
+    if config.prefill_chunk is not None:
+        prefill = then(chunk_tokens, prefill, graph, facts, config.prefill_chunk)
+    prefill = then(use_mask_rows, prefill, sizes, whole=read_whole(learn, score, head))
+    prefill = then(merge_adapters, prefill)  # the score's block would keep the merged weights
+    scored = set(score.scored())
+    prefill = then(send_to_host, prefill, [node for node in on_host if node not in scored])
+
+    return Program(
+        graph, config, facts, structure, prefill, score, learn, plan, head,
+        masks, tuple(on_host), outputs.dropped, writes,
+    )  # fmt: skip
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class _Passes:
+    """Runs passes; an error names the one that failed, and the one before it."""
+
+    def __init__(self) -> None:
+        self.last = "capture"
+
+    def __call__(self, run: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        name = run.__name__
+        try:
+            result = run(*args, **kwargs)
+            if isinstance(result, fx.Graph):
+                result.lint()
+        except FxseekError:
+            raise
+        except Exception as error:
+            raise GraphError(
+                f"pass {name!r} (after {self.last!r}) failed: {type(error).__name__}: {error}. "
+                "This is a defect of fxseek: please report it with the model's configuration."
+            ) from error
+        self.last = name
+        return result
+
+
+def trains(graph: fx.Graph) -> bool:
+    """Whether the graph's outputs carry gradient; other graphs are left as they are."""
+    return any(needs_grad(node) for node in graph.output_node().all_input_nodes)
+
+
+def places_of(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The place of each placeholder among the graph's inputs."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return {node: index for index, node in enumerate(placeholders)}
+
+
+def without_dead_code(graph: fx.Graph) -> fx.Graph:
+    """The graph without what nothing reads."""
+    graph.eliminate_dead_code(
+        is_impure_node=lambda node: node.op in ("placeholder", "output") or switches_mode(node)
+    )
+    return graph
+
+
+def find_writes(functional: Functional, graph: fx.Graph) -> Writes:
+    """What a step writes to, by place. The passes since have kept the placeholders' order."""
+    places = places_of(functional.graph)
+    return Writes(
+        fx.GraphModule(nn.Module(), functional.first, class_name="First"),
+        tuple(places[node] for node in functional.parameters),
+        tuple(places[node] for node in functional.written),
+        {i: places[node] for i, node in functional.returned.items()},
+    )
+
+
+def prefilled(learn: Piece, score: ScorePlan) -> list[fx.Node]:
+    """The values that the prefill makes: what the later stages read and do not make."""
+    reads = dict.fromkeys([*learn.prefilled(), *score.kept(), *score.scored()])
+    return [node for node in reads if node.op != "placeholder"]

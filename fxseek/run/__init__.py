@@ -1,0 +1,1 @@
+"""What runs a compiled step: its values, sweeps over chunks of tokens, and the five stages."""

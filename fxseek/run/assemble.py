@@ -1,0 +1,90 @@
+"""A program as something that runs: prefill → score → select → gather → learn."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+
+from fxseek.program import Program, places_of
+from fxseek.run.env import Env
+from fxseek.run.head import ChunkedHead
+from fxseek.run.lowering import lower
+from fxseek.run.piece import module_of
+from fxseek.run.score import Score, Scores
+from fxseek.run.stages import Gather, Learn, Prefill, Select
+from fxseek.selecting import Selection
+
+__all__ = ["Ran", "Step", "assemble"]
+
+
+class Ran(NamedTuple):
+    """What a step gives: the captured outputs, and what it selected, scored and saved."""
+
+    outputs: tuple[Any, ...]
+    selection: Selection
+    scores: Scores
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program, and the module of its stages."""
+
+    program: Program
+    module: fx.GraphModule
+
+    @cached_property
+    def places(self) -> Mapping[fx.Node, int]:
+        """The place of each input of the captured graph."""
+        return places_of(self.program.graph)
+
+    def env(self, arguments: Sequence[Any]) -> Env:
+        """The values of a step with these inputs of the captured graph."""
+        return Env(arguments, self.places)
+
+    def with_ratio(self, ratio: float) -> Step:
+        """The same step for another ratio."""
+        program = replace(self.program, config=replace(self.program.config, ratio=ratio))
+        stages = {**dict(self.module.named_children()), "select": Select(program.config)}
+        return Step(program, fx.GraphModule(stages, self.module.graph, class_name="SelectiveStep"))
+
+    def run(self, arguments: Sequence[Any], index: int, padding_mask: Tensor | None) -> Ran:
+        """One step, the `index`-th. `padding_mask`: Bool[batch or 1, tokens], False at padding."""
+        return Ran(*self.module(self.env(arguments), index, padding_mask))
+
+
+def assemble(program: Program) -> Step:
+    """The stages of a program, one small graph module."""
+    config = program.config
+    head = None if program.head is None else ChunkedHead(program.head, config)
+    modules = {} if head is None else {"head": head}
+    learn = module_of(program.learn, "Learn", **modules)
+    root = nn.Module()
+    root.add_module("prefill", Prefill(program.prefill, program.kept, program.on_host))
+    root.add_module("score", Score(program.score, config, head))
+    root.add_module("select", Select(config))
+    root.add_module("gather", Gather(program.gathered, program.masks))
+    root.add_module("learn", Learn(program.learn, learn, lower(learn, program.schedule, config)))
+    graph = fx.Graph()
+    env, index, padding_mask = map(graph.placeholder, ("env", "index", "padding_mask"))
+
+    def call(name: str, arguments: tuple[fx.Node, ...], result: str) -> fx.Node:
+        node = graph.call_module(name, arguments)
+        node.name = result
+        return node
+
+    call("prefill", (env,), "values")
+    scores = call("score", (env, index, padding_mask), "scores")
+    selection = call("select", (scores, index), "selection")
+    kept = graph.call_function(getattr, (selection, "kept"))
+    call("gather", (env, kept), "rows")
+    learned = call("learn", (env, selection), "learned")
+    outputs, saved = (graph.call_function(operator.getitem, (learned, at)) for at in (0, 1))
+    graph.output((outputs, selection, scores, saved))
+    graph.lint()
+    return Step(program, fx.GraphModule(root, graph, class_name="SelectiveStep"))

@@ -1,0 +1,73 @@
+"""The values of a step, by the captured node that each belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxseek.passes.ir import Gathered, Given, Input, Prefilled, Selected
+from fxseek.selecting import Selection
+
+__all__ = ["Env"]
+
+
+class Env:
+    """What the pieces of a step read.
+
+    `arguments`: the inputs of the captured graph; `places`: where each placeholder's is among them;
+    `values`: values of all tokens, which the prefill has made; `rows`: gathered rows of constants.
+    """
+
+    def __init__(self, arguments: Sequence[Any], places: Mapping[fx.Node, int]) -> None:
+        self.arguments = arguments
+        self.places = places
+        self.values: dict[fx.Node, Any] = {}
+        self.rows: dict[Gathered, Any] = {}
+
+    def read(self, node: fx.Node) -> Any:
+        """An input of the captured graph, or a value of all tokens."""
+        return self.arguments[self.places[node]] if node in self.places else self.values[node]
+
+    def constant(self, node: fx.Node) -> Any:
+        """The same without gradient."""
+        value = self.read(node)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def constants(
+        self,
+        inputs: Iterable[Input],
+        given: Mapping[fx.Node, Any] | None = None,
+        selection: Selection | None = None,
+    ) -> list[Any]:
+        """What a piece reads, without gradient but for the values that are `given`."""
+        given = {} if given is None else given
+        return [
+            getattr(selection, item.part)
+            if isinstance(item, Selected)
+            else given[item.node]
+            if isinstance(item, (Given, Prefilled)) and item.node in given
+            else self.constant(item.node)
+            for item in inputs
+        ]
+
+    def take(self, inputs: Iterable[Input], selection: Selection) -> list[Any]:
+        """What the last piece of a step reads.
+
+        All other values are let go: nobody else keeps a layer's keys and values alive then.
+        """
+        taken: list[Any] = []
+        for item in inputs:
+            match item:
+                case Selected(part):
+                    taken.append(getattr(selection, part))
+                case Gathered():
+                    taken.append(self.rows.pop(item))
+                case Prefilled(node):
+                    taken.append(self.values.pop(node))
+                case _:
+                    taken.append(self.read(item.node))
+        self.values.clear()
+        self.rows.clear()
+        return taken

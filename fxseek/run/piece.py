@@ -1,0 +1,129 @@
+"""Pieces of the captured graph as functions of the values of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from fxseek.ops.rows import Rows
+from fxseek.ops.sweep import Cat, Whole, chunks_of, rows_of_chunk, sweep
+from fxseek.passes.ir import Given, Piece, Selected, Swept
+from fxseek.run.boxed import Boxed
+from fxseek.run.env import Env
+from fxseek.selecting import Selection
+
+__all__ = ["ChunkedRegion", "Region", "Runner", "module_of"]
+
+
+def module_of(piece: Piece, name: str, **modules: nn.Module) -> fx.GraphModule:
+    """A piece as a module; `modules` are those of its parts that are no modules of themselves."""
+    made = {
+        key: modules[key] if key in modules else _module(part) for key, part in piece.parts.items()
+    }
+    return piece.module(name, made)
+
+
+def _module(part: Any) -> nn.Module:
+    if isinstance(part, Swept):
+        return ChunkedRegion(part)
+    assert isinstance(part, nn.Module)
+    return part
+
+
+class Runner:
+    """A piece that runs on constants, and on values that the caller gives."""
+
+    def __init__(self, piece: Piece, name: str) -> None:
+        self.piece = piece
+        self.run = Boxed(module_of(piece, name))
+
+    def __call__(
+        self,
+        env: Env,
+        given: Mapping[fx.Node, Any] | None = None,
+        selection: Selection | None = None,
+    ) -> tuple[Any, ...]:
+        """The piece's results, as its graph's output has them."""
+        return tuple(self.run(env.constants(self.piece.inputs, given, selection)))
+
+
+def _positions(kept: Tensor) -> Selection:
+    """A selection of which only the positions are read."""
+    return Selection(kept, kept)
+
+
+class Region:
+    """Per-token operations of the score stage: rows of `entries` → rows of the results."""
+
+    def __init__(self, swept: Swept) -> None:
+        self.swept = swept
+        self.runner = Runner(swept.piece, "Rows")
+        self.entries = [item.node for item in swept.piece.inputs if isinstance(item, Given)]
+
+    def rows(self, env: Env, kept: Tensor, entries: Mapping[fx.Node, Tensor]) -> tuple[Tensor, ...]:
+        """The rows of the results at positions `kept`, from those of the entries."""
+        return self.runner(env, entries, _positions(kept))
+
+    def all(self, env: Env, entry: Tensor, batch: int) -> dict[fx.Node, Tensor]:
+        """The results of all tokens of the one entry; backward runs each chunk again."""
+        (node,) = self.entries
+        rows, results = self.swept.rows, self.swept.piece.outputs
+        tokens = entry.shape[rows[node].row]
+        positions = torch.arange(tokens, device=entry.device).expand(batch, -1)
+
+        chunks = chunks_of(tokens, self.swept.size)
+        # One split: in backward each slice would make a gradient of all tokens.
+        split = entry.split([chunk.stop - chunk.start for chunk in chunks], rows[node].row)
+        given = {chunk.start: x for chunk, x in zip(chunks, split, strict=True)}
+
+        def part(kept: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            return self.rows(env, kept, {node: x})
+
+        def run(chunk: slice) -> tuple[Tensor, ...]:
+            x = given[chunk.start]
+            return checkpoint(part, positions[:, chunk], x, use_reentrant=False)  # type: ignore[return-value]
+
+        found = sweep(chunks, run, [Cat(rows[result].row) for result in results], entry)
+        return dict(zip(results, found, strict=True))
+
+
+class ChunkedRegion(nn.Module):
+    """Per-token operations of the prefill, a chunk of each row's tokens at a time.
+
+    The arguments are the piece's inputs but for the positions; the results have all tokens.
+    """
+
+    def __init__(self, swept: Swept) -> None:
+        super().__init__()
+        self.run = Boxed(module_of(swept.piece, "Tokens"))
+        self.size = swept.size
+        self.results = [swept.rows[node] for node in swept.piece.outputs]
+        inputs = swept.piece.inputs
+        self.kept_at = [i for i, item in enumerate(inputs) if isinstance(item, Selected)]
+        nodes = [item for item in inputs if not isinstance(item, Selected)]
+        self.rows_at: dict[int, Rows] = {
+            i: swept.rows[item.node] for i, item in enumerate(nodes) if isinstance(item, Given)
+        }
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """The results for all tokens."""
+        index, rows = next(iter(self.rows_at.items()))
+        given = arguments[index]
+        tokens = given.shape[rows.row]
+        batch = 1 if rows.batch is None else given.shape[rows.batch] // rows.heads
+
+        def run(chunk: slice) -> tuple[Tensor, ...]:
+            values = list(arguments)
+            for at, where in self.rows_at.items():
+                values[at] = rows_of_chunk(values[at], where, batch, chunk)
+            kept = torch.arange(chunk.start, chunk.stop, device=given.device)
+            for at in self.kept_at:
+                values.insert(at, kept.expand(batch, -1))
+            return self.run(values)
+
+        collect = [Whole(rows, tokens) for rows in self.results]
+        return sweep(chunks_of(tokens, self.size), run, collect, given)

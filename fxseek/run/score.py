@@ -1,0 +1,449 @@
+"""The score stage: what a score is made of is measured, and the scorer makes scores of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxseek import _torch
+from fxseek.config import SeekConfig
+from fxseek.ops.attention import MaskRows, read_tokens
+from fxseek.ops.loss import Scratch, divisor, mass_of, mean_of_parts
+from fxseek.ops.rows import Rows, gather_rows
+from fxseek.ops.sweep import Put, Sum, chunks_of, sweep
+from fxseek.passes.score import (
+    AttentionMap,
+    EndsInHead,
+    EndsInLoss,
+    EndsInMap,
+    FusedMap,
+    GradientPlan,
+    ScorePlan,
+    SpelledMap,
+    Stream,
+)
+from fxseek.passes.structure import Place
+from fxseek.run.env import Env
+from fxseek.run.head import ChunkedHead
+from fxseek.run.piece import Region, Runner
+from fxseek.scores import ScoreInputs, scorer_of
+from fxseek.scores.base import step_generator
+from fxseek.scores.measures import (
+    accumulate_columns,
+    attention_column_sums,
+    gradient_magnitude,
+)
+from fxseek.selecting import Selection
+
+__all__ = ["Score", "Scores"]
+
+
+@dataclass
+class Scores:
+    """What the score stage found. Shapes: [batch, tokens]; `full_loss` a scalar in nats."""
+
+    valid: Tensor
+    supervised: Tensor | None
+    scores: Tensor
+    mass: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """What the scores are made of, by name."""
+    full_loss: Tensor | None = None
+    padded: bool = False
+    """`valid` came from a padding mask, so that rows may have different lengths."""
+    required: Tensor | None = None
+    """Positions that are always kept: [batch, any]. Those that the model reads by their place,
+    such as a pooled token, and the virtual ones."""
+    virtual: int = 0
+    """Tokens that the model put in front (prompt tuning): parameters, kept beside the ratio."""
+
+
+class Score(nn.Module):
+    """Scores of all tokens (docs/scoring.md)."""
+
+    def __init__(self, plan: ScorePlan, config: SeekConfig, head: ChunkedHead | None) -> None:
+        super().__init__()
+        self.plan = plan
+        self.config = config
+        self.scorer = scorer_of(config)
+        self.context = None if plan.context is None else _columns_of(plan.context)
+        self.gradient = None if plan.gradient is None else _Slope(plan, plan.gradient, config, head)
+
+    def forward(self, env: Env, step: int, padding_mask: Tensor | None) -> Scores:
+        """Scores by the configured rule.
+
+        `padding_mask`: Bool[batch or 1, tokens], False at padding, is the caller's: a model that
+        does not read its attention mask has none in its graph.
+        """
+        valid, padded = self._valid(env, padding_mask)
+        targets, supervised = self._labels(env, valid)
+        parts: dict[str, Tensor] = {}
+        full_loss = None
+        begun = None if self.gradient is None else self.gradient.begin(env, valid.shape[0])
+        if self.context is not None:
+            made = {} if begun is None else begun.made
+            parts["context"] = self.context.sums(env, made, valid, self.config.chunk_bytes)
+        if self.gradient is not None and begun is not None:
+            parts["gradient"], full_loss = self.gradient.finish(env, begun, valid, supervised)
+        given = ScoreInputs(
+            input_ids=None if self.plan.tokens.ids is None else env.read(self.plan.tokens.ids),
+            valid=valid,
+            supervised=supervised,
+            targets=targets,
+            hidden=_hidden(env, self.plan.hidden, valid),
+            step=step,
+            generator=step_generator(self.config.seed, step),
+        )
+        scores = self.scorer.scores(given, parts)
+        weighed = self.config.select == "sample" or self.config.mass_share is not None
+        virtual = self.plan.tokens.virtual
+        places = (*map(Place, range(virtual)), *self.plan.tokens.required)
+        required = [_position(place, env, valid) for place in places]
+        return Scores(
+            valid,
+            supervised,
+            scores,
+            self.scorer.mass(scores, parts, valid) if weighed else scores,
+            parts,
+            full_loss,
+            padded,
+            torch.cat(required, dim=1) if required else None,
+            virtual,
+        )
+
+    def _valid(self, env: Env, padding_mask: Tensor | None) -> tuple[Tensor, bool]:
+        """Which tokens are no padding, Bool[batch, tokens], and whether a mask says so."""
+        inputs = self.plan.tokens
+        primary = env.read(inputs.primary)
+        batch = 1 if inputs.batch_dim is None else primary.shape[inputs.batch_dim]
+        tokens = primary.shape[self.config.token_dim]
+        shape = (batch, tokens + inputs.virtual)
+        valid = torch.ones(shape, dtype=torch.bool, device=primary.device)
+        if padding_mask is None and inputs.mask is not None:
+            padding_mask = read_tokens(env.read(inputs.mask))
+        if padding_mask is None or padding_mask.shape[-1] != tokens:
+            return valid, False
+        own = padding_mask.expand(batch, -1)
+        return torch.cat((valid[:, : inputs.virtual], own), dim=1), True
+
+    def _labels(self, env: Env, valid: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The targets, and which positions have one that counts; None without a token loss."""
+        if self.plan.targets is None:
+            return None, None
+        found = self.plan.targets
+        targets = supervised = None
+        if found.target is not None:
+            targets = env.read(found.target).reshape(valid.shape)
+            supervised = targets != found.ignore_index
+        if found.full[2] is not None:
+            counts = env.read(found.full[2]).reshape(valid.shape) != 0
+            supervised = counts if supervised is None else supervised & counts
+        return targets, supervised
+
+
+def _hidden(env: Env, stream: Stream | None, valid: Tensor) -> Tensor | None:
+    return None if stream is None else _batch_major(env.read(stream.node), stream.rows, valid)
+
+
+# ---- context -------------------------------------------------------------------------------------
+
+
+class _FusedColumns:
+    """Column sums of a fused attention, from its operands."""
+
+    def __init__(self, plan: FusedMap) -> None:
+        self.plan = plan
+
+    def sums(
+        self, env: Env, made: dict[fx.Node, Tensor], valid: Tensor, chunk_bytes: int
+    ) -> Tensor:
+        plan = self.plan
+        values = {node: _read(env, made, node) for node in plan.reads}
+        mask = None if plan.mask is None else values[plan.mask]
+        if plan.square and isinstance(mask, Tensor):
+            mask = MaskRows.of(mask)
+        flagged = isinstance(mask, MaskRows) and mask.causal(valid.shape[1], valid.device)
+        sums = attention_column_sums(
+            values[plan.query],
+            values[plan.key],
+            mask=None if flagged else mask,
+            scale=values[plan.scale] if isinstance(plan.scale, fx.Node) else plan.scale,
+            is_causal=plan.is_causal or flagged,
+            query_valid=valid,
+            chunk_bytes=chunk_bytes,
+        )
+        return sums[:, -valid.shape[1] :]  # keys of a prefix come first
+
+
+class _SpelledColumns:
+    """Column sums of a map that is spelled out, some of its rows at a time."""
+
+    def __init__(self, plan: SpelledMap) -> None:
+        self.plan = plan
+        self.rows = Runner(plan.piece, "AttentionRows")
+
+    def sums(
+        self, env: Env, made: dict[fx.Node, Tensor], valid: Tensor, chunk_bytes: int
+    ) -> Tensor:
+        batch, tokens = valid.shape
+        values = {node: _read(env, made, node) for node in self.plan.reads}
+        most = chunk_bytes // max(1, 2 * batch * tokens * self.plan.entry_bytes)
+        places = torch.arange(tokens, device=valid.device).expand(batch, -1)
+
+        def run(chunk: slice) -> tuple[Tensor]:
+            kept = places[:, chunk]
+            (probabilities,) = self.rows(env, values, Selection(kept, kept))
+            if probabilities.dim() == 3:
+                probabilities = probabilities.unflatten(0, (batch, -1))
+            return (accumulate_columns(probabilities, valid[:, chunk]),)
+
+        with torch.no_grad():
+            (total,) = sweep(chunks_of(tokens, most), run, (Sum(),), valid)
+        return total[:, -tokens:]  # keys of a prefix come first
+
+
+def _columns_of(plan: AttentionMap) -> _FusedColumns | _SpelledColumns:
+    return _FusedColumns(plan) if isinstance(plan, FusedMap) else _SpelledColumns(plan)
+
+
+def _read(env: Env, made: dict[fx.Node, Tensor], node: fx.Node) -> Any:
+    """A value without gradient, from the last block where that has made it."""
+    value = made.get(node)
+    if value is None:
+        return env.constant(node)
+    return value.detach() if isinstance(value, Tensor) else value  # a mask by rows has no gradient
+
+
+# ---- gradient ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Begun:
+    """The forward of the last block: its input, a leaf, and all that was made of it."""
+
+    hidden: Tensor
+    made: dict[fx.Node, Tensor]
+
+
+class _Slope:
+    """The gradient of the full-token loss at the input of the last block."""
+
+    def __init__(
+        self, plan: ScorePlan, gradient: GradientPlan, config: SeekConfig, head: ChunkedHead | None
+    ) -> None:
+        self.plan = gradient
+        self.targets = plan.targets
+        self.norm = config.gradient_norm
+        self.lead = None if gradient.lead is None else Region(gradient.lead)
+        self.block = Runner(gradient.block, "Block")
+        self.end: _LossEnd | _HeadEnd | _MapEnd
+        match gradient.end:
+            case EndsInLoss():
+                self.end = _LossEnd(gradient.end, self)
+            case EndsInHead():
+                assert head is not None
+                self.end = _HeadEnd(gradient.end, head)
+            case EndsInMap():
+                self.end = _MapEnd(gradient.end, config.chunk_bytes)
+
+    def begin(self, env: Env, batch: int) -> _Begun:
+        """Run the block."""
+        start = self.plan.start.node
+        hidden = env.constant(start).requires_grad_()
+        given = {start: hidden}
+        with torch.enable_grad():
+            if self.lead is not None:
+                given.update(self.lead.all(env, hidden, batch))
+            found = self.block(env, given)
+        return _Begun(hidden, given | dict(zip(self.plan.block.outputs, found, strict=True)))
+
+    def finish(
+        self, env: Env, begun: _Begun, valid: Tensor, supervised: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The magnitude of the gradient at each token, and the full-token loss."""
+        ends = {node: begun.made[node] for node in self.end.cuts}
+        begun.made.clear()
+        cotangents, loss = self.end.cotangents(env, ends, valid, supervised, self.mass(env, valid))
+        pairs = [
+            (y, dy) for y, dy in zip(ends.values(), cotangents, strict=True) if y.requires_grad
+        ]
+        del ends, cotangents
+        (slope,) = torch.autograd.grad([y for y, _ in pairs], begun.hidden, [dy for _, dy in pairs])
+        slope = _batch_major(slope, self.plan.start.rows, valid)
+        return gradient_magnitude(slope, self.norm), loss
+
+    def mass(self, env: Env, valid: Tensor) -> Tensor | None:
+        """The mass of all positions, by which their losses are divided."""
+        if self.targets is None:
+            return None
+        target, *rest = [None if node is None else env.constant(node) for node in self.targets.full]
+        target = valid.numel() if target is None else target
+        mass = mass_of(target, *rest, ignore_index=self.targets.ignore_index)
+        return torch.as_tensor(mass, device=valid.device)
+
+
+class _LossEnd:
+    """The block has made the loss."""
+
+    def __init__(self, end: EndsInLoss, slope: _Slope) -> None:
+        self.cuts = (end.loss,)
+        self.sums = slope.targets is not None and slope.targets.sums
+
+    def cotangents(
+        self,
+        env: Env,
+        ends: dict[fx.Node, Tensor],
+        valid: Tensor,
+        supervised: Tensor | None,
+        mass: Tensor | None,
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """∂ loss / ∂ each end, and the loss."""
+        (loss,) = ends.values()
+        value = loss.detach()
+        if self.sums and mass is not None:
+            value = mean_of_parts(value, mass)
+        return [torch.ones_like(loss)], value
+
+
+class _HeadEnd:
+    """What follows the block's attention runs on chunks of labelled tokens, with the head."""
+
+    def __init__(self, end: EndsInHead, head: ChunkedHead) -> None:
+        self.cuts = end.cuts
+        self.head = head
+        self.size = None if end.tail is None else end.tail.size
+        self.tail = None if end.tail is None else Region(end.tail)
+        self.rows = {end.head.entry: end.head.rows} if end.tail is None else end.tail.rows
+
+    def cotangents(
+        self,
+        env: Env,
+        ends: dict[fx.Node, Tensor],
+        valid: Tensor,
+        supervised: Tensor | None,
+        mass: Tensor | None,
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """∂ loss / ∂ each end, and the loss."""
+        assert supervised is not None and mass is not None
+        kept = _labelled_first(supervised)
+        weights = supervised.gather(1, kept).to(torch.float32)
+        total = divisor(mass)
+        length = kept.shape[1]
+        chunks: list[slice] = []
+        if kept.numel():
+            size = self.size
+            chunks = self.head.chunks(*kept.shape) if size is None else chunks_of(length, size)
+
+        def run(chunk: slice) -> tuple[Tensor | None, ...]:
+            places = kept[:, chunk]
+            rows = {
+                node: gather_rows(end.detach(), places, self.rows[node]).requires_grad_()
+                for node, end in ends.items()
+            }
+            starts = tuple(rows.values())
+            with torch.enable_grad():
+                (entry,) = starts if self.tail is None else self.tail.rows(env, places, rows)
+            found, loss = self._of_head(env, entry.detach(), places, weights[:, chunk], total)
+            return (*torch.autograd.grad(entry, starts, found, allow_unused=True), loss)
+
+        collect = [Put(torch.zeros_like(y), kept, self.rows[node]) for node, y in ends.items()]
+        loss = Sum(_zero(kept))
+        *cotangents, value = sweep(chunks, run, (*collect, loss), kept)
+        return cotangents, value.to(torch.promote_types(cotangents[0].dtype, torch.float32))
+
+    def _of_head(
+        self, env: Env, entry: Tensor, kept: Tensor, weights: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """∂ loss / ∂ the rows `entry` of the positions `kept`, and their part of the loss."""
+        head = self.head.head
+        places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        scratch = Scratch()
+
+        def run(chunk: slice) -> tuple[Tensor, Tensor]:
+            selection = Selection(kept[:, chunk], weights[:, chunk])
+            rows = gather_rows(entry, places[:, chunk], head.rows).requires_grad_()
+            values = env.constants(head.stage.inputs, {head.entry: rows}, selection)
+            found, loss = self.head.slope(rows, values, scratch)
+            return found / total, loss / total
+
+        collect = (Put(torch.zeros_like(entry), places, head.rows), Sum(_zero(entry)))
+        slope, loss = sweep(self.head.chunks(*kept.shape), run, collect, kept)
+        return slope, loss
+
+
+class _MapEnd:
+    """An attention that is spelled out, and what follows it, on chunks of tokens.
+
+    The logits of a chunk are alive at a time, and their rows of the attention map: `chunk_bytes`
+    bounds either.
+    """
+
+    def __init__(self, end: EndsInMap, chunk_bytes: int) -> None:
+        self.cuts = end.cuts
+        self.end = end
+        self.chunk_bytes = chunk_bytes
+        self.runner = Runner(end.piece, "Head")
+
+    def cotangents(
+        self,
+        env: Env,
+        ends: dict[fx.Node, Tensor],
+        valid: Tensor,
+        supervised: Tensor | None,
+        mass: Tensor | None,
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """∂ loss / ∂ each end, and the loss."""
+        assert supervised is not None and mass is not None
+        batch, tokens = supervised.shape
+        row_bytes = max(1, self.end.logit_bytes, self.end.map_bytes * tokens)
+        chunks = chunks_of(tokens, self.chunk_bytes // (batch * row_bytes))
+        total = divisor(mass)
+        leaves = {node: value.detach().requires_grad_() for node, value in ends.items()}
+        places = torch.arange(tokens, device=supervised.device).expand(batch, -1)
+
+        def run(chunk: slice) -> tuple[Tensor | None, ...]:
+            weights = supervised[:, chunk].to(torch.float32)
+            with torch.enable_grad():
+                part, _ = self.runner(env, leaves, Selection(places[:, chunk], weights))
+                part = part / total
+            found = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
+            return (*found, part.detach())
+
+        collect = [Sum(torch.zeros_like(value)) for value in leaves.values()]
+        loss = Sum(_zero(supervised))
+        *cotangents, value = sweep(chunks, run, (*collect, loss), supervised)
+        return cotangents, value.to(torch.promote_types(cotangents[0].dtype, torch.float32))
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=_torch.widest(like.device), device=like.device)
+
+
+def _labelled_first(supervised: Tensor) -> Tensor:
+    """Labelled positions of each row, ascending, filled up to the longest with others.
+
+    Shapes: Bool [batch, tokens] → LongTensor [batch, any]. Waits for the device.
+    """
+    order = supervised.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return order if _torch.is_fake(order) else order[:, : int(supervised.sum(1).max())]
+
+
+def _batch_major(x: Tensor, rows: Rows | None, valid: Tensor) -> Tensor:
+    """A value of the stream as [batch, tokens, ...]."""
+    if rows is None or (rows.packed and x.dim() == 2):
+        return x.unflatten(0, valid.shape) if x.dim() == 2 else x
+    if rows.batch is None:
+        return x.movedim(rows.row, 0).reshape(*valid.shape, -1)
+    return x.movedim((rows.batch, rows.row), (0, 1))
+
+
+def _position(place: Place, env: Env, valid: Tensor) -> Tensor:
+    """A place in the rows as [batch, any]; negative ones count from the end."""
+    at, (batch, tokens) = place.position, valid.shape
+    found = torch.tensor([at], device=valid.device) if isinstance(at, int) else env.read(at)
+    found = found.reshape(batch, 1) if place.each else found.reshape(1, -1).expand(batch, -1)
+    return torch.where(found < 0, found + tokens, found)

@@ -1,0 +1,169 @@
+"""The stages of a compiled step beside the score: prefill, select, gather, learn.
+
+Each reads the values of the step (`Env`), and puts there what later stages read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxseek import selecting
+from fxseek.config import SeekConfig
+from fxseek.ops.attention import MaskRows
+from fxseek.ops.offload import HostTensor, link
+from fxseek.ops.rows import gather_rows, owned
+from fxseek.passes.ir import Gathered, Piece, Selected
+from fxseek.run.boxed import Boxed
+from fxseek.run.env import Env
+from fxseek.run.lowering import Run
+from fxseek.run.piece import module_of
+from fxseek.run.score import Scores
+from fxseek.scores.base import step_generator
+from fxseek.selecting import Selection
+
+__all__ = ["Gather", "Learn", "Prefill", "Select"]
+
+
+class Prefill(nn.Module):
+    """All tokens once, without grad, up to the values that later stages read.
+
+    `bases`: values that live until the backward; `on_host`: those that wait in host memory.
+    """
+
+    def __init__(self, piece: Piece, bases: set[fx.Node], on_host: Sequence[fx.Node] = ()) -> None:
+        super().__init__()
+        self.on_host = on_host
+        self.graph_module = module_of(piece, "Prefill")
+        self.run = Boxed(self.graph_module)
+        self.nodes = [item.node for item in piece.inputs if not isinstance(item, Selected)]
+        self.outputs = piece.outputs
+        self.bases = bases
+
+    def forward(self, env: Env) -> None:
+        """Put the full values of `outputs` into the step's values."""
+        values = env.values
+        with torch.no_grad():
+            found = list(self.run([env.read(node) for node in self.nodes]))
+            for node in reversed(self.outputs):  # one by one: a view dies when its copy is made
+                value = found.pop()
+                values[node] = owned(value) if node in self.bases else value
+                del value
+        link([x for node in self.on_host if isinstance(x := values[node], HostTensor)])
+
+
+class Select(nn.Module):
+    """Scores → kept positions and their loss weights."""
+
+    def __init__(self, config: SeekConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, scores: Scores, step: int) -> selecting.Selection:
+        """``ceil(ratio · tokens)`` positions of every row, of its own tokens where it is padded.
+
+        Or, by a ratio such as ``"mass:0.9"``, as few as hold that share of the row's mass, within
+        ``ratio_bounds``. The longest row's count is then waited for, once a step: it is the size
+        of what the learn stage makes.
+        """
+        config = self.config
+        share = config.mass_share
+        k, counts = self._fixed(scores) if share is None else self._by_mass(scores, share)
+        common = {
+            "valid": scores.valid,
+            "supervised": scores.supervised,
+            "counts": counts,
+            "required": scores.required,
+        }
+        if config.select == "sample":
+            generator = step_generator(config.seed, step)
+            return selecting.select_sample(
+                scores.mass, k, generator=generator, uniform=config.uniform, **common
+            )
+        return selecting.select_topk(
+            scores.scores, k, supervised_only=config.supervised_only, **common
+        )
+
+    def _fixed(self, scores: Scores) -> tuple[int, Tensor | None]:
+        """The largest number that a row keeps, and that of each where they may differ."""
+        ratio, valid, virtual = self.config.ratio, scores.valid, scores.virtual
+        assert isinstance(ratio, float)
+        k = selecting.count_kept(ratio, valid.shape[1] - virtual) + virtual
+        counts = None
+        if scores.padded:
+            counts = selecting.count_kept_of_rows(ratio, valid[:, virtual:]) + virtual
+        if scores.required is not None:
+            k = max(k, min(scores.required.shape[1], valid.shape[1]))
+            counts = None if counts is None else self._at_least_required(counts, scores)
+        return k, counts
+
+    def _by_mass(self, scores: Scores, share: float) -> tuple[int, Tensor | None]:
+        """The same by mass. Virtual tokens have none, and are kept beside the bounds."""
+        config, valid, virtual = self.config, scores.valid, scores.virtual
+        own = valid.clone()
+        own[:, :virtual] = False
+        counts = selecting.count_holding(
+            scores.mass,
+            share,
+            valid=own,
+            supervised=scores.supervised,
+            supervised_only=config.supervised_only or config.select == "sample",
+            required=scores.required,
+        )
+        low, high = (selecting.count_kept_of_rows(x, own) + virtual for x in config.ratio_bounds)
+        counts = self._at_least_required(counts.clamp(low, high), scores)
+        k = max(1, int(counts.max()))  # waits for the device
+        same = len(counts) == 1 and not scores.padded  # nothing to fill up
+        return k, None if same else counts
+
+    @staticmethod
+    def _at_least_required(counts: Tensor, scores: Scores) -> Tensor:
+        """The counts, raised to that of the required positions in rows that have as many."""
+        if scores.required is None:
+            return counts
+        least = min(scores.required.shape[1], scores.valid.shape[1])
+        return torch.minimum(counts.clamp_min(least), scores.valid.sum(-1))
+
+
+class Gather(nn.Module):
+    """The rows of constants that the learn stage reads: masks, positions, targets.
+
+    `masks`: those that attentions alone read, which take large ones in chunks of rows.
+    """
+
+    def __init__(self, reads: Sequence[Gathered], masks: Container[Gathered]) -> None:
+        super().__init__()
+        self.reads = tuple(reads)
+        self.masks = masks
+
+    def forward(self, env: Env, kept: Tensor) -> None:
+        """One gather per read."""
+        with torch.no_grad():
+            for item in self.reads:
+                value = env.read(item.node)
+                if isinstance(value, MaskRows):
+                    chunks = item in self.masks and value.large(kept)
+                    env.rows[item] = value if chunks else value.rows(kept)
+                    continue
+                for _ in range(item.unsqueezed):
+                    value = value.unsqueeze(0)
+                env.rows[item] = gather_rows(value, kept, item.rows)
+
+
+class Learn(nn.Module):
+    """The selected tokens once, with grad; keys and values of the others come from the prefill."""
+
+    def __init__(self, piece: Piece, module: fx.GraphModule, run: Run) -> None:
+        super().__init__()
+        self.graph_module = module
+        self.inputs = piece.inputs
+        self.run = run
+
+    def forward(self, env: Env, selection: Selection) -> tuple[tuple[Any, ...], int]:
+        """The captured graph's outputs for the selection, and the bytes saved for backward."""
+        arguments = env.take(self.inputs, selection)
+        with torch.enable_grad():
+            return self.run(arguments, tuple(env.arguments))

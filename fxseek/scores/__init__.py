@@ -1,0 +1,24 @@
+"""Scores of tokens. A file of this folder that registers a `Scorer` adds one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from fxseek.scores.base import SCORERS, ScoreInputs, Scorer
+from fxseek.scores.own import Own
+
+if TYPE_CHECKING:
+    from fxseek.config import SeekConfig
+
+__all__ = ["SCORERS", "ScoreInputs", "Scorer", "scorer_of"]
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+
+def scorer_of(config: SeekConfig) -> Scorer:
+    """The score that a configuration asks for."""
+    kind = config.score
+    return SCORERS[kind](config) if isinstance(kind, str) else Own(config, kind)

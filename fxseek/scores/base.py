@@ -1,0 +1,99 @@
+"""What a score is: what it reads of a step, whether it draws, and what it reports."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fxseek.config import SeekConfig
+
+__all__ = ["SCORERS", "ScoreInputs", "Scorer", "scorer", "step_generator"]
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a caller's own score function is given. It returns one score per token, best highest.
+
+    Shapes: ``input_ids`` [batch, tokens] (None where the model was given embeddings); ``valid``
+    Bool [batch, tokens], False at padding; ``supervised`` Bool [batch, tokens], True where the
+    prediction made at that position has a label; ``targets`` Long [batch, tokens], that label,
+    already shifted; ``hidden`` [batch, tokens, width], the input of the last block, without grad.
+    ``generator`` lives on the CPU and is seeded from the run's seed and ``step``.
+    """
+
+    input_ids: Tensor | None
+    valid: Tensor
+    supervised: Tensor | None
+    targets: Tensor | None
+    hidden: Tensor | None
+    step: int
+    generator: torch.Generator
+
+
+class Scorer(ABC):
+    """A score of tokens. One of a file in this folder, with `scorer` around it, is built in.
+
+    `parts`: what is measured for it, ``"context"`` (attention received in the last layer) and
+    ``"gradient"`` (of the loss, at the input of the last block); `fxseek.report` has them by these
+    names. `reads_hidden`: it reads the input of the last block. `draws`: it is random, so that a
+    step that is run again would select other tokens.
+    """
+
+    parts: tuple[str, ...] = ()
+    reads_hidden = False
+    draws = False
+
+    def __init__(self, config: SeekConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def scores(self, given: ScoreInputs, parts: Mapping[str, Tensor]) -> Tensor:
+        """A score per token, best highest, ``-inf`` where a token is not valid.
+
+        Shapes: each of `parts` and the result [batch, tokens].
+
+        Raises:
+            ScoreError: the scores are not finite, or of another shape.
+        """
+
+    @abstractmethod
+    def mass(self, scores: Tensor, parts: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+        """What ``select="sample"`` draws by, and what a ratio such as ``"mass:0.9"`` adds up.
+
+        Nonnegative, never less where the score is better, and 0 where a token is not valid.
+
+        Shapes: [batch, tokens].
+        """
+
+
+SCORERS: dict[str, type[Scorer]] = {}
+"""The built-in scores, by the name that ``score=`` takes."""
+
+_S = TypeVar("_S", bound=type[Scorer])
+
+
+def scorer(name: str) -> Callable[[_S], _S]:
+    """Make a class the built-in score of this name."""
+
+    def register(made: _S) -> _S:
+        SCORERS[name] = made
+        return made
+
+    return register
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator of its own for one step: the same for the same (seed, step, stream) always.
+
+    Streams are unrelated draws of one step: 0 is for selecting and callers, 1 for random scores.
+    """
+    # Torch's CPU generator reads 32 bits of its seed: hashing keeps (0, 1) and (1, 0) apart.
+    digest = hashlib.blake2b(f"{seed},{step},{stream}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

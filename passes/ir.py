@@ -1,0 +1,173 @@
+"""What passes hand on: pieces of the captured graph, whose inputs say what they stand for."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from fxseek import _torch
+from fxseek.ops.rows import Rows
+
+__all__ = [
+    "Argument",
+    "Gathered",
+    "Given",
+    "Input",
+    "Parameter",
+    "Piece",
+    "Prefilled",
+    "Selected",
+    "Swept",
+    "copy_origin",
+    "input_of",
+    "node_of",
+    "origin",
+    "placeholder_of",
+]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An input of the captured graph that comes with the batch."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An input of the captured graph that the model owns: a parameter or a buffer."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A value of all tokens, without gradient: the prefill makes it."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that the caller has: the rows of some tokens, or one without tokens."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The selected rows of a constant, with leading dimensions added to it first."""
+
+    node: fx.Node
+    unsqueezed: int
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A part of the selection."""
+
+    part: Literal["kept", "weights", "filled"]
+
+
+Input = Argument | Parameter | Prefilled | Given | Gathered | Selected
+
+
+def input_of(node: fx.Node) -> Argument | Parameter:
+    """What a placeholder of the captured graph is."""
+    return Parameter(node) if _torch.is_module_state(node) else Argument(node)
+
+
+def node_of(item: Input) -> fx.Node | None:
+    """The captured node that an input stands for; None for a part of the selection."""
+    return None if isinstance(item, Selected) else item.node
+
+
+def origin(node: fx.Node) -> fx.Node | None:
+    """The captured node that a node of a piece was made for; None where a pass has added it."""
+    return node.meta.get("origin")
+
+
+def copy_origin(made: fx.Node, captured: fx.Node) -> fx.Node:
+    """Note on a node of a piece what it was made for, and where that stands in the source."""
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in captured.meta:
+            made.meta[key] = captured.meta[key]
+    made.meta["origin"] = captured
+    return made
+
+
+def placeholder_of(graph: fx.Graph, item: Input) -> fx.Node:
+    """A placeholder for an input, where the graph inserts."""
+    if isinstance(item, Selected):
+        return graph.placeholder(item.part)
+    name = item.node.name
+    made = graph.placeholder(f"{name}_full" if isinstance(item, Prefilled) else name)
+    return copy_origin(made, item.node)
+
+
+@dataclass
+class Piece:
+    """A part of the captured graph that runs by itself.
+
+    `inputs` are what its placeholders stand for, in order; `outputs` the captured nodes of its
+    results.
+    """
+
+    graph: fx.Graph
+    inputs: list[Input]
+    outputs: list[fx.Node]
+    general: list[fx.Node] = field(default_factory=list)
+    """Captured nodes that it runs on all tokens, since no rule understands them."""
+    compact: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Where the selected rows of captured values are in the graph."""
+    parts: dict[str, Any] = field(default_factory=dict)
+    """What the graph calls by name: modules, or what `fxseek.run` makes modules of."""
+
+    def placeholders(self) -> dict[fx.Node, Input]:
+        """What each placeholder stands for, in order."""
+        nodes = (node for node in self.graph.nodes if node.op == "placeholder")
+        return dict(zip(nodes, self.inputs, strict=True))
+
+    def prefilled(self) -> list[fx.Node]:
+        """The captured nodes whose values of all tokens it reads, itself or by gathers."""
+        return [item.node for item in self.inputs if isinstance(item, (Prefilled, Gathered))]
+
+    def module(
+        self, name: str, modules: Mapping[str, torch.nn.Module] | None = None
+    ) -> fx.GraphModule:
+        """The piece as a module; it owns no parameters, all values are inputs.
+
+        `modules` are those of its `parts`. Bodies of autograd functions are taken along from the
+        captured module.
+        """
+        owner = self.graph.owning_module or torch.nn.Module()
+        if not self.parts:
+            return fx.GraphModule(owner, self.graph, class_name=name)
+        called: dict[str, Any] = {
+            str(node.target): operator.attrgetter(str(node.target))(owner)
+            for node in self.graph.nodes
+            if node.op == "get_attr"
+        }
+        called.update(self.parts if modules is None else modules)
+        made = fx.GraphModule(called, self.graph, class_name=name)
+        made.graph.lint()
+        return made
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A piece to be run on `size` tokens of each row at a time.
+
+    `rows`: where the tokens of its `Given` inputs and of its outputs are. Each output's tokens
+    follow from the same tokens of the inputs alone.
+    """
+
+    piece: Piece
+    rows: dict[fx.Node, Rows]
+    size: int

@@ -1,0 +1,527 @@
+"""Pass 5, score: what the score stage reads and runs for the configured score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from fxseek import _torch
+from fxseek.config import SeekConfig
+from fxseek.errors import GraphError
+from fxseek.ops.rows import Rows
+from fxseek.passes.ditch import ditch, without_grad
+from fxseek.passes.extract import extract
+from fxseek.passes.facts import (
+    PRIMARY_INPUTS,
+    Facts,
+    ancestors,
+    descendants,
+    example,
+    is_tensor,
+    tensors_of,
+)
+from fxseek.passes.head import Head, logit_bytes, to_parts
+from fxseek.passes.ir import (
+    Argument,
+    Given,
+    Parameter,
+    Piece,
+    Prefilled,
+    Selected,
+    Swept,
+)
+from fxseek.passes.rules import Call, operation
+from fxseek.passes.rules.loss import TokenLoss
+from fxseek.passes.structure import Place, Structure
+from fxseek.passes.tokens import per_token
+from fxseek.scores import scorer_of
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """The inputs of the captured graph that say how many tokens there are, and which.
+
+    `ids`, `mask`: None where there is none; `primary`: one that counts the tokens; `batch_dim`: its
+    batch dimension, None where the batch is 1; `virtual`: tokens that the model puts in front of
+    those it is given (prompt tuning); `required`: places in a row that it reads one by one.
+    """
+
+    ids: fx.Node | None
+    mask: fx.Node | None
+    primary: fx.Node
+    batch_dim: int | None
+    virtual: int
+    required: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The labels of a token loss.
+
+    `target`: None where these are probabilities, which every position has; `full`: targets, class
+    weights and scale of all positions, as `fxseek.ops.loss.mass_of` takes them; `sums`: the
+    captured loss is a sum over tokens, which the caller divides, and not their mean.
+    """
+
+    target: fx.Node | None
+    full: tuple[fx.Node | None, ...]
+    ignore_index: int
+    sums: bool
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The input of the last block, and where its tokens are (None where that is not clear)."""
+
+    node: fx.Node
+    rows: Rows | None
+
+
+@dataclass(frozen=True)
+class FusedMap:
+    """The map of a `scaled_dot_product_attention`: its column sums are had from its operands.
+
+    `square`: the mask is a boolean one of tokens × tokens.
+    """
+
+    query: fx.Node
+    key: fx.Node
+    mask: fx.Node | None
+    scale: fx.Node | float | None
+    is_causal: bool
+    square: bool
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        """The captured values that it reads."""
+        reads = (self.query, self.key, self.mask, self.scale)
+        return tuple(node for node in reads if isinstance(node, fx.Node))
+
+
+@dataclass(frozen=True)
+class SpelledMap:
+    """The map of an attention that is spelled out: `piece` makes rows of it.
+
+    `entry_bytes`: bytes of one entry over all heads.
+    """
+
+    piece: Piece
+    entry_bytes: int
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        """The captured values that it reads."""
+        return tuple(item.node for item in self.piece.inputs if not isinstance(item, Selected))
+
+
+AttentionMap = FusedMap | SpelledMap
+
+
+@dataclass(frozen=True)
+class EndsInLoss:
+    """The block goes on to the loss, on all tokens at once."""
+
+    loss: fx.Node
+
+
+@dataclass(frozen=True)
+class EndsInHead:
+    """The block ends at `cuts`, which `tail` takes to the head, on chunks of labelled tokens.
+
+    Without a tail there is one cut, the head's entry.
+    """
+
+    head: Head
+    cuts: tuple[fx.Node, ...]
+    tail: Swept | None
+
+
+@dataclass(frozen=True)
+class EndsInMap:
+    """The block ends at the operands of an attention that is spelled out.
+
+    `piece` takes them to the loss's parts, on chunks of tokens. `logit_bytes`: of one token of one
+    row; `map_bytes`: of one entry of the map over all heads.
+    """
+
+    piece: Piece
+    cuts: tuple[fx.Node, ...]
+    logit_bytes: int
+    map_bytes: int
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """How the gradient of the loss at the input of the last block is had.
+
+    `lead`: what is per-token in front of the block's attention, on chunks of tokens, or None;
+    `block`: from there (or from the block's input) to where `end` begins, on all tokens.
+    """
+
+    start: Stream
+    lead: Swept | None
+    block: Piece
+    end: EndsInLoss | EndsInHead | EndsInMap
+
+    def pieces(self) -> list[Piece]:
+        """All pieces that it runs."""
+        pieces = [self.block]
+        if self.lead is not None:
+            pieces.append(self.lead.piece)
+        match self.end:
+            case EndsInHead(head, _, tail):
+                pieces += [head.stage] if tail is None else [head.stage, tail.piece]
+            case EndsInMap(piece):
+                pieces.append(piece)
+            case _:
+                pass
+        return pieces
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """What the score stage reads and runs; None where the score needs no such thing."""
+
+    tokens: TokenInputs
+    targets: Targets | None
+    hidden: Stream | None
+    context: AttentionMap | None
+    gradient: GradientPlan | None
+
+    def kept(self) -> list[fx.Node]:
+        """Values that the stage reads for itself, and lets others have."""
+        targets = () if self.targets is None else (self.targets.target, *self.targets.full)
+        places = [place.position for place in self.tokens.required]
+        streams = [self.hidden, None if self.gradient is None else self.gradient.start]
+        nodes = (
+            *targets,
+            *(self.tokens.mask, self.tokens.ids, self.tokens.primary),
+            *(None if stream is None else stream.node for stream in streams),
+            *places,
+        )
+        return [node for node in nodes if isinstance(node, fx.Node)]
+
+    def scored(self) -> list[fx.Node]:
+        """Values that its pieces read, and do not make themselves."""
+        reads = [] if self.context is None else list(self.context.reads)
+        made: set[fx.Node] = set()
+        if self.gradient is not None:
+            made |= {*self.gradient.block.outputs}
+            made |= set() if self.gradient.lead is None else {*self.gradient.lead.piece.outputs}
+            for piece in self.gradient.pieces():
+                reads += piece.prefilled()
+        return [node for node in reads if node not in made]
+
+
+def plan_scores(
+    graph: fx.Graph, facts: Facts, structure: Structure, config: SeekConfig, head: Head | None
+) -> ScorePlan:
+    """Decide what the score stage reads and runs.
+
+    Raises:
+        GraphError: the score needs a loss, an attention or a last block, and the graph has none.
+    """
+    scorer, kind = scorer_of(config), config.score
+    start = structure.block_input
+    stream = None if start is None else Stream(start, _rows_of(facts, start))
+    tokens = _token_inputs(graph, facts, structure, config)
+    targets = _targets(structure)
+    plan = ScorePlan(tokens, targets, stream if scorer.reads_hidden else None, None, None)
+    if not scorer.parts:
+        return plan
+    if not structure.attentions:
+        raise GraphError(
+            f"score={kind!r} reads the model's last attention, and the captured graph has none "
+            "that fxseek knows (scaled_dot_product_attention, or a softmax of tokens × tokens). "
+            'Use score="random" or a callable.'
+        )
+    if "context" in scorer.parts:
+        plan = replace(plan, context=_map(graph, facts, structure.attentions[-1]))
+    if "gradient" not in scorer.parts:
+        return plan
+    if structure.objective is None:
+        raise GraphError(
+            f"score={kind!r} needs the gradient of the loss, and the captured graph returns no "
+            "scalar with gradient (or several): the loss is computed outside it. "
+            'Pass labels to the model, or use score="context", "random" or a callable.'
+        )
+    if stream is None:
+        raise GraphError(
+            f"score={kind!r} needs the input of the last block, and no value lies on every path "
+            "from the tokens to the last attention (the model is no residual stream). Use "
+            'score="context", "random" or a callable.'
+        )
+    reads = () if plan.context is None else plan.context.reads
+    gradient = _gradient(graph, facts, structure, stream, reads, head, config.prefill_chunk)
+    return replace(plan, gradient=gradient)
+
+
+def _rows_of(facts: Facts, node: fx.Node) -> Rows | None:
+    rows = facts.rows.get(node)
+    return rows if isinstance(rows, Rows) else None
+
+
+def _token_inputs(
+    graph: fx.Graph, facts: Facts, structure: Structure, config: SeekConfig
+) -> TokenInputs:
+    inputs = [
+        node
+        for node in graph.nodes
+        if node.op == "placeholder" and is_tensor(node) and not _torch.is_module_state(node)
+    ]
+    sizes = facts.sizes
+    named = {_torch.source_name(node): node for node in inputs}
+    given = sizes.tokens - sizes.virtual
+    counting = [
+        node
+        for node in inputs
+        if example(node).dim() > config.token_dim and facts.shape(node)[config.token_dim] == given
+    ]
+    by_name = {_torch.source_name(node): node for node in counting}
+    primary = next((by_name[name] for name in PRIMARY_INPUTS if name in by_name), counting[0])
+    mask = by_name.get("decoder_attention_mask", by_name.get("attention_mask"))
+    if mask is not None and example(mask).dim() not in (2, 4):
+        mask = None
+    return TokenInputs(
+        ids=named.get("input_ids"),  # of an encoder, where there are two
+        mask=mask,
+        primary=primary,
+        batch_dim=None if sizes.batch is None else 0,
+        virtual=sizes.virtual,
+        required=structure.pooled,
+    )
+
+
+def _targets(structure: Structure) -> Targets | None:
+    loss = None if structure.loss is None else TokenLoss.of(structure.loss)
+    if loss is None:
+        return None
+    target, *rest = loss.full
+    target = None if loss.probabilities else target  # which every position has
+    sums = structure.loss is structure.objective and loss.reduction == "sum"
+    return Targets(target, (target, *rest), loss.ignore_index, sums)
+
+
+def _gradient(
+    graph: fx.Graph,
+    facts: Facts,
+    structure: Structure,
+    stream: Stream,
+    reads: tuple[fx.Node, ...],
+    ending: Head | None,
+    size: int | None,
+) -> GradientPlan:
+    """The last block on all tokens, and the rest of the model on chunks of them.
+
+    The two meet at the block's exit, or, where attention is spelled out as matmul, softmax, matmul,
+    at its operands, so that the map of tokens × tokens is made in chunks too. With chunks of `size`
+    tokens, what is per-token in the block before and after its attention is run on such chunks, and
+    in backward once more: what remains is the attention.
+    """
+    start, loss = stream.node, structure.objective
+    assert loss is not None
+    after = descendants([start])
+    lead: Swept | None = None
+    end: EndsInLoss | EndsInHead | EndsInMap = EndsInLoss(loss)
+    cuts: tuple[fx.Node, ...] = (loss,)
+    found = TokenLoss.of(loss) if loss is structure.loss else None
+    attention = structure.attentions[-1]
+    if found is not None and operation(attention) == "softmax":
+        piece = None if found.probabilities else _head(facts, structure, loss)
+        if piece is not None:
+            cuts = tuple(
+                item.node
+                for item in piece.inputs
+                if isinstance(item, Prefilled)
+                and item.node in after
+                and example(item.node).is_floating_point()
+            )
+            if cuts:
+                end = EndsInMap(piece, cuts, logit_bytes(found.logits), _map_bytes(attention))
+            else:
+                cuts = (loss,)
+    elif ending is not None and not _goes_past(ending):
+        tail, cuts = None, (ending.entry,)
+        if size is not None:
+            regions = _around_attention(facts, start, ending.entry, reads, size)
+            if regions is not None:
+                lead, tail = regions
+                cuts = tuple(_entries(tail))
+        end = EndsInHead(ending, cuts, tail)
+    given = [start] if lead is None else [start, *lead.piece.outputs]
+    made = [node for node in cuts if node is not start]
+    made += [node for node in reads if node in after and node not in (*made, *given)]
+    constants = _constants_before(made, start, after)
+    block = extract(graph, made, given=[*given, *constants], grad_modes=True)
+    return GradientPlan(stream, lead, block, end)
+
+
+def _entries(swept: Swept) -> list[fx.Node]:
+    """The captured nodes of which a swept piece takes rows."""
+    return [item.node for item in swept.piece.inputs if isinstance(item, Given)]
+
+
+def _goes_past(head: Head) -> bool:
+    """Whether a gradient reaches the head's entry by what the head takes for a constant.
+
+    A mean over tokens has none, and no gradient in training where the weights before it are frozen.
+    """
+    graph = head.entry.graph
+    constant = without_grad(graph)
+    flowing = {head.entry}
+    for node in graph.nodes:
+        if flowing.isdisjoint(node.all_input_nodes) or node in constant:
+            continue
+        floating = any(x.is_floating_point() for x in tensors_of(example(node)))
+        if floating and operation(node) != "detach":
+            flowing.add(node)
+    return any(node in flowing for node in head.stage.prefilled())
+
+
+def _around_attention(
+    facts: Facts, start: fx.Node, exit: fx.Node, reads: tuple[fx.Node, ...], size: int
+) -> tuple[Swept, Swept] | None:
+    """What is per-token from `start` to `exit`: in front of what mixes tokens, and after it.
+
+    None where either is nothing, or reads what it cannot be given.
+    """
+    after = descendants([start])
+    between = (after & ancestors([exit, *reads])) - {start}
+    inside = [node for node in start.graph.nodes if node in between]
+    mixing = {node for node in inside if not per_token(node, facts)}
+    before = ancestors(mixing) & between
+    first: set[fx.Node] = set()
+    for node in inside:
+        operands = set(node.all_input_nodes) & after
+        if node in before and node not in mixing and operands <= {*first, start}:
+            first.add(node)
+    middle = before - first
+    results = [n for n in inside if n in first and (n in reads or not middle.isdisjoint(n.users))]
+    rest = between - before
+    entries = [n for n in inside if n in middle and not rest.isdisjoint(n.users)]
+    carrying = between - mixing
+    lead = _region(facts, carrying, [start], results, size)
+    tail = _region(facts, carrying, [start, *entries], [exit], size)
+    return None if lead is None or tail is None else (lead, tail)
+
+
+def _region(
+    facts: Facts, carrying: set[fx.Node], given: list[fx.Node], results: list[fx.Node], size: int
+) -> Swept | None:
+    """The operations of `carrying` from `given` to `results`, or None where rows are not enough."""
+    rows = {node: facts.rows.get(node) for node in (*given, *results)}
+    known = {node: x for node, x in rows.items() if isinstance(x, Rows) and not x.packed}
+    if not results or len(known) < len(rows):
+        return None
+    outputs = [("rows", node) for node in results]
+    stage = ditch(given[0].graph, facts, carrying=carrying, outputs=outputs, given=given)
+    after = descendants(given[:1])
+    known_kinds = (Argument, Parameter, Prefilled, Given)
+    if stage.general or any(
+        not (isinstance(item, known_kinds) or item == Selected("kept"))
+        or (isinstance(item, Prefilled) and item.node in after)
+        for item in stage.inputs
+    ):
+        return None
+    swept = Swept(stage, known, size)
+    return swept if _entries(swept) else None
+
+
+def _map_bytes(attention: fx.Node) -> int:
+    """Bytes of one entry of an attention map, over all its heads."""
+    value = example(attention)
+    heads = _torch.size_hint(value.shape[-3]) if value.dim() > 2 else 1
+    return heads * value.element_size()
+
+
+def _constants_before(outputs: list[fx.Node], start: fx.Node, after: set[fx.Node]) -> list[fx.Node]:
+    """Values that do not come from the block's input: taken from the prefill, not made again."""
+    found: dict[fx.Node, None] = {}
+    for node in ancestors(outputs) & after:
+        if node is start:
+            continue
+        for operand in node.all_input_nodes:
+            tensors = list(tensors_of(example(operand)))
+            if operand not in after and operand.op != "placeholder" and tensors:
+                found[operand] = None
+    return list(found)
+
+
+def _head(facts: Facts, structure: Structure, loss: fx.Node) -> Piece | None:
+    """From a spelled-out attention to the loss's parts on given rows; None if not per-token."""
+    between = descendants(_square(facts, structure.attentions[-1])) & ancestors([loss])
+    carrying = {node for node in between if node in facts.stream}
+    if any(node not in facts.plans for node in carrying):
+        return None
+    stage = ditch(loss.graph, facts, carrying=carrying, outputs=[("value", loss)])
+    return to_parts(stage)
+
+
+def _square(facts: Facts, attention: fx.Node) -> set[fx.Node]:
+    """An attention map and the values of tokens × tokens that it is made from, of its own layer."""
+    found: set[fx.Node] = set()
+    queue = [attention]
+    while queue:
+        node = queue.pop()
+        if node not in found and node in facts.stream and facts.square(node):
+            found.add(node)
+            queue.extend(node.all_input_nodes)
+    return found
+
+
+def _map(graph: fx.Graph, facts: Facts, attention: fx.Node) -> AttentionMap:
+    """How the last attention's column sums are had."""
+    if operation(attention) == "scaled_dot_product_attention":
+        return _fused(facts, attention)
+    return _spelled_out(graph, facts, attention)
+
+
+def _fused(facts: Facts, attention: fx.Node) -> FusedMap:
+    call = Call(attention, facts)
+    query, key, mask = call.arg(0, "query"), call.arg(1, "key"), call.arg(3, "attn_mask")
+    if example(query).dim() != 4:
+        raise GraphError(
+            f"the last attention's query has {example(query).dim()} dimensions; the context score "
+            'reads [batch, heads, tokens, width]. Use score="random" or a callable.'
+        )
+    return FusedMap(
+        query,
+        key,
+        mask,
+        scale=call.arg(6, "scale"),  # a node where Python floats are dynamic
+        is_causal=call.arg(5, "is_causal", False),
+        square=mask is not None and example(mask).dtype == torch.bool and facts.square(mask),
+    )
+
+
+def _spelled_out(graph: fx.Graph, facts: Facts, attention: fx.Node) -> SpelledMap:
+    """Rows of a map: the nodes of tokens × tokens replayed."""
+    shape = facts.shape(attention)
+    rows = facts.rows[attention]
+    if not isinstance(rows, Rows) or not (
+        len(shape) == 4 or (len(shape) == 3 and (facts.sizes.batch is None or rows.heads > 1))
+    ):
+        raise GraphError(
+            f"the last attention map has the shape {tuple(map(str, shape))}; the context score "
+            'reads [batch, heads, tokens, tokens]. Use score="random" or a callable.'
+        )
+    piece = ditch(graph, facts, carrying=_square(facts, attention), outputs=[("rows", attention)])
+    return SpelledMap(piece, _map_bytes(attention))
+
+
+__all__ = [
+    "AttentionMap",
+    "EndsInHead",
+    "EndsInLoss",
+    "EndsInMap",
+    "FusedMap",
+    "GradientPlan",
+    "ScorePlan",
+    "SpelledMap",
+    "Stream",
+    "Targets",
+    "TokenInputs",
+    "plan_scores",
+]
