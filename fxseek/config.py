@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from .errors import ConfigError
+from fxseek.errors import ConfigError
 
 __all__ = [
     "BACKENDS",

@@ -27,7 +27,7 @@ from fxseek.passes.adapters import merge_adapters
 from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import ditch
 from fxseek.passes.extract import extract
-from fxseek.passes.facts import Facts, find_sizes, needs_grad, switches_mode
+from fxseek.passes.facts import Facts, needs_grad, switches_mode
 from fxseek.passes.functionalise import Functional, functionalise
 from fxseek.passes.head import Head, attach_head, find_head
 from fxseek.passes.hoist import hoist_gathers, masks_of_attentions, share_masks
@@ -39,7 +39,9 @@ from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.outputs import ends_in, find_outputs, refuse_unselected, returns
 from fxseek.passes.scale import scale_terms
 from fxseek.passes.schedule import Schedule, schedule
-from fxseek.passes.score import ScorePlan, plan_scores
+from fxseek.passes.score import plan_scores
+from fxseek.passes.score_plan import ScorePlan
+from fxseek.passes.sizes import find_sizes
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens, made_from_rows
 from fxseek.passes.unbatch import unbatch

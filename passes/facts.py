@@ -9,7 +9,6 @@ two token dimensions is the *row* (the token that a value belongs to) and which 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 from torch import fx
 
 from fxseek import _torch
-from fxseek.errors import GraphError
 from fxseek.ops.rows import Rows
 
 KEPT = sympy.Symbol("kept", integer=True, positive=True)
@@ -229,6 +227,14 @@ def module_path(node: fx.Node) -> str:
 _MODEL = re.compile(r"L\['(self|call)'\](\.__self__)?\.?")
 
 
+PRIMARY_INPUTS = (
+    *("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values"),
+)
+"""Arguments by which transformers' models take their tokens, in order of preference."""
+
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
+
+
 def user_tensors(graph: fx.Graph) -> list[fx.Node]:
     """The inputs that are tensors, parameters and buffers excepted."""
     return [
@@ -241,169 +247,6 @@ def user_tensors(graph: fx.Graph) -> list[fx.Node]:
 def primary(inputs: Iterable[fx.Node]) -> list[fx.Node]:
     """Those of the inputs by which models take their tokens (`PRIMARY_INPUTS`)."""
     return [node for node in inputs if _torch.source_name(node) in PRIMARY_INPUTS]
-
-
-def find_sizes(
-    graph: fx.Graph, token_dim: int = 1, token_inputs: Sequence[str] | None = None
-) -> Sizes:
-    """Find the token and batch symbols among the inputs of a captured graph.
-
-    The first user input of at least `token_dim` + 1 dimensions decides; other inputs whose
-    token or batch dimension had the same length at capture are unified with it, and guarded to
-    stay equal. With `token_inputs` only inputs of these names count tokens: a
-    model with an encoder and a decoder has two lengths, which may be equal by chance.
-
-    Raises:
-        GraphError: there is no user tensor, its token dimension is a constant, or one symbol
-            stands for both batch and tokens.
-    """
-    inputs = user_tensors(graph)
-    candidates = [node for node in inputs if example(node).dim() > token_dim]
-    if not candidates:
-        raise GraphError(
-            f"no input has a token dimension: fxseek looks for tokens in dimension {token_dim} "
-            "of the first tensor argument, and no tensor argument has that many dimensions. "
-            "Pass token_dim= if tokens are elsewhere; a model without tokens has nothing to "
-            "select."
-        )
-    counting = candidates
-    if token_inputs is not None:
-        counting = [node for node in candidates if _torch.source_name(node) in token_inputs]
-    first = (primary(counting) or counting or candidates)[0]
-    shape = example(first).shape
-    tokens = _torch.size_expression(shape[token_dim])
-    name = _torch.source_name(first) or first.name
-    if not isinstance(tokens, sympy.Symbol):
-        image = name == "pixel_values"
-        raise GraphError(
-            f"no token dimension: dimension {token_dim} of {name!r} was captured as the "
-            f"constant {tokens}. "
-            + (
-                "The patches of an image are counted by the model's code, not by an input: their "
-                "number is a constant of the graph, and so are its tokens. fxseek needs a model "
-                "whose inputs count tokens."
-                if image
-                else "Either the model's code fixes the length (a Python loop or a comparison over "
-                "it), or the input was not marked dynamic: with torch.compile pass dynamic=True or "
-                "call torch._dynamo.mark_dynamic(input, dim); fxseek.compile marks it by itself."
-            )
-        )
-    hints: dict[sympy.Symbol, int] = {}
-    for node in inputs:
-        for size in example(node).shape:
-            if isinstance(size, torch.SymInt):
-                hints.update(_torch.symbol_hints(size))
-    batch: sympy.Symbol | None = None
-    if token_dim > 0:
-        size = _torch.size_expression(shape[0])
-        if isinstance(size, sympy.Symbol):
-            batch = size
-        elif size != 1:
-            raise GraphError(
-                f"the batch dimension of {name!r} was captured as the constant {size}, so it "
-                "cannot be told from other dimensions of that length. With torch.compile pass "
-                "dynamic=True; otherwise the model's code compares or unpacks the batch size."
-            )
-    if batch == tokens:
-        raise GraphError(
-            f"the batch and the token dimension of {name!r} share one symbol ({tokens}), since "
-            "both had one length at capture (duck shaping). Capture with fxseek.compile, or "
-            "with a batch size that differs from the sequence length."
-        )
-    same: dict[sympy.Symbol, sympy.Expr] = {}
-    for node in inputs:
-        counts = node in counting or token_inputs is None
-        sizes = [_torch.size_expression(size) for size in example(node).shape]
-        for dim, size in enumerate(sizes):
-            if not isinstance(size, sympy.Symbol) or size in (tokens, batch):
-                continue
-            value, hint = example(node), hints[size]
-            of_tokens = counts and hint == hints[tokens] and may_count(value, dim, token_dim)
-            of_batch = batch is not None and hint == hints[batch] and may_batch(value, dim)
-            if dim > 0 and _torch.size_hint(value.shape[0]) == hint:
-                of_batch = False  # the first dimension is the batch, and this one counts tokens
-            if batch is not None and of_batch:
-                same[size] = batch
-                _guard_equal(value.shape[dim], shape[0])
-            elif of_tokens:
-                same[size] = tokens
-                _guard_equal(value.shape[dim], shape[token_dim])
-    before = (tokens, batch)
-    tokens = _symbol(shape[token_dim])
-    batch = None if batch is None else _symbol(shape[0])
-    now: dict[sympy.Expr | None, sympy.Symbol] = {before[0]: tokens}
-    if batch is not None:
-        now[before[1]] = batch
-    same = {old: now[to] for old, to in same.items() if old not in (tokens, batch)}
-    virtual = _virtual_tokens(graph, Sizes(tokens, batch, same, hints))
-    if virtual:
-        inside = sympy.Symbol(f"{tokens}_and_{virtual}", integer=True, positive=True)
-        same = {symbol: inside - virtual for symbol, to in same.items() if to == tokens} | {
-            symbol: to for symbol, to in same.items() if to != tokens
-        }
-        same[tokens] = inside - virtual
-        hints = hints | {inside: hints[tokens] + virtual}
-        tokens = inside
-    return Sizes(tokens, batch, same, hints, virtual)
-
-
-def may_count(value: torch.Tensor, dim: int, token_dim: int) -> bool:
-    """Whether a dimension as long as the tokens counts them.
-
-    In ids, positions and masks any dimension but the batch does; in activations and images only
-    the token dimension, and the last two of a mask [batch, 1, tokens, tokens].
-    """
-    if dim == token_dim:
-        return True
-    if value.is_floating_point():
-        return value.dim() == 4 and dim >= 2 and value.shape[1] == 1
-    return dim > 0 or value.dim() == 1
-
-
-def may_batch(value: torch.Tensor, dim: int) -> bool:
-    """Whether a dimension as long as the batch counts its rows: the first, or one of positions'.
-
-    Multimodal models take positions [3, batch, tokens].
-    """
-    return dim == 0 or (not value.is_floating_point() and 0 < dim < value.dim() - 1)
-
-
-def _guard_equal(size: int | torch.SymInt, like: int | torch.SymInt) -> None:
-    """Guard the captured graph to batches where two lengths are equal, as they are in this one.
-
-    They may be so by chance. Asking is what makes it a guard; either symbol may go on for both.
-    """
-    if not bool(size == like):
-        raise GraphError(f"the lengths {size} and {like} of two inputs differ and must be equal")
-
-
-def _symbol(size: int | torch.SymInt) -> sympy.Symbol:
-    found = _torch.size_expression(size)
-    if not isinstance(found, sympy.Symbol):
-        raise GraphError(f"the model's code fixes a length to {found}: it must not be a constant")
-    return found
-
-
-def _virtual_tokens(graph: fx.Graph, sizes: Sizes) -> int:
-    """How many tokens most values with gradient have beyond those of the input."""
-    counts: Counter[int] = Counter()
-    for node in graph.nodes:
-        if not (is_tensor(node) and needs_grad(node)):
-            continue
-        for size in sizes.shape(example(node)):
-            beyond = size - sizes.tokens
-            if beyond.is_Integer and beyond >= 0:
-                counts[int(beyond)] += 1
-    return counts.most_common(1)[0][0] if counts else 0
-
-
-PRIMARY_INPUTS = (
-    *("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values"),
-)
-"""Arguments by which transformers' models take their tokens, in order of preference."""
-
-DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
-"""Those that count the tokens of the decoder, in a model that has an encoder too."""
 
 
 @dataclass

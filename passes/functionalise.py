@@ -19,9 +19,7 @@ an alias that cannot be followed is refused. Buffers get their new values after 
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,239 +31,15 @@ from torch.fx.node import map_arg
 from fxseek import _torch
 from fxseek.errors import GraphError
 from fxseek.passes.facts import example, is_tensor, needs_grad, switches_grad, tensors_of, where
-
-_OPERATORS: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.ipow: operator.pow,
-    operator.imod: operator.mod,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-    operator.imatmul: operator.matmul,
-}
-
-_BOOLEAN = (
-    *("eq", "ne", "lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"),
-    *("not_equal", "logical_and", "logical_or", "logical_xor", "logical_not"),
+from fxseek.passes.writes import (
+    BOOLEAN,
+    check_function,
+    leaves_as_it_is,
+    refuse,
+    refuse_input,
+    set_item,
+    write_of,
 )
-"""Their results are boolean; in place they are of the written tensor's type."""
-
-_BUFFER_WRITERS = ("batch_norm", "instance_norm")
-
-
-def set_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
-    """`x` with ``x[index] = value``, as a new tensor; differentiable in `x` and `value`."""
-    copy = x.clone()
-    copy[index] = value
-    return copy
-
-
-def copied(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """What ``x.copy_(source)`` leaves in `x`, as a new tensor."""
-    return source.to(x.dtype).expand(x.shape).clone()
-
-
-def filled(x: torch.Tensor, value: Any) -> torch.Tensor:
-    """What ``x.fill_(value)`` leaves in `x`, as a new tensor; `value` a number or one element."""
-    if isinstance(value, torch.Tensor):
-        return copied(x, value)
-    return torch.full_like(x, value)
-
-
-def _refuse(node: fx.Node, what: str, remedy: str) -> GraphError:
-    return GraphError(f"{what}, at {where(node)} ({node.format_node()}). {remedy}")
-
-
-def _refuse_input(node: fx.Node, written: fx.Node) -> GraphError:
-    path = _torch.source_path(written) or written.name
-    remedy = "Write to a copy of it."
-    if _torch.is_module_state(written):
-        remedy = (
-            "A parameter may be written to in a step under no_grad or through its .data, from its "
-            "own value alone and before it is read. Make other writes between steps."
-        )
-    return _refuse(node, f"the graph writes to {path}", remedy)
-
-
-def _written(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
-    """The node that is written to and the call that makes its new value, or None."""
-    args, kwargs = node.args, dict(node.kwargs)
-    if node.op == "call_function":
-        if node.target in _OPERATORS and is_tensor(args[0]):
-            return args[0], _OPERATORS[node.target], args, kwargs  # type: ignore[return-value]
-        if node.target is operator.setitem and is_tensor(args[0]):
-            return args[0], set_item, args, kwargs  # type: ignore[return-value]
-        name = getattr(node.target, "__name__", "")
-        if kwargs.get("out") is not None and not _into_unread(node):
-            raise _refuse(node, "an operation writes to out=", "Use its result instead.")
-        flagged = _without_flag(node)
-        if flagged is not None:
-            return flagged
-        if (
-            name in _BUFFER_WRITERS
-            and len(args) > 1
-            and is_tensor(args[1])
-            and (node.kwargs.get("training", args[5] if len(args) > 5 else False))
-        ):
-            raise _refuse(
-                node,
-                f"{name} updates its running statistics in training",
-                "Put the layer in eval mode, or use a norm over features.",
-            )
-        mutable = _torch.mutable_operation(node.target)
-        if mutable is not None:
-            raise _refuse(
-                node, f"the operation {mutable} writes to its arguments", "Use a pure one."
-            )
-        if name.startswith("_foreach_") and name.endswith("_"):
-            raise _refuse(
-                node, f"torch.{name} writes to a list of tensors", "Use a pure operation."
-            )
-        if (
-            getattr(node.target, "__module__", "") != "_operator"
-            and name.endswith("_")
-            and not name.startswith("_")
-            and not name.endswith("__")
-            and args
-            and is_tensor(args[0])
-        ):
-            return _method(node, name, getattr(torch, name[:-1], None))
-    if node.op == "call_method":
-        name = str(node.target)
-        if name.endswith("_") and not name.endswith("__"):
-            return _method(node, name)
-        if name == "__setitem__":
-            return args[0], set_item, args, kwargs  # type: ignore[return-value]
-    return None
-
-
-def _into_unread(node: fx.Node) -> bool:
-    """Whether ``out=`` is memory made for this factory call alone: only its result is read.
-
-    ``torch.eye(3, out=torch.empty_like(x))``: then it says no more than dtype and device.
-    """
-    made = node.kwargs["out"]
-    return (
-        isinstance(made, fx.Node)
-        and is_tensor(made)
-        and getattr(made.target, "__name__", made.target) in _MAKERS
-        and list(made.users) == [node]
-        and [operand for operand in node.all_input_nodes if is_tensor(operand)] == [made]
-    )
-
-
-_MAKERS = ("empty", "empty_like", "new_empty")
-
-
-def _without_flag(
-    node: fx.Node,
-) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
-    """A call with ``inplace=True`` without it, wherever the flag was given; else None."""
-    assert callable(node.target)
-    try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):  # torch's own functions have no such flag
-        return None
-    if bound.arguments.get("inplace") is not True or not node.args:
-        return None
-    bound.arguments["inplace"] = False
-    written = node.args[0]
-    assert isinstance(written, fx.Node)
-    return written, node.target, bound.args, bound.kwargs
-
-
-_OF_SHAPE = (
-    "as_strided_",
-    "detach_",
-    "rename_",
-    "requires_grad_",
-    "resize_",
-    "resize_as_",
-    "set_",
-    "squeeze_",
-    "swapaxes_",
-    "swapdims_",
-    "t_",
-    "transpose_",
-    "unsqueeze_",
-)
-"""They change what a tensor is, not only what it holds: the recorded examples are changed too."""
-
-
-def _method(
-    node: fx.Node, name: str, pure: Callable[..., Any] | None = None
-) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
-    target = node.args[0]
-    assert isinstance(target, fx.Node)
-    if name == "copy_":
-        return target, copied, node.args[:2], {}
-    if name == "zero_":
-        return target, torch.zeros_like, (target,), {}
-    if name == "fill_":
-        return target, filled, node.args, dict(node.kwargs)
-    pure = getattr(torch.Tensor, name[:-1], pure)
-    if pure is None or name in _OF_SHAPE:
-        raise _refuse(node, f"Tensor.{name} changes a tensor in place", "Use a pure operation.")
-    return target, pure, node.args, dict(node.kwargs)
-
-
-def _leaves_as_it_is(node: fx.Node) -> bool:
-    """Whether a node is part of ``a.data = b`` where `b` is the memory of `a` already.
-
-    A layer may keep its weight under two names and say at each call that they are one (the 8-bit
-    layers of bitsandbytes do). Dynamo records ``Tensor.set_`` and one count of versions less.
-    """
-    if getattr(node.target, "__name__", "") == "_lower_version_count_by_1":
-        return isinstance(node.args[0], fx.Node) and _leaves_as_it_is(node.args[0])
-    if node.target is not torch.Tensor.set_ or len(node.args) != 2 or node.kwargs:
-        return False
-    written, source = (_given(arg) for arg in node.args)
-    return (
-        written is not None
-        and source is not None
-        and written.data_ptr() == source.data_ptr()
-        and written.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
-        and (written.dtype, written.shape, written.stride())
-        == (source.dtype, source.shape, source.stride())
-    )
-
-
-def _given(node: Any) -> torch.Tensor | None:
-    """The tensor that a placeholder was captured with."""
-    if not isinstance(node, fx.Node) or node.op != "placeholder":
-        return None
-    return _torch.given_tensor(node)
-
-
-def _check_function(node: fx.Node) -> None:
-    """Refuse an autograd function that writes to what it is given: its graph is run as it is."""
-    attribute = node.args[0]
-    assert isinstance(attribute, fx.Node) and attribute.graph.owning_module is not None
-    body = attribute.graph.owning_module.get_submodule(str(attribute.target))
-    assert isinstance(body, fx.GraphModule)
-    given = {
-        _torch.storage_key(example(inner))
-        for inner in body.graph.nodes
-        if inner.op == "placeholder" and is_tensor(inner)
-    }
-    for inner in body.graph.nodes:
-        if not inner.op.startswith("call_") or _leaves_as_it_is(inner):
-            continue
-        try:
-            write = _written(inner)
-            written = None if write is None else write[0]
-        except GraphError:  # a write that has no pure form; to a value of its own it may
-            written = inner.args[0] if inner.args else None
-        if is_tensor(written) and _torch.storage_key(example(written)) in given:  # type: ignore[arg-type]
-            raise _refuse(
-                node,
-                "an autograd function writes to one of its arguments",
-                "Write to a copy of it.",
-            )
 
 
 @dataclass(frozen=True)
@@ -328,13 +102,13 @@ class _Functionalise:
             switch = switches_grad(node)
             if switch:
                 self.tracks = bool(node.args[0])
-            if _leaves_as_it_is(node):
+            if leaves_as_it_is(node):
                 same: Any = node.args[0]
                 self.new_of[node] = self.current[node] = self._latest(same)
                 continue
             if getattr(node.target, "__name__", "") == "autograd_function_apply":
-                _check_function(node)
-            write = _written(node) if node.op.startswith("call_") else None
+                check_function(node)
+            write = write_of(node) if node.op.startswith("call_") else None
             if write is None:
                 made = self.copy.node_copy(node, self._latest)
                 if switch:
@@ -409,7 +183,7 @@ class _Functionalise:
                 self.carrying.add(fresh)
             self._note(fresh)
         else:
-            raise _refuse(
+            raise refuse(
                 node,
                 f"{node.name!r} shares memory that is written to, and is read later, by a way that "
                 "cannot be followed",
@@ -462,11 +236,11 @@ class _Functionalise:
             if self._write_first(node, written, owner):
                 return
             if not is_tensor(owner) or not _torch.is_buffer(owner):
-                raise _refuse_input(node, owner)
+                raise refuse_input(node, owner)
             self.written[owner] = None
         before = self._latest(written)
         if not self.tracks and before in self.carrying:
-            raise _refuse(
+            raise refuse(
                 node,
                 "a write under torch.no_grad() to a tensor that carries gradient",
                 "Write to a detached copy, or outside of no_grad.",
@@ -477,14 +251,14 @@ class _Functionalise:
         self._note(fresh).meta = {**node.meta, "example_value": example(written)}
         value, operands = example(written), [t for a in args[1:] for t in _tensors(a)]
         other = any(t.dtype != value.dtype for t in operands) and target is not set_item
-        if other or getattr(target, "__name__", "") in _BOOLEAN:
+        if other or getattr(target, "__name__", "") in BOOLEAN:
             fresh = self._make(node, written, torch.Tensor.to, fresh, value.dtype)
         if any(t.requires_grad for t in operands) and not value.requires_grad:
             result = example(node)
             if isinstance(result, torch.Tensor):
                 fresh.meta["example_value"] = result
         if owner.op == "placeholder" and fresh in self.carrying:
-            raise _refuse(
+            raise refuse(
                 node,
                 f"the graph writes a value with gradient to {_torch.source_path(owner)}",
                 "Write its detach().",
@@ -532,7 +306,7 @@ class _Functionalise:
                     break
                 value, parent = self._into_part(node, written, fresh), self.parents[parent]
             elif self._latest(parent) in self.carrying and before not in self.carrying:
-                raise _refuse(
+                raise refuse(
                     node,
                     f"a write through {written.name!r}, which was kept from gradient, changes a "
                     "tensor that carries it, and autograd does not see that",
@@ -604,7 +378,7 @@ class _Functionalise:
         return self._make(node, whole, set_item, base, (*[slice(None)] * dim, place), value)
 
     def _unknown(self, node: fx.Node, view: fx.Node) -> GraphError:
-        return _refuse(
+        return refuse(
             node,
             f"a write through {view.name!r}, a view that is made at {where(view)} by an operation "
             "that cannot be followed back",
@@ -654,4 +428,4 @@ def _layout(x: torch.Tensor) -> tuple[Any, ...]:
     return (x.dtype, *map(_torch.size_expression, numbers))
 
 
-__all__ = ["Functional", "copied", "filled", "functionalise", "set_item"]
+__all__ = ["Functional", "functionalise"]

@@ -33,7 +33,7 @@ from fxseek.passes.head import Head
 from fxseek.passes.ir import Gathered, Piece, Prefilled, origin
 from fxseek.passes.rules import find_rule, operation
 from fxseek.passes.rules.pointwise import binary, convert, unary
-from fxseek.passes.score import ScorePlan, SpelledMap
+from fxseek.passes.score_plan import ScorePlan, SpelledMap
 
 _CALLS = ("call_function", "call_method", "call_module")
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")

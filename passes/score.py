@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -34,185 +34,22 @@ from fxseek.passes.ir import (
 )
 from fxseek.passes.rules import Call, operation
 from fxseek.passes.rules.loss import TokenLoss
-from fxseek.passes.structure import Place, Structure
+from fxseek.passes.score_plan import (
+    AttentionMap,
+    EndsInHead,
+    EndsInLoss,
+    EndsInMap,
+    FusedMap,
+    GradientPlan,
+    ScorePlan,
+    SpelledMap,
+    Stream,
+    Targets,
+    TokenInputs,
+)
+from fxseek.passes.structure import Structure
 from fxseek.passes.tokens import per_token
 from fxseek.scores import scorer_of
-
-
-@dataclass(frozen=True)
-class TokenInputs:
-    """The inputs of the captured graph that say how many tokens there are, and which.
-
-    `ids`, `mask`: None where there is none; `primary`: one that counts the tokens; `batch_dim`: its
-    batch dimension, None where the batch is 1; `virtual`: tokens that the model puts in front of
-    those it is given (prompt tuning); `required`: places in a row that it reads one by one.
-    """
-
-    ids: fx.Node | None
-    mask: fx.Node | None
-    primary: fx.Node
-    batch_dim: int | None
-    virtual: int
-    required: tuple[Place, ...]
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The labels of a token loss.
-
-    `target`: None where these are probabilities, which every position has; `full`: targets, class
-    weights and scale of all positions, as `fxseek.ops.loss.mass_of` takes them; `sums`: the
-    captured loss is a sum over tokens, which the caller divides, and not their mean.
-    """
-
-    target: fx.Node | None
-    full: tuple[fx.Node | None, ...]
-    ignore_index: int
-    sums: bool
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The input of the last block, and where its tokens are (None where that is not clear)."""
-
-    node: fx.Node
-    rows: Rows | None
-
-
-@dataclass(frozen=True)
-class FusedMap:
-    """The map of a `scaled_dot_product_attention`: its column sums are had from its operands.
-
-    `square`: the mask is a boolean one of tokens × tokens.
-    """
-
-    query: fx.Node
-    key: fx.Node
-    mask: fx.Node | None
-    scale: fx.Node | float | None
-    is_causal: bool
-    square: bool
-
-    @property
-    def reads(self) -> tuple[fx.Node, ...]:
-        """The captured values that it reads."""
-        reads = (self.query, self.key, self.mask, self.scale)
-        return tuple(node for node in reads if isinstance(node, fx.Node))
-
-
-@dataclass(frozen=True)
-class SpelledMap:
-    """The map of an attention that is spelled out: `piece` makes rows of it.
-
-    `entry_bytes`: bytes of one entry over all heads.
-    """
-
-    piece: Piece
-    entry_bytes: int
-
-    @property
-    def reads(self) -> tuple[fx.Node, ...]:
-        """The captured values that it reads."""
-        return tuple(item.node for item in self.piece.inputs if not isinstance(item, Selected))
-
-
-AttentionMap = FusedMap | SpelledMap
-
-
-@dataclass(frozen=True)
-class EndsInLoss:
-    """The block goes on to the loss, on all tokens at once."""
-
-    loss: fx.Node
-
-
-@dataclass(frozen=True)
-class EndsInHead:
-    """The block ends at `cuts`, which `tail` takes to the head, on chunks of labelled tokens.
-
-    Without a tail there is one cut, the head's entry.
-    """
-
-    head: Head
-    cuts: tuple[fx.Node, ...]
-    tail: Swept | None
-
-
-@dataclass(frozen=True)
-class EndsInMap:
-    """The block ends at the operands of an attention that is spelled out.
-
-    `piece` takes them to the loss's parts, on chunks of tokens. `logit_bytes`: of one token of one
-    row; `map_bytes`: of one entry of the map over all heads.
-    """
-
-    piece: Piece
-    cuts: tuple[fx.Node, ...]
-    logit_bytes: int
-    map_bytes: int
-
-
-@dataclass(frozen=True)
-class GradientPlan:
-    """How the gradient of the loss at the input of the last block is had.
-
-    `lead`: what is per-token in front of the block's attention, on chunks of tokens, or None;
-    `block`: from there (or from the block's input) to where `end` begins, on all tokens.
-    """
-
-    start: Stream
-    lead: Swept | None
-    block: Piece
-    end: EndsInLoss | EndsInHead | EndsInMap
-
-    def pieces(self) -> list[Piece]:
-        """All pieces that it runs."""
-        pieces = [self.block]
-        if self.lead is not None:
-            pieces.append(self.lead.piece)
-        match self.end:
-            case EndsInHead(head, _, tail):
-                pieces += [head.stage] if tail is None else [head.stage, tail.piece]
-            case EndsInMap(piece):
-                pieces.append(piece)
-            case _:
-                pass
-        return pieces
-
-
-@dataclass(frozen=True)
-class ScorePlan:
-    """What the score stage reads and runs; None where the score needs no such thing."""
-
-    tokens: TokenInputs
-    targets: Targets | None
-    hidden: Stream | None
-    context: AttentionMap | None
-    gradient: GradientPlan | None
-
-    def kept(self) -> list[fx.Node]:
-        """Values that the stage reads for itself, and lets others have."""
-        targets = () if self.targets is None else (self.targets.target, *self.targets.full)
-        places = [place.position for place in self.tokens.required]
-        streams = [self.hidden, None if self.gradient is None else self.gradient.start]
-        nodes = (
-            *targets,
-            *(self.tokens.mask, self.tokens.ids, self.tokens.primary),
-            *(None if stream is None else stream.node for stream in streams),
-            *places,
-        )
-        return [node for node in nodes if isinstance(node, fx.Node)]
-
-    def scored(self) -> list[fx.Node]:
-        """Values that its pieces read, and do not make themselves."""
-        reads = [] if self.context is None else list(self.context.reads)
-        made: set[fx.Node] = set()
-        if self.gradient is not None:
-            made |= {*self.gradient.block.outputs}
-            made |= set() if self.gradient.lead is None else {*self.gradient.lead.piece.outputs}
-            for piece in self.gradient.pieces():
-                reads += piece.prefilled()
-        return [node for node in reads if node not in made]
 
 
 def plan_scores(
@@ -511,17 +348,4 @@ def _spelled_out(graph: fx.Graph, facts: Facts, attention: fx.Node) -> SpelledMa
     return SpelledMap(piece, _map_bytes(attention))
 
 
-__all__ = [
-    "AttentionMap",
-    "EndsInHead",
-    "EndsInLoss",
-    "EndsInMap",
-    "FusedMap",
-    "GradientPlan",
-    "ScorePlan",
-    "SpelledMap",
-    "Stream",
-    "Targets",
-    "TokenInputs",
-    "plan_scores",
-]
+__all__ = ["plan_scores"]

@@ -15,10 +15,11 @@ from torch.fx.node import map_arg
 from fxseek import _torch
 from fxseek.capture.patches import capture_settings
 from fxseek.passes.ditch import ditch
-from fxseek.passes.facts import Facts, Rows, example, find_sizes, is_tensor, needs_grad
+from fxseek.passes.facts import Facts, Rows, example, is_tensor, needs_grad
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.ir import Piece, Prefilled, Selected
 from fxseek.passes.normalise import normalise
+from fxseek.passes.sizes import find_sizes
 from fxseek.passes.tokens import find_tokens
 
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import fxseek
 from fxseek import _torch
-from fxseek.inspect.reference import compare
+from fxseek.inspect.compare import compare
 
 IGNORED = -100
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import fxseek
 from fxseek.capture.step import step_of
-from fxseek.inspect.reference import compare, masked_backprop
+from fxseek.inspect.compare import compare
+from fxseek.inspect.reference import masked_backprop
 
 VOCABULARY = 37
 

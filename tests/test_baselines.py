@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import baselines
 import fxseek
 from common import ExampleError
-from fxseek.inspect.reference import compare, masked_backprop
+from fxseek.inspect.compare import compare
+from fxseek.inspect.reference import masked_backprop
 
 TOKENS = 23
 

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxseek
 from fxseek.capture.step import step_of
-from fxseek.inspect.reference import compare, masked_backprop
+from fxseek.inspect.compare import compare
+from fxseek.inspect.reference import masked_backprop
 
 GROUPED = TinyConfig(heads=4, kv_heads=2)
 

@@ -32,7 +32,8 @@ from sweeps import thinned
 from torch import Tensor, nn
 
 import fxseek
-from fxseek.inspect.reference import Comparison, Reference, compare, masked_backprop
+from fxseek.inspect.compare import Comparison, compare
+from fxseek.inspect.reference import Reference, masked_backprop
 
 EXACT = 1e-9
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)  # an example costs seconds

@@ -14,7 +14,8 @@ from sweeps import thinned
 from torch import Tensor
 
 import fxseek
-from fxseek.inspect.reference import compare, masked_backprop
+from fxseek.inspect.compare import compare
+from fxseek.inspect.reference import masked_backprop
 from fxseek.ops.rows import Rows, gather_rows, scatter_rows
 from fxseek.selecting import Selection, count_kept, count_kept_of_rows, select_sample, select_topk
 

@@ -19,7 +19,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 import fxseek
-from fxseek.inspect.reference import compare, masked_backprop
+from fxseek.inspect.compare import compare
+from fxseek.inspect.reference import masked_backprop
 
 VOCABULARY = 37
 

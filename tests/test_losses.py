@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fxseek
 from fxseek import _torch
-from fxseek.inspect.reference import compare
+from fxseek.inspect.compare import compare
 from fxseek.ops.loss import cross_entropy_parts, scaled_cross_entropy
 
 ROWS, TOKENS, VOCAB = 3, 17, 37

@@ -14,7 +14,8 @@ from strategies import batches, tiny_configs
 from torch import Tensor, nn
 
 import fxseek
-from fxseek.inspect.reference import compare, masked_backprop
+from fxseek.inspect.compare import compare
+from fxseek.inspect.reference import masked_backprop
 from fxseek.run.stages import Scores, Select
 from fxseek.scores.tokenseek import mass
 from fxseek.selecting import count_kept

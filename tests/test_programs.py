@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxseek
-from fxseek.inspect.reference import compare
+from fxseek.inspect.compare import compare
 
 WIDTH, VOCAB = 6, 17
 Mark = Callable[[Tensor], Tensor]

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fxseek.errors import InputError
-from fxseek.inspect.reference import compare, masked_backprop
+from fxseek.inspect.compare import compare
+from fxseek.inspect.reference import masked_backprop
 
 
 def everything(inputs: dict[str, Tensor]) -> Tensor:

@@ -213,13 +213,13 @@ def test_a_sum_of_products_is_kept_and_not_its_parts():
 def recipes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The regions that are made again from now on, each time they are."""
     made: list[Any] = []
-    make = selective._Recipe._make
+    make = selective.Recipe._make
 
     def recorded(self: Any) -> None:
         made.append(self)
         make(self)
 
-    monkeypatch.setattr(selective._Recipe, "_make", recorded)
+    monkeypatch.setattr(selective.Recipe, "_make", recorded)
     return made
 
 
@@ -245,13 +245,13 @@ def test_backward_frees_what_it_is_done_with(always_made: bool, monkeypatch: pyt
     if always_made:
         monkeypatch.setattr(selective, "_saves", lambda more, less: True)
     recipes: list[weakref.ref[Any]] = []
-    init = selective._Recipe.__init__
+    init = selective.Recipe.__init__
 
     def recorded(self: Any, *args: Any) -> None:
         recipes.append(weakref.ref(self))
         init(self, *args)
 
-    monkeypatch.setattr(selective._Recipe, "__init__", recorded)
+    monkeypatch.setattr(selective.Recipe, "__init__", recorded)
     model = fxseek.compile(tiny_llama(), 0.3, score="random")
     alive: list[int] = []
 
@@ -512,7 +512,7 @@ class Aliased(nn.Module):
     ],
 )
 def test_which_copies_lie_alike(x: Tensor):
-    of = selective._Layout.of
+    of = selective.Layout.of
     assert of(x).copies_alike() is (of(x.clone()) == of(x))
 
 
@@ -551,8 +551,8 @@ def test_a_meter_outside_counts_the_same():
 def test_another_layout_is_an_error(monkeypatch: pytest.MonkeyPatch):
     model = fxseek.compile(tiny_llama(), 0.3, score="random")
     loss = model(**batch(VOCAB, 2, TOKENS)).loss
-    of = selective._Layout.of
-    monkeypatch.setattr(selective._Layout, "of", lambda x: of(x)._replace(offset=1))
+    of = selective.Layout.of
+    monkeypatch.setattr(selective.Layout, "of", lambda x: of(x)._replace(offset=1))
     with pytest.raises(GraphError, match=r"recompute='selective'.*use recompute='none'"):
         loss.backward()
 

@@ -21,7 +21,8 @@ import fxseek
 from fxseek.capture.backend import StepReport
 from fxseek.capture.step import step_of
 from fxseek.errors import CaptureError, InputError
-from fxseek.inspect.reference import Reference, compare, masked_backprop
+from fxseek.inspect.compare import compare
+from fxseek.inspect.reference import Reference, masked_backprop
 from fxseek.passes.rules import operation
 
 # Dynamo makes an instance where a model applies an autograd function of its own (LoHa).

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import fxseek
 from fxseek.capture.step import step_of
-from fxseek.inspect.reference import compare
+from fxseek.inspect.compare import compare
 
 # ---- writes that become new values ---------------------------------------------------------------
 

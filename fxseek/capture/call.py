@@ -15,7 +15,8 @@ from fxseek.capture.limits import uses_cache
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
 from fxseek.ops.attention import read_tokens
-from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS, may_batch, may_count
+from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS
+from fxseek.passes.sizes import may_batch, may_count
 
 __all__ = ["Calls"]
 

@@ -8,17 +8,13 @@ storages and no memory, while a `Tracker` follows the storages.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxseek import _torch
@@ -27,6 +23,7 @@ from fxseek.capture.step import SeekStep
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.inspect.explain import capture
+from fxseek.inspect.kernels import WORKSPACES, Kernels
 from fxseek.inspect.memory import (
     StepMemory,
     Tracker,
@@ -36,6 +33,7 @@ from fxseek.inspect.memory import (
     module_tensors,
     saved_as_activations,
 )
+from fxseek.inspect.meta import batch_of, on_meta, tuned
 from fxseek.ops.attention import kernel, read_tokens
 from fxseek.run.assemble import Step
 
@@ -136,8 +134,8 @@ def estimate(
     _check(config, tokens, batch, tuning, optimizer, lora_rank, device)
     if config.mass_share is not None:
         config = dataclasses.replace(config, ratio=config.ratio_bounds[1])
-    model = _tuned(_on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
-    inputs = _batch(model, tokens, batch)
+    model = tuned(on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
+    inputs = batch_of(model, tokens, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     about = {
         "tokens": tokens,
@@ -163,8 +161,8 @@ def peak_of_ratios(
 
     The model is captured once; each call runs the stages on fake tensors.
     """
-    model = _on_meta(model, torch.float32).train()
-    inputs = _batch(model, tokens, batch)
+    model = on_meta(model, torch.float32).train()
+    inputs = batch_of(model, tokens, batch)
     step, arguments = capture(SeekStep(model, config), inputs)
 
     def peak(ratio: float) -> int:
@@ -237,131 +235,6 @@ def _count(parameter: Tensor) -> int:
 # ---- the model ------------------------------------------------------------------------------
 
 
-def _on_meta(config_or_model: Any, dtype: torch.dtype) -> nn.Module:
-    """The model without weights."""
-    if isinstance(config_or_model, nn.Module):
-        return _weightless(config_or_model)
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-
-    config = config_or_model
-    if isinstance(config, str):
-        config = AutoConfig.from_pretrained(config)
-    if not isinstance(config, PretrainedConfig):
-        raise ConfigError(
-            f"config_or_model is a {type(config).__name__}: pass a transformers configuration, "
-            "the name of one, or a torch.nn.Module"
-        )
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    except ValueError as error:
-        raise ConfigError(
-            f"{type(config).__name__} is of no causal language model of transformers ({error}); "
-            "make the model on the meta device yourself, and pass the module"
-        ) from error
-
-
-def _weightless(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device; its weights are neither copied nor read."""
-    known: dict[int, Any] = {}
-    for tensor in module_tensors(model):
-        known.setdefault(id(tensor), _meta_of(tensor))
-    for tensor in model.parameters():  # what a quantised one carries has its copy by now
-        twin = known[id(tensor)]
-        vars(twin).update(copy.deepcopy(vars(tensor), known))
-    return copy.deepcopy(model, known)
-
-
-def _meta_of(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return torch.Tensor._make_subclass(type(tensor), twin, tensor.requires_grad)
-    return twin
-
-
-def _tuned(model: nn.Module, tuning: str, rank: int, dtype: torch.dtype) -> nn.Module:
-    """The model with adapters, and with weights of 4 bits, where the tuning asks for them."""
-    if tuning == "full":
-        return model
-    if tuning == "qlora":
-        _quantise(model, dtype)
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError(
-            f'tuning={tuning!r} needs peft, which is not installed: pip install "fxseek[peft]"'
-        ) from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    with torch.device("meta"):
-        return get_peft_model(model, config)  # type: ignore[arg-type]  # any module will do
-
-
-def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
-    """Linear layers but the head, in place, as bitsandbytes stores them in NF4."""
-    try:
-        from bitsandbytes.functional import QuantState
-        from bitsandbytes.nn.modules import Linear4bit, Params4bit
-    except ImportError as error:
-        raise ConfigError(
-            "tuning='qlora' needs bitsandbytes, which is not installed: "
-            'pip install "fxseek[peft]"'
-        ) from error
-
-    def empty(count: int, kind: torch.dtype) -> Tensor:
-        return torch.empty(count, dtype=kind, device="meta")
-
-    kind: dict[str, Any] = {"quant_type": "nf4", "bnb_quantized": True}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    for path, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer is head:
-            continue
-        with torch.device("meta"):
-            new = Linear4bit(
-                layer.in_features, layer.out_features, layer.bias is not None, dtype,
-                quant_type="nf4",
-            )  # fmt: skip
-        blocks = -(-layer.weight.numel() // 64)
-        inner = QuantState(
-            absmax=empty(-(-blocks // 256), torch.float32), code=empty(256, torch.float32),
-            blocksize=256, dtype=torch.float32,
-        )  # fmt: skip
-        state = QuantState(
-            absmax=empty(blocks, torch.uint8), shape=layer.weight.shape, blocksize=64,
-            code=empty(16, torch.float32), quant_type="nf4", dtype=layer.weight.dtype,
-            offset=empty(1, torch.float32)[0], state2=inner,
-        )  # fmt: skip
-        packed = empty(-(-layer.weight.numel() // 2), torch.uint8).unsqueeze(1)
-        attributes: dict[str, Any] = {
-            "weight": Params4bit(packed, **{**kind, "quant_state": state, "module": new}),
-            "bias": layer.bias,
-            "quant_state": state,
-        }
-        for name, value in attributes.items():
-            setattr(new, name, value)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, new)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-
-def _batch(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
-    """Full rows of tokens, with the arguments that the model takes."""
-    ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
-    parameters = inspect.signature(model.forward).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
-    if not open_ended and not {"input_ids", "labels"} <= set(parameters):
-        raise ConfigError(
-            f"{type(model).__name__}.forward takes {', '.join(parameters)}: an estimate is of a "
-            "causal language model, which takes input_ids and labels"
-        )
-    return {name: x for name, x in inputs.items() if open_ended or name in parameters}
-
-
-# ---- the step ---------------------------------------------------------------------------------
-
-
 class _FakeTracker(Tracker):
     """A tracker of tensors without values, which answers what is read out of them.
 
@@ -378,8 +251,8 @@ class _FakeTracker(Tracker):
     ) -> Any:
         if _torch.is_item(func):
             return self._answer(args[0])
-        if func in _WORKSPACES:
-            self.passing(_WORKSPACES[func](*args))
+        if func in WORKSPACES:
+            self.passing(WORKSPACES[func](*args))
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func in _ALL:
             self._true[out] = True
@@ -394,141 +267,6 @@ class _FakeTracker(Tracker):
 
 
 _ALL = {torch.ops.aten.all.default, torch.ops.aten.all.dim, torch.ops.aten.all.dims}
-
-
-def _flash_workspace(grad: Tensor, query: Tensor, key: Tensor, *_: Any) -> int:
-    """The float32 gradient of the queries; and those of keys and values for each query head."""
-    repeated = 0 if query.shape[1] == key.shape[1] else 2 * key[:, :1].numel() * query.shape[1]
-    return 4 * query.numel() + repeated * query.element_size()
-
-
-def _efficient_workspace(grad: Tensor, query: Tensor, *_: Any) -> int:
-    """The float32 gradient of the queries."""
-    return 0 if query.dtype is torch.float32 else 4 * query.numel()
-
-
-_WORKSPACES: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_workspace,
-    torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: _efficient_workspace,
-    torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default: _efficient_workspace,
-}
-"""Bytes that kernels allocate inside, where they are not small beside their operands."""
-
-
-class _Kernels(TorchFunctionMode):
-    """`scaled_dot_product_attention` by the kernel that a device takes, on meta tensors.
-
-    Torch itself would choose the plain one for the meta device, with a map of tokens × tokens.
-    """
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.attend = {"cuda": _attend_cuda, "hopper": _attend_hopper, "cpu": _attend_cpu}[device]
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return self.attend(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _attend_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Flash without a mask in half precision, else the memory-efficient kernel where it can."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    grouped = enable_gqa and query.shape[-3] != key.shape[-3]
-    plain = query.dim() == 4 and query.dtype is not torch.float64
-    if plain and half and attn_mask is None and query.shape[-1] <= 256:
-        return torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, scale=scale
-        )[0]
-    if plain and not grouped:
-        mask = _additive(attn_mask, query)
-        if mask is not None:
-            mask = _aligned(mask).expand(*query.shape[:-1], key.shape[-2])
-        return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, mask, _needs_grad(query, key, value), dropout_p, is_causal,
-            scale=scale,
-        )[0]  # fmt: skip
-    return torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
-
-
-def _attend_hopper(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Half precision by cuDNN: with a mask, and with keys and values for groups of heads."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.dim() != 4 or not half or query.shape[-1] > 256 or query.shape[-1] % 8:
-        return _attend_cuda(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    mask = _additive(attn_mask, query)
-    if mask is not None:
-        mask = mask.expand(*query.shape[:-1], key.shape[-2])
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, mask, _needs_grad(query, key, value), dropout_p, is_causal, scale=scale
-    )[0]
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _attend_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Whichever kernel torch takes for such tensors on the CPU."""
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    chosen = _torch.sdpa_backend(
-        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **options
-    )
-    if chosen == SDPBackend.FLASH_ATTENTION:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query),
-            scale=scale,
-        )[0]  # fmt: skip
-    return torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, **options
-    )[0]
-
-
-def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A boolean mask as the fused kernels want it; torch makes one in each call."""
-    if mask is None or mask.dtype is not torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-
-
-def _aligned(mask: Tensor) -> Tensor:
-    """A mask whose rows begin at multiples of 16 elements, as the kernel wants them."""
-    keys = mask.shape[-1]
-    if keys % 16 == 0:
-        return mask
-    return torch.nn.functional.pad(mask, (0, 16 - keys % 16))[..., :keys]
 
 
 class _Run:
@@ -610,7 +348,7 @@ class _Run:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         grouped = ("cpu", "meta") if self.device == "cpu" else ("cpu",)  # what meta stands for
-        kernels = _Kernels(self.device)
+        kernels = Kernels(self.device)
         with kernel(kernels.attend, grouped), self.tracker, kernels:
             yield
 

@@ -15,7 +15,7 @@ from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import InputError
 from fxseek.passes.facts import example, module_path, tensors_of, where
 from fxseek.passes.rules import operation
-from fxseek.passes.score import EndsInLoss
+from fxseek.passes.score_plan import EndsInLoss
 from fxseek.program import Program
 from fxseek.run.assemble import Step
 from fxseek.run.saved import SavedBytes

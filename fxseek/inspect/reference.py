@@ -25,20 +25,28 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxseek._torch import compiled_call, set_compiled_call
 from fxseek.errors import InputError
+from fxseek.inspect.lengths import (
+    IGNORED,
+    Lengths,
+    field_of,
+    labels_of,
+    lengths_of,
+    logits_of,
+    selected_of,
+)
+from fxseek.inspect.state import state_of
 
-__all__ = ["Comparison", "Reference", "compare", "masked_backprop", "state_of"]
+__all__ = ["Reference", "masked_backprop"]
 
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "decoder_attention_mask")
 """Where an encoder has tokens of its own, those that are selected are the decoder's."""
-
-IGNORED = -100  # the label of a position that has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +61,6 @@ class Reference:
 
     loss: Tensor
     gradients: dict[str, Tensor]
-
-
-class Comparison(NamedTuple):
-    """The largest relative error between two sets of gradients, and the parameter it is in."""
-
-    error: float
-    name: str
 
 
 def masked_backprop(
@@ -100,9 +101,9 @@ def masked_backprop(
     inner = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     seq2seq = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
     counting = _DECODER if seq2seq else tuple(batch)
-    sizes = _sizes({name: batch[name] for name in counting if name in batch}, kept)
-    sizes = _Sizes(sizes.batch, sizes.tokens + virtual)
-    selected = _selected(kept, sizes)
+    sizes = lengths_of({name: batch[name] for name in counting if name in batch}, kept)
+    sizes = Lengths(sizes.batch, sizes.tokens + virtual)
+    selected = selected_of(kept, sizes)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     own = ("labels", "num_items_in_batch") if loss is None else ()
     if seq2seq and not any(name in batch for name in _DECODER[:2]):
@@ -110,13 +111,13 @@ def masked_backprop(
     inputs = {key: value for key, value in batch.items() if key not in own}
 
     def default_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
-        targets = _targets(_labels(batch, sizes, virtual), bool(shift))
+        targets = _targets(labels_of(batch, sizes, virtual), bool(shift))
         items = batch.get("num_items_in_batch")
-        return _selected_loss(_logits(outputs, sizes), targets, kept, weights, items)
+        return _selected_loss(logits_of(outputs, sizes), targets, kept, weights, items)
 
     with _left_as_it_was(inner) as restore, torch.enable_grad():
         if loss is None and shift is None:
-            shift = _finds_shift(inner, inputs, _labels(batch, sizes), virtual)
+            shift = _finds_shift(inner, inputs, labels_of(batch, sizes), virtual)
             restore()
         layout = _Layout(sizes, _run_recorded(inner, inputs, sizes, counting, virtual))
         restore()
@@ -130,57 +131,7 @@ def masked_backprop(
     )
 
 
-def compare(
-    gradients: Mapping[str, Tensor | None],
-    reference: Mapping[str, Tensor | None],
-    *,
-    floor: float = 1e-3,
-) -> Comparison:
-    """The largest error of ``gradients``, relative to ``reference``, and where it is.
-
-    An error is relative to the largest entry, in magnitude, of that parameter's reference gradient,
-    but at least ``floor`` times the largest of all parameters: a gradient that is zero but for
-    rounding, such as a key bias under full attention, has no relative error to speak of. A missing
-    gradient (no entry, or None) counts as zeros. NaN and infinity give an infinite error.
-
-    Raises:
-        InputError: Two gradients of one parameter have different shapes.
-    """
-    names = list(dict.fromkeys([*reference, *gradients]))
-    scales = {}
-    for name in names:
-        wanted = reference.get(name)
-        scales[name] = 0.0 if wanted is None or not wanted.numel() else wanted.abs().max().item()
-    lowest = max(floor * max(scales.values(), default=0.0), torch.finfo(torch.float64).tiny)
-    worst = Comparison(0.0, names[0] if names else "")
-    for name in names:
-        got, wanted = gradients.get(name), reference.get(name)
-        if got is None and wanted is None:
-            continue
-        if got is not None and wanted is not None and got.shape != wanted.shape:
-            raise InputError(
-                f"the gradient of {name!r} has shape {tuple(got.shape)} and its reference "
-                f"{tuple(wanted.shape)}; compare gradients of the same parameters"
-            )
-        got = torch.zeros_like(wanted) if got is None else got.detach()  # type: ignore[arg-type]
-        wanted = torch.zeros_like(got) if wanted is None else wanted.detach()
-        if not got.numel():
-            continue
-        difference = (got.double() - wanted.to(got.device).double()).abs().max().item()
-        error = difference / max(scales[name], lowest)
-        if not math.isfinite(error):
-            error = math.inf
-        if error > worst.error:
-            worst = Comparison(error, name)
-    return worst
-
-
 # ---- which results are per-token -------------------------------------------------------------
-
-
-class _Sizes(NamedTuple):
-    batch: int
-    tokens: int
 
 
 Shapes = dict[str, list[list[tuple[int, ...]]]]  # module name -> calls -> tensors of its result
@@ -194,7 +145,7 @@ class _Layout:
     those that count tokens.
     """
 
-    def __init__(self, sizes: _Sizes, probed: tuple[_Sizes, Shapes] | None) -> None:
+    def __init__(self, sizes: Lengths, probed: tuple[Lengths, Shapes] | None) -> None:
         self.sizes = sizes
         self.probed = probed
 
@@ -246,10 +197,10 @@ class _Layout:
 def _run_recorded(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    sizes: _Sizes,
+    sizes: Lengths,
     counting: Sequence[str],
     virtual: int,
-) -> tuple[_Sizes, Shapes] | None:
+) -> tuple[Lengths, Shapes] | None:
     """Shapes of every module's results on another number of tokens; None where that fails."""
     shapes: Shapes = defaultdict(list)
 
@@ -281,7 +232,7 @@ def _run_recorded(
             _run(model, other)
     except Exception:
         return None  # a length the model does not take: sizes must do
-    return _Sizes(sizes.batch, tokens + virtual), dict(shapes)
+    return Lengths(sizes.batch, tokens + virtual), dict(shapes)
 
 
 @contextlib.contextmanager
@@ -381,7 +332,7 @@ def _finds_shift(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, vi
     """Whether the model's own loss is that of the next token (True) or of the same one (False)."""
     with torch.no_grad():
         outputs = _run(model, {**inputs, "labels": labels[:, virtual:]})
-    logits, own = _field(outputs, "logits"), _field(outputs, "loss")
+    logits, own = field_of(outputs, "logits"), field_of(outputs, "loss")
     if logits is None or own is None:
         raise InputError(
             f"the model's output ({type(outputs).__name__}) lacks "
@@ -435,33 +386,6 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**inputs)
 
 
-def state_of(model: nn.Module) -> Callable[[], None]:
-    """Keeps what a forward may change: the model's buffers, and the numbers in its attributes.
-
-    The result puts back those that have changed, or that the forward has bound to another value.
-    """
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    bound = [
-        (module, dict(module._buffers), {k: v for k, v in vars(module).items() if _is_number(v)})
-        for module in model.modules()
-    ]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for module, buffers, attributes in bound:
-            module._buffers.update(buffers)
-            vars(module).update(attributes)
-        for buffer, before in values:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
-
-    return restore
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (bool, int, float)
-
-
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Calls go to eager modules; what a forward changes is put back, also when the result asks."""
@@ -476,71 +400,3 @@ def _left_as_it_was(model: nn.Module) -> Iterator[Callable[[], None]]:
         for module, call in compiled:
             set_compiled_call(module, call)
         restore()
-
-
-def _sizes(batch: Mapping[str, Any], kept: Tensor) -> _Sizes:
-    """How many rows and tokens ``batch`` has, from its ids, embeddings, labels or first tensor."""
-    if not isinstance(kept, Tensor) or kept.ndim != 2 or kept.is_floating_point():
-        shown = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
-        raise InputError(f"kept must be a LongTensor [batch, kept] of positions, got {shown}")
-    first = ("input_ids", "inputs_embeds", "labels")
-    for name in [*first, *(name for name in batch if name not in first)]:
-        value = batch.get(name)
-        if isinstance(value, Tensor) and value.ndim >= 2:
-            sizes = _Sizes(*value.shape[:2])
-            if kept.shape[0] != sizes.batch:
-                raise InputError(
-                    f"kept has {kept.shape[0]} rows and {name} has {sizes.batch}; pass one row of "
-                    f"positions for each row of the batch"
-                )
-            return sizes
-    raise InputError(
-        f"no tensor [batch, tokens, ...] among the inputs ({', '.join(batch) or 'none given'}); "
-        f"pass input_ids or inputs_embeds"
-    )
-
-
-def _selected(kept: Tensor, sizes: _Sizes) -> Tensor:
-    """``kept`` as a mask, bool ``[batch, tokens]``."""
-    used = kept >= 0
-    if kept.numel() and (kept.min() < -1 or kept.max() >= sizes.tokens):
-        raise InputError(
-            f"kept holds positions from {kept.min().item()} to {kept.max().item()}; rows have "
-            f"{sizes.tokens} tokens, so pass 0 to {sizes.tokens - 1}, or -1 for an unused slot"
-        )
-    selected = torch.zeros(sizes, dtype=torch.long, device=kept.device)
-    selected.scatter_add_(1, kept.long().clamp(min=0), used.long())
-    if (selected > 1).any():
-        row, position = (selected > 1).nonzero()[0].tolist()
-        raise InputError(
-            f"kept holds position {position} of row {row} more than once; "
-            f"pass each position once, and -1 for an unused slot"
-        )
-    return selected.bool()
-
-
-def _labels(batch: Mapping[str, Any], sizes: _Sizes, virtual: int = 0) -> Tensor:
-    labels = batch.get("labels")
-    wanted = (sizes.batch, sizes.tokens - virtual)
-    if not isinstance(labels, Tensor) or tuple(labels.shape) != wanted:
-        shown = tuple(labels.shape) if isinstance(labels, Tensor) else labels
-        raise InputError(
-            f"labels={shown!r}, but masked full backprop needs one label for each token, "
-            f"{wanted} of them; pass labels, or loss=loss(outputs, batch)"
-        )
-    return nn.functional.pad(labels, (virtual, 0), value=IGNORED)
-
-
-def _logits(outputs: Any, sizes: _Sizes) -> Tensor:
-    logits = _field(outputs, "logits")
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or tuple(logits.shape[:2]) != sizes:
-        shown = tuple(logits.shape) if isinstance(logits, Tensor) else logits
-        raise InputError(
-            f"the model's output ({type(outputs).__name__}) has logits {shown!r}, not "
-            f"[{sizes.batch}, {sizes.tokens}, vocabulary]; pass loss=loss(outputs, batch)"
-        )
-    return logits
-
-
-def _field(outputs: Any, name: str) -> Any:
-    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)

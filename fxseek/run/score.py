@@ -15,7 +15,7 @@ from fxseek.ops.attention import MaskRows, read_tokens
 from fxseek.ops.loss import Scratch, divisor, mass_of, mean_of_parts
 from fxseek.ops.rows import Rows, gather_rows
 from fxseek.ops.sweep import Put, Sum, chunks_of, sweep
-from fxseek.passes.score import (
+from fxseek.passes.score_plan import (
     AttentionMap,
     EndsInHead,
     EndsInLoss,

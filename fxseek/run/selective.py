@@ -8,7 +8,6 @@ given.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from fxseek import _torch
-from fxseek.errors import GraphError
 from fxseek.passes.facts import tensors_of
 from fxseek.passes.rematerialise import Region
 from fxseek.run.boxed import unpack_list, with_source_lines
+from fxseek.run.recipe import Layout, Note, Recipe
 from fxseek.run.saved import Held, SavedBytes
 
 __all__ = ["Selectively"]
@@ -88,45 +86,6 @@ class _Watched(NamedTuple):
         return _Watched(tuple(node for node in nodes if node in owners), nodes, self.last)
 
 
-class _Layout(NamedTuple):
-    """Type and memory layout of a tensor."""
-
-    dtype: torch.dtype
-    nbytes: int
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Layout:
-        """The layout of a tensor."""
-        nbytes = x.untyped_storage().nbytes()
-        return cls(x.dtype, nbytes, x.shape, x.stride(), x.storage_offset())
-
-    def copies_alike(self) -> bool:
-        """Whether a copy of such a tensor lies in memory as the tensor does."""
-        count = 1  # of the elements that lie without a gap
-        for stride, size in sorted(zip(self.stride, self.size, strict=True)):
-            if size != 1 and stride != count:
-                return False
-            count *= size
-        return self.offset == 0 and self.nbytes == count * self.dtype.itemsize
-
-
-class _Note(Held):
-    """A saved tensor that a region has made: the tensor itself, until the region is settled."""
-
-    __slots__ = ("layout", "owner", "recipe", "settled")
-
-    def __init__(self, tensor: Tensor) -> None:
-        layout = _Layout.of(tensor)
-        super().__init__(_torch.storage_key(tensor), layout.nbytes, tensor.detach())
-        self.layout = layout
-        self.owner: fx.Node | None = None
-        self.recipe: _Recipe | None = None
-        self.settled = False
-
-
 class _Running:
     """A region in a step."""
 
@@ -138,8 +97,8 @@ class _Running:
         self.sources: dict[fx.Node, Any] = {}
         self.given: set[int] = set()
         """Memory of the sources."""
-        self.notes: list[_Note] = []
-        self.layouts: dict[fx.Node, _Layout] = {}
+        self.notes: list[Note] = []
+        self.layouts: dict[fx.Node, Layout] = {}
 
     def reads(self, made: set[fx.Node], kept: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
         """What making nodes reads, sources and those of the region that are `kept`; what runs."""
@@ -168,7 +127,7 @@ class _Selective(SavedBytes):
         self.regions: Sequence[_Running] = ()
         self._owners: dict[int, tuple[Any, _Running, fx.Node]] = {}
         self._kept: dict[int, Any] = {}
-        self._unclear: list[_Note] | None = None
+        self._unclear: list[Note] | None = None
 
     def _pack(self, tensor: Tensor) -> Held:
         key = _torch.storage_key(tensor)
@@ -176,7 +135,7 @@ class _Selective(SavedBytes):
         known = key in self._known or (running is None and self._unclear is None)
         if known or tensor.is_conj() or tensor.is_neg():
             return self._hold(tensor)
-        note = _Note(tensor)
+        note = Note(tensor)
         note.version = _torch.version(tensor)
         self._held.add(note)
         if running is None or owner is None:
@@ -212,16 +171,16 @@ class _Selective(SavedBytes):
     def _is_kept(self, key: int) -> bool:
         return key in self._known or (key in self._kept and self._kept[key]() is not None)
 
-    def _settle_as_it_is(self, note: _Note) -> None:
+    def _settle_as_it_is(self, note: Note) -> None:
         note.settled = True
         self._keep(note.packed)
         if self._outer is not None:
             note.packed = self._outer[0](note.packed)
 
     def _unpack(self, held: Held) -> Tensor:
-        if isinstance(held, _Note) and held.recipe is not None:
+        if isinstance(held, Note) and held.recipe is not None:
             return held.recipe.tensor(held)
-        if isinstance(held, _Note) and not held.settled:  # a backward within the stage
+        if isinstance(held, Note) and not held.settled:  # a backward within the stage
             return self._unchanged(held)
         return super()._unpack(held)
 
@@ -250,7 +209,7 @@ class _Selective(SavedBytes):
                 owners = self._owners
                 gone = weakref.ref(value.untyped_storage(), lambda _: owners.pop(key, None))
                 owners[key] = (gone, running, node)
-                running.layouts[node] = _Layout.of(value)
+                running.layouts[node] = Layout.of(value)
         for note in unclear:
             if (
                 note.storage == key
@@ -316,11 +275,11 @@ class _Selective(SavedBytes):
         if not self.hooked:
             return True
         sources = (x for node in read for x in tensors_of(running.sources.get(node)))
-        layouts = [_Layout.of(x) for x in sources]
+        layouts = [Layout.of(x) for x in sources]
         layouts += [running.layouts[node] for node in read if node in running.layouts]
         return all(layout.copies_alike() for layout in layouts)
 
-    def _recipe(self, running: _Running, made: set[fx.Node], kept: set[fx.Node]) -> _Recipe:
+    def _recipe(self, running: _Running, made: set[fx.Node], kept: set[fx.Node]) -> Recipe:
         """How to make some nodes of a region's sources, and of those of its own that are kept."""
         read, nodes = running.reads(made, kept)
         values = {node: value for node, value in running.sources.items() if node in read}
@@ -331,7 +290,7 @@ class _Selective(SavedBytes):
                     layout.size, layout.stride, layout.offset
                 )
         device = running.notes[0].packed.device.type
-        return _Recipe(
+        return Recipe(
             [node for node in running.watched.nodes if node in nodes],
             {node: self._source(value) for node, value in values.items()},
             running.layouts,
@@ -345,7 +304,7 @@ class _Selective(SavedBytes):
             return lambda: kind(part() for part in parts)
         if not isinstance(value, Tensor):
             return lambda: value
-        held, layout = self._hold(value), _Layout.of(value)
+        held, layout = self._hold(value), Layout.of(value)
 
         def given() -> Tensor:
             found = self._unpack(held)
@@ -359,78 +318,6 @@ class _Selective(SavedBytes):
 def _saves(more: int, less: int) -> bool:
     """Whether keeping `more` bytes in the place of `less` is worth it."""
     return more < less
-
-
-class _Recipe:
-    """Makes the saved tensors of a region when backward asks for them."""
-
-    def __init__(
-        self,
-        nodes: Sequence[fx.Node],
-        sources: dict[fx.Node, Callable[[], Any]],
-        layouts: dict[fx.Node, _Layout],
-        precision: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
-        self.nodes = nodes
-        self.sources = sources
-        self.layouts = layouts
-        self.precision = precision
-        self.notes: weakref.WeakSet[_Note] = weakref.WeakSet()
-        self.made: dict[fx.Node, Tensor] = {}
-        self.waiting: dict[fx.Node, set[int]] = {}
-        # Two threads may go back through one graph; a source may be asked for by running the
-        # step again, as a checkpoint around the model does, which goes back through it too.
-        self.lock = threading.RLock()
-        self.done: dict[fx.Node, list[fx.Node]] = {}
-        """Which values a node is the last to read."""
-        last = {x: node for node in nodes for x in node.all_input_nodes}
-        for x, node in last.items():
-            self.done.setdefault(node, []).append(x)
-
-    def tensor(self, note: _Note) -> Tensor:
-        """The saved tensor, made with all others of the region where it is the first."""
-        owner, layout = note.owner, note.layout
-        assert owner is not None
-        with self.lock:
-            if owner not in self.made:
-                self._make()
-            value = self.made[owner]
-            waiting = self.waiting[owner]
-            waiting.discard(id(note))
-            if not waiting:
-                del self.made[owner], self.waiting[owner]
-        return value.as_strided(layout.size, layout.stride, layout.offset)
-
-    def _make(self) -> None:
-        values = {node: given() for node, given in self.sources.items()}
-        waiting: dict[fx.Node, set[int]] = {}
-        for note in self.notes:
-            assert note.owner is not None
-            waiting.setdefault(note.owner, set()).add(id(note))
-        made: dict[fx.Node, Tensor] = {}
-        with torch.no_grad(), self.precision():
-            for node in self.nodes:
-                values[node] = self._run(node, values)
-                if node in waiting:
-                    made[node] = values[node]
-                for x in self.done.get(node, ()):
-                    del values[x]
-        self.made, self.waiting = made, waiting
-        for node, value in self.made.items():
-            if _Layout.of(value) != self.layouts[node]:
-                raise GraphError(
-                    f"recompute='selective' made {node.name} again in another layout than before. "
-                    "This is a defect of fxseek: please report it with the model's configuration, "
-                    "and use recompute='none' or 'block' meanwhile."
-                )
-
-    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        args = map_arg(node.args, values.__getitem__)
-        kwargs = map_arg(node.kwargs, values.__getitem__)
-        target: Any = node.target
-        if node.op == "call_method":
-            target, args = getattr(args[0], str(node.target)), args[1:]
-        return target(*args, **kwargs)
 
 
 def _precision(device: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -1,0 +1,140 @@
+"""Models and batches without memory, for `fxseek.estimate`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxseek.errors import ConfigError
+from fxseek.inspect.memory import module_tensors
+
+__all__ = ["batch_of", "on_meta", "tuned"]
+
+
+def on_meta(config_or_model: Any, dtype: torch.dtype) -> nn.Module:
+    """The model without weights."""
+    if isinstance(config_or_model, nn.Module):
+        return _weightless(config_or_model)
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+    config = config_or_model
+    if isinstance(config, str):
+        config = AutoConfig.from_pretrained(config)
+    if not isinstance(config, PretrainedConfig):
+        raise ConfigError(
+            f"config_or_model is a {type(config).__name__}: pass a transformers configuration, "
+            "the name of one, or a torch.nn.Module"
+        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    except ValueError as error:
+        raise ConfigError(
+            f"{type(config).__name__} is of no causal language model of transformers ({error}); "
+            "make the model on the meta device yourself, and pass the module"
+        ) from error
+
+
+def _weightless(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device; its weights are neither copied nor read."""
+    known: dict[int, Any] = {}
+    for tensor in module_tensors(model):
+        known.setdefault(id(tensor), _meta_of(tensor))
+    for tensor in model.parameters():  # what a quantised one carries has its copy by now
+        twin = known[id(tensor)]
+        vars(twin).update(copy.deepcopy(vars(tensor), known))
+    return copy.deepcopy(model, known)
+
+
+def _meta_of(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return torch.Tensor._make_subclass(type(tensor), twin, tensor.requires_grad)
+    return twin
+
+
+def tuned(model: nn.Module, tuning: str, rank: int, dtype: torch.dtype) -> nn.Module:
+    """The model with adapters, and with weights of 4 bits, where the tuning asks for them."""
+    if tuning == "full":
+        return model
+    if tuning == "qlora":
+        _quantise(model, dtype)
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(
+            f'tuning={tuning!r} needs peft, which is not installed: pip install "fxseek[peft]"'
+        ) from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    with torch.device("meta"):
+        return get_peft_model(model, config)  # type: ignore[arg-type]  # any module will do
+
+
+def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Linear layers but the head, in place, as bitsandbytes stores them in NF4."""
+    try:
+        from bitsandbytes.functional import QuantState
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    except ImportError as error:
+        raise ConfigError(
+            "tuning='qlora' needs bitsandbytes, which is not installed: "
+            'pip install "fxseek[peft]"'
+        ) from error
+
+    def empty(count: int, kind: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=kind, device="meta")
+
+    kind: dict[str, Any] = {"quant_type": "nf4", "bnb_quantized": True}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for path, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or layer is head:
+            continue
+        with torch.device("meta"):
+            new = Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, dtype,
+                quant_type="nf4",
+            )  # fmt: skip
+        blocks = -(-layer.weight.numel() // 64)
+        inner = QuantState(
+            absmax=empty(-(-blocks // 256), torch.float32), code=empty(256, torch.float32),
+            blocksize=256, dtype=torch.float32,
+        )  # fmt: skip
+        state = QuantState(
+            absmax=empty(blocks, torch.uint8), shape=layer.weight.shape, blocksize=64,
+            code=empty(16, torch.float32), quant_type="nf4", dtype=layer.weight.dtype,
+            offset=empty(1, torch.float32)[0], state2=inner,
+        )  # fmt: skip
+        packed = empty(-(-layer.weight.numel() // 2), torch.uint8).unsqueeze(1)
+        attributes: dict[str, Any] = {
+            "weight": Params4bit(packed, **{**kind, "quant_state": state, "module": new}),
+            "bias": layer.bias,
+            "quant_state": state,
+        }
+        for name, value in attributes.items():
+            setattr(new, name, value)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def batch_of(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
+    """Full rows of tokens, with the arguments that the model takes."""
+    ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
+    parameters = inspect.signature(model.forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    if not open_ended and not {"input_ids", "labels"} <= set(parameters):
+        raise ConfigError(
+            f"{type(model).__name__}.forward takes {', '.join(parameters)}: an estimate is of a "
+            "causal language model, which takes input_ids and labels"
+        )
+    return {name: x for name, x in inputs.items() if open_ended or name in parameters}
+
+
+# ---- the step ---------------------------------------------------------------------------------
