@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 from models import TinyConfig, TinyDecoder, batch
-from torch import Tensor, nn
+from oracle import Model, assert_exact
+from oracle import model_of as oracle_model
+from torch import Tensor, fx, nn
 
 import fxseek
 from fxseek.ops.attention import MaskRows
 from fxseek.ops.loss import cross_entropy_parts
-from fxseek.ops.rows import Rows, gather_rows
+from fxseek.ops.rows import Rows, gather_rows, scatter_rows
+from fxseek.passes.ditch import _Ditch
+from fxseek.passes.rules import RowsOf
+from fxseek.passes.rules.registry import RULES
 
 
 def model_of(**config: Any) -> nn.Module:
@@ -128,3 +133,109 @@ def test_the_embedding_of_the_wrong_tokens(inputs, monkeypatch):
     monkeypatch.setattr("fxseek.run.stages.gather_rows", last_tokens)
     with pytest.raises(fxseek.GradientMismatch):
         check(compiled(), inputs)
+
+
+# ---- the plans, and what the passes decide ---------------------------------------------------
+
+
+def test_keys_of_the_selected_tokens_alone(inputs, monkeypatch):
+    """An attention that takes rows where it must take all keys and values."""
+    monkeypatch.setattr(
+        "fxseek.passes.rules.attention.Full", lambda node: RowsOf(node, Rows(2, 0), 4)
+    )
+    with pytest.raises(fxseek.GradientMismatch):
+        check(compiled(attention="sdpa_causal"), {**inputs, "attention_mask": None})
+
+
+def test_gradient_at_slots_that_fill_a_row_up(monkeypatch):
+    def unfilled(base: Tensor, rows: Tensor, kept: Tensor, at: Rows, filled: Any = None) -> Tensor:
+        return scatter_rows(base, rows, kept, at)
+
+    def by_place(given: fxseek.ScoreInputs) -> Tensor:  # the first tokens are the last to be kept
+        rows, tokens = given.valid.shape
+        return torch.arange(1.0, tokens + 1) ** torch.arange(1.0, 4 * rows, 4)[:, None]
+
+    options = {"score": by_place, "ratio_bounds": (0.05, 0.9)}
+    inputs = batch(37, tokens=13, padding="none", labels="some")
+    check(fxseek.compile(model_of().train(), "mass:0.6", **options), inputs)
+    monkeypatch.setattr("fxseek.passes.ditch.scatter_rows", unfilled)
+    with pytest.raises(fxseek.GradientMismatch):
+        check(fxseek.compile(model_of().train(), "mass:0.6", **options), inputs)
+
+
+class Sliced(TinyDecoder):
+    """Its labels are shifted by slicing."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **rest: Any) -> Any:  # type: ignore[override]
+        logits = super().forward(input_ids, **rest).logits
+        assert logits is not None
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def test_labels_shifted_by_two(inputs, monkeypatch):
+    def shifted(labels: Tensor, ignored: int) -> Tensor:
+        return torch.nn.functional.pad(labels[..., 2:], (0, 2), value=ignored)
+
+    def step() -> Tensor:
+        torch.manual_seed(0)
+        model = Sliced(TinyConfig(vocab=37)).double().train()
+        loss = fxseek.compile(model, 0.4, score="random")(**inputs)["loss"]
+        return loss.detach()
+
+    wanted = step()
+    monkeypatch.setattr("fxseek.passes.unshift.next_labels", shifted)
+    assert not torch.allclose(step(), wanted, rtol=1e-6)
+
+
+def test_tokens_and_batch_taken_for_each_other(monkeypatch):
+    def swapped(x: Tensor, kept: Tensor, at: Rows) -> Tensor:
+        if at.batch is not None and x.shape[at.batch] == x.shape[at.row]:
+            at = at._replace(row=at.batch, batch=at.row)
+        return gather_rows(x, kept, at)
+
+    monkeypatch.setattr("fxseek.run.stages.gather_rows", swapped)
+    with pytest.raises((fxseek.GradientMismatch, RuntimeError)):
+        check(compiled(), batch(37, batch=13, tokens=13, padding="left", labels="some"))
+
+
+def test_a_scan_taken_for_a_rule(monkeypatch):
+    def scanned(m: Model, x: Tensor) -> Tensor:
+        return torch.cumsum(x * m.scale, 1) + x
+
+    monkeypatch.setitem(RULES, "cumsum", RULES["tanh"])
+    with pytest.raises((AssertionError, fxseek.FxseekError)):
+        assert_exact(oracle_model(scanned))
+
+
+def test_a_gradient_that_the_model_keeps_back(monkeypatch):
+    """What no_grad cuts must stay cut where the score stage replays it."""
+
+    class Gated(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.gate = nn.Linear(width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                gate = self.gate(x).sigmoid()
+            return nn.functional.layer_norm(x, x.shape[-1:]) * gate
+
+    def score() -> Tensor:
+        model = model_of()
+        model.final_norm = Gated(model.config.width)  # type: ignore[union-attr, arg-type]
+        for name, parameter in model.double().named_parameters():
+            parameter.requires_grad_(name.startswith("head"))
+        fxseek.compile(model.train(), 0.4, score="gradient")
+        model(**batch(37, tokens=13, padding="left", labels="some"))
+        found = fxseek.report(model).gradient
+        assert found is not None
+        return found
+
+    wanted = score()
+
+    def kept(self: _Ditch, node: fx.Node, made: fx.Node) -> fx.Node:
+        return made
+
+    monkeypatch.setattr(_Ditch, "_without_gradient", kept)
+    assert not torch.allclose(score(), wanted, rtol=1e-6)
