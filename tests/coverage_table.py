@@ -314,7 +314,7 @@ def loop_rows() -> list[str]:
     """The lines of the table of training loops, by a run of their tests."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.xml"
-        tests = Path(__file__).parent / "test_loops.py"
+        tests = Path(__file__).parent / "loops" / "test_loops.py"
         command = [sys.executable, "-m", "pytest", "-q", str(tests), "-m", "sweep or not sweep"]
         subprocess.run([*command, f"--junitxml={found}"], stdout=sys.stderr, check=False)
         cases = list(ElementTree.parse(found).iter("testcase"))
@@ -382,5 +382,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parent / "support"))
     main()

@@ -73,18 +73,18 @@ def assemble(program: Program) -> Step:
     graph = fx.Graph()
     env, index, padding_mask = map(graph.placeholder, ("env", "index", "padding_mask"))
 
-    def call(name: str, arguments: tuple[fx.Node, ...], result: str) -> fx.Node:
-        node = graph.call_module(name, arguments)
-        node.name = result
+    def named(node: fx.Node, name: str) -> fx.Node:
+        node.name = name
         return node
 
-    call("prefill", (env,), "values")
-    scores = call("score", (env, index, padding_mask), "scores")
-    selection = call("select", (scores, index), "selection")
-    kept = graph.call_function(getattr, (selection, "kept"))
-    call("gather", (env, kept), "rows")
-    learned = call("learn", (env, selection), "learned")
-    outputs, saved = (graph.call_function(operator.getitem, (learned, at)) for at in (0, 1))
+    named(graph.call_module("prefill", (env,)), "values")
+    scores = named(graph.call_module("score", (env, index, padding_mask)), "scores")
+    selection = named(graph.call_module("select", (scores, index)), "selection")
+    kept = named(graph.call_function(getattr, (selection, "kept")), "kept")
+    named(graph.call_module("gather", (env, kept)), "rows")
+    learned = named(graph.call_module("learn", (env, selection)), "learned")
+    outputs = named(graph.call_function(operator.getitem, (learned, 0)), "outputs")
+    saved = named(graph.call_function(operator.getitem, (learned, 1)), "saved_bytes")
     graph.output((outputs, selection, scores, saved))
     graph.lint()
     return Step(program, fx.GraphModule(root, graph, class_name="SelectiveStep"))
