@@ -12,6 +12,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from fxseek.errors import ConfigError
+from fxseek.scores import SCORERS
 
 __all__ = [
     "BACKENDS",
@@ -19,12 +20,10 @@ __all__ = [
     "KVS",
     "OUTPUTS",
     "RECOMPUTES",
-    "SCORES",
     "SELECTS",
     "SeekConfig",
 ]
 
-SCORES = ("tokenseek", "context", "gradient", "random")
 SELECTS = ("topk", "sample")
 GRADIENT_NORMS = ("l1", "l2", "sum")
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -260,7 +259,7 @@ def _unknown(values: Mapping[Any, Any], kind: str) -> list[str]:
 def _problems(config: SeekConfig) -> list[str]:
     """Every reason why ``config`` cannot be used, one line each; empty when it can."""
     lines = [
-        *_choice("score", config.score, SCORES, callable_too=True),
+        *_choice("score", config.score, tuple(SCORERS), callable_too=True),
         *_choice("select", config.select, SELECTS),
         *_choice("gradient_norm", config.gradient_norm, GRADIENT_NORMS),
         *_choice("backend", config.backend, BACKENDS),

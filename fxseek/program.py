@@ -1,17 +1,4 @@
-"""The passes in order, and the program that they make.
-
-captured graph
-  → inline, unbatch    no checkpointed regions, no vmap
-  → functionalise      no writes
-  → normalise          one spelling per operation
-  → scale_terms        scaled terms of a loss as one operation
-  → unshift            label shifts by padding
-  → find_tokens        rows, columns, batch; a plan for each node that a rule understands
-  → find_structure     loss, attentions, the last block
-  → ditch              learn: the selected rows alone    ┐
-  → plan_scores        score: what the scorer reads      ├ → extract   prefill: what they read
-  → schedule           what is kept for backward         ┘
-"""
+"""The passes in order, and the program that they make. passes/README.md has each one's part."""
 
 from __future__ import annotations
 
@@ -47,7 +34,7 @@ from fxseek.passes.tokens import find_tokens, made_from_rows
 from fxseek.passes.unbatch import unbatch
 from fxseek.passes.unshift import unshift
 
-__all__ = ["Program", "Writes", "build", "places_of", "trains"]
+__all__ = ["Passes", "Program", "Writes", "build", "places_of", "trains"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +94,7 @@ def build(
     full_outputs: bool,
     token_inputs: Sequence[str] | None = None,
 ) -> Program:
-    """Run all passes, in the order of this module's diagram.
+    """Run all passes.
 
     `full_outputs`: token-shaped outputs keep their size (the torch.compile backend), whatever
     the configuration says. `token_inputs`: see `find_sizes`.
@@ -116,7 +103,7 @@ def build(
         GraphError: the graph cannot be rewritten; the message names the pass, the user's
             source line and the remedy.
     """
-    then = _Passes()
+    then = Passes()
     eager = config.backend == "eager"
 
     graph = then(inline, captured)
@@ -184,14 +171,19 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class _Passes:
+class Passes:
     """Runs passes; an error names the one that failed, and the one before it."""
 
-    def __init__(self) -> None:
-        self.last = "capture"
+    def __init__(self, last: str = "capture") -> None:
+        self.last = last
 
     def __call__(self, run: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        name = run.__name__
+        """What a pass returns.
+
+        Raises:
+            GraphError: it failed.
+        """
+        name = run.__name__.strip("_")
         try:
             result = run(*args, **kwargs)
             if isinstance(result, fx.Graph):
@@ -239,5 +231,7 @@ def find_writes(functional: Functional, graph: fx.Graph) -> Writes:
 
 def prefilled(learn: Piece, score: ScorePlan) -> list[fx.Node]:
     """The values that the prefill makes: what the later stages read and do not make."""
-    reads = dict.fromkeys([*learn.prefilled(), *score.kept(), *score.scored()])
+    made = score.made()
+    scored = [node for node in score.scored() if node not in made]
+    reads = dict.fromkeys([*learn.prefilled(), *score.kept(), *scored])
     return [node for node in reads if node.op != "placeholder"]

@@ -1,4 +1,4 @@
-"""Pass 8, adapters: where nothing is trained, a low-rank adapter becomes part of its weight.
+"""Adapters: where nothing is trained, a low-rank adapter becomes part of its weight.
 
 Before (LoRA on all tokens: four products, of which three are thin and bound by memory)::
 

@@ -1,4 +1,4 @@
-"""Pass 8, chunks: what lies between two attentions runs on chunks of tokens in the prefill.
+"""Chunks: what lies between two attentions runs on chunks of tokens in the prefill.
 
 Before::
 

@@ -1,4 +1,4 @@
-"""Pass 5, ditch: the graph replayed on the selected rows alone.
+"""Ditch: the graph replayed on the selected rows alone.
 
 Before (all tokens)::
 

@@ -1,4 +1,4 @@
-"""Passes 5 and 7, extract: the part of the captured graph that a stage reads, unchanged.
+"""Extract: the part of the captured graph that a stage reads, unchanged.
 
 The prefill and the score stage run captured operations on all tokens. Extracting from the
 values that later stages ask for leaves dead code behind: no logits unless something reads

@@ -1,4 +1,4 @@
-"""Pass 1, functionalise: every write becomes a new value.
+"""Functionalise: every write becomes a new value.
 
 Before::
 

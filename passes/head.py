@@ -1,4 +1,4 @@
-"""Pass 6, head: what follows the last attention leaves the learn stage as a module of its own.
+"""Head: what follows the last attention leaves the learn stage as a module of its own.
 
 Before::
 

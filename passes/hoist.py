@@ -1,4 +1,4 @@
-"""Pass 6, hoist: gathers of constants leave the learn stage.
+"""Hoist: gathers of constants leave the learn stage.
 
 Before::
 

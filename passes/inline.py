@@ -1,4 +1,4 @@
-"""Pass 0, inline: regions that Dynamo keeps as graphs of their own become part of the graph.
+"""Inline: regions that Dynamo keeps as graphs of their own become part of the graph.
 
 Before::
 

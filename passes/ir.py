@@ -54,7 +54,7 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Given:
-    """A value that the caller has: the rows of some tokens, or one without tokens."""
+    """A value that the caller passes in: rows of some tokens, or a value without tokens."""
 
     node: fx.Node
 
@@ -138,9 +138,7 @@ class Piece:
         """The captured nodes whose values of all tokens it reads, itself or by gathers."""
         return [item.node for item in self.inputs if isinstance(item, (Prefilled, Gathered))]
 
-    def module(
-        self, name: str, modules: Mapping[str, torch.nn.Module] | None = None
-    ) -> fx.GraphModule:
+    def module(self, name: str, modules: Mapping[str, torch.nn.Module]) -> fx.GraphModule:
         """The piece as a module; it owns no parameters, all values are inputs.
 
         `modules` are those of its `parts`. Bodies of autograd functions are taken along from the
@@ -154,7 +152,7 @@ class Piece:
             for node in self.graph.nodes
             if node.op == "get_attr"
         }
-        called.update(self.parts if modules is None else modules)
+        called.update(modules)
         made = fx.GraphModule(called, self.graph, class_name=name)
         made.graph.lint()
         return made
@@ -162,7 +160,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Swept:
-    """A piece to be run on `size` tokens of each row at a time.
+    """A piece to be run on at most `size` tokens of each row at a time.
 
     `rows`: where the tokens of its `Given` inputs and of its outputs are. Each output's tokens
     follow from the same tokens of the inputs alone.

@@ -1,4 +1,4 @@
-"""Pass 8, masks: no attention mask of tokens × tokens is ever whole.
+"""Masks: no attention mask of tokens × tokens is ever whole.
 
 Before::
 

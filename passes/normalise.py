@@ -1,4 +1,4 @@
-"""Pass 2, normalise: one spelling per operation, and K/V before they are repeated.
+"""Normalise: one spelling per operation, and K/V before they are repeated.
 
 Before::
 

@@ -1,4 +1,4 @@
-"""Pass 9, offload: keys and values wait on the host between the prefill and the learn stage.
+"""Offload: keys and values wait on the host between the prefill and the learn stage.
 
 Before::
 

@@ -1,4 +1,4 @@
-"""Pass 5, outputs: which of the captured outputs a step computes, and for which tokens."""
+"""Outputs: which of the captured outputs a step computes, and for which tokens."""
 
 from __future__ import annotations
 
@@ -84,10 +84,8 @@ def returns(learn: Piece, outputs: Outputs) -> Piece:
     return replace(learn)
 
 
-def ends_in(head: Head | None, outputs: Outputs) -> bool:
-    """Whether there is a head, and the loss is all that is wanted of what it makes."""
-    if head is None:
-        return False
+def ends_in(head: Head, outputs: Outputs) -> bool:
+    """Whether the loss is all that is wanted of what a head makes."""
     inside = descendants([head.entry]) - descendants([head.loss.node]) - {head.entry}
     queue = [node for _, node in outputs.wanted]
     seen = {head.loss.node}

@@ -1,4 +1,4 @@
-"""Pass 8, rematerialise: what backward can make again cheaply instead of keeping it.
+"""Rematerialise: what backward can make again cheaply instead of keeping it.
 
 Before (what autograd saves is marked)::
 

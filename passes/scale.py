@@ -1,4 +1,4 @@
-"""Pass 2b, scale: terms of a cross-entropy that are scaled and added up become one operation.
+"""Scale: terms of a cross-entropy that are scaled and added up become one operation.
 
 Before::
 

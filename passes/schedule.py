@@ -1,4 +1,4 @@
-"""Pass 9, schedule: what of the learn stage is kept for backward, and what is recomputed."""
+"""Schedule: what of the learn stage is kept for backward, and what is recomputed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 5, score: what the score stage reads and runs for the configured score."""
+"""Score: what the score stage reads and runs for the configured score."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def _square(facts: Facts, attention: fx.Node) -> set[fx.Node]:
 
 
 def _map(graph: fx.Graph, facts: Facts, attention: fx.Node) -> AttentionMap:
-    """How the last attention's column sums are had."""
+    """How the last attention's column sums are computed."""
     if operation(attention) == "scaled_dot_product_attention":
         return _fused(facts, attention)
     return _spelled_out(graph, facts, attention)

@@ -68,7 +68,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class FusedMap:
-    """The map of a `scaled_dot_product_attention`: its column sums are had from its operands.
+    """The map of a `scaled_dot_product_attention`: its column sums are computed from its operands.
 
     `square`: the mask is a boolean one of tokens × tokens.
     """
@@ -141,7 +141,7 @@ class EndsInMap:
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """How the gradient of the loss at the input of the last block is had.
+    """How the gradient of the loss at the input of the last block is computed.
 
     `lead`: what is per-token in front of the block's attention, on chunks of tokens, or None;
     `block`: from there (or from the block's input) to where `end` begins, on all tokens.
@@ -191,12 +191,15 @@ class ScorePlan:
         return [node for node in nodes if isinstance(node, fx.Node)]
 
     def scored(self) -> list[fx.Node]:
-        """Values that its pieces read, and do not make themselves."""
+        """Values of all tokens that its pieces read."""
         reads = [] if self.context is None else list(self.context.reads)
-        made: set[fx.Node] = set()
-        if self.gradient is not None:
-            made |= {*self.gradient.block.outputs}
-            made |= set() if self.gradient.lead is None else {*self.gradient.lead.piece.outputs}
-            for piece in self.gradient.pieces():
-                reads += piece.prefilled()
-        return [node for node in reads if node not in made]
+        for piece in [] if self.gradient is None else self.gradient.pieces():
+            reads += piece.prefilled()
+        return reads
+
+    def made(self) -> set[fx.Node]:
+        """Those of them that another of its pieces makes."""
+        if self.gradient is None:
+            return set()
+        lead = self.gradient.lead
+        return {*self.gradient.block.outputs, *(() if lead is None else lead.piece.outputs)}

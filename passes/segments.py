@@ -1,4 +1,4 @@
-"""Pass 8, segments: a stage cut where the residual stream is all that goes on.
+"""Segments: a stage cut where the residual stream is all that goes on.
 
 Before::
 

@@ -1,4 +1,4 @@
-"""Pass 3, sizes: which symbols count tokens and the batch, and which inputs must agree on them."""
+"""Sizes: which symbols count tokens and the batch, and which inputs must agree on them."""
 
 from __future__ import annotations
 

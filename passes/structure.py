@@ -1,4 +1,4 @@
-"""Pass 4, split: find the loss, the attentions, and the cut points of the residual stream.
+"""Split: find the loss, the attentions, and the cut points of the residual stream.
 
 Every path from the tokens to the loss goes through the residual stream; the values that all
 paths share are the dominators of the loss. The last of them before the last attention is the

@@ -1,4 +1,4 @@
-"""Pass 3, token facts: for every value, which dimension is the token row, and how its
+"""Token facts: for every value, which dimension is the token row, and how its
 operation acts on selected rows.
 
 Facts flow forward from the inputs. A node whose operation has a rule that accepts the call

@@ -1,4 +1,4 @@
-"""Pass 0, unbatch: functions of numbers under `torch.vmap` become operations on whole tensors.
+"""Unbatch: functions of numbers under `torch.vmap` become operations on whole tensors.
 
 Before::
 

@@ -1,4 +1,4 @@
-"""Pass 2c, unshift: a label shift by slicing becomes a shift by padding.
+"""Unshift: a label shift by slicing becomes a shift by padding.
 
 Before::
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxseek import errors
-from fxseek.config import BACKENDS, GRADIENT_NORMS, OUTPUTS, SCORES, SELECTS, SeekConfig
+from fxseek.config import BACKENDS, GRADIENT_NORMS, OUTPUTS, SELECTS, SeekConfig
 from fxseek.errors import ConfigError
+from fxseek.scores import SCORERS
 
 
 def test_defaults():
@@ -212,7 +213,7 @@ def test_callables_refuse_to_serialise(name):
 def configs() -> st.SearchStrategy[SeekConfig]:
     """Every configuration that has a plain form."""
     share = st.floats(0, 1, exclude_min=True)
-    score = st.sampled_from(SCORES)
+    score = st.sampled_from(tuple(SCORERS))
     by_mass = st.tuples(st.builds("mass:{}".format, share), score.filter(lambda x: x != "random"))
     ratio_and_score = st.tuples(share, score) | by_mass
     weight = st.floats(0, 1e6, exclude_min=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxseek import _torch
-from fxseek.capture.limits import uses_cache
+from fxseek.capture.limits import refuse_attention, refuse_wrapper, uses_cache
 from fxseek.capture.step import SeekStep
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
@@ -150,8 +150,14 @@ def estimate(
     if ordinary:
         run.ordinary(model, inputs)
         return Estimate(**run.tracker.result(), kept=tokens, **about)
-    kept = run.selective(model, *capture(SeekStep(model, config), inputs), inputs)
+    kept = run.selective(model, *capture(_step(model, config), inputs), inputs)
     return Estimate(**run.tracker.result(), kept=kept, **about)
+
+
+def _step(model: nn.Module, config: SeekConfig) -> SeekStep:
+    refuse_wrapper(model, ConfigError)
+    refuse_attention(model, ConfigError)
+    return SeekStep(model, config)
 
 
 def peak_of_ratios(
@@ -163,7 +169,7 @@ def peak_of_ratios(
     """
     model = on_meta(model, torch.float32).train()
     inputs = batch_of(model, tokens, batch)
-    step, arguments = capture(SeekStep(model, config), inputs)
+    step, arguments = capture(_step(model, config), inputs)
 
     def peak(ratio: float) -> int:
         run = _Run(device, None)
@@ -232,7 +238,7 @@ def _count(parameter: Tensor) -> int:
     return parameter.numel() if shape is None else torch.Size(shape).numel()
 
 
-# ---- the model ------------------------------------------------------------------------------
+# ---- the step ------------------------------------------------------------------------------
 
 
 class _FakeTracker(Tracker):

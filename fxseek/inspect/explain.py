@@ -152,7 +152,9 @@ def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Step, Sequence[Any]]
 def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
     program = step.program
     facts, learn, score, structure = program.facts, program.learn, program.score, program.structure
+    head = None if program.head is None else program.head.stage
     pieces = [] if score.gradient is None else score.gradient.pieces()
+    pieces = [piece for piece in pieces if piece is not head]
     stages = {
         "prefill": _counts(program.prefill.graph),
         "score": sum((_counts(piece.graph) for piece in pieces), Counter()),

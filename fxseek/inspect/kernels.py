@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,7 +51,25 @@ class Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
+        if func is Tensor.backward:
+            with _in_the_place_of_torch_s(self.attend):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _in_the_place_of_torch_s(attend: Callable[..., Tensor]) -> Iterator[None]:
+    """Torch's function is another one meanwhile, for blocks that a model checkpoints itself.
+
+    They run again in backward, where torch switches function modes off.
+    """
+    functional: Any = torch.nn.functional
+    own = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
 
 
 def _attend_cuda(

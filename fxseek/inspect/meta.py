@@ -135,6 +135,3 @@ def batch_of(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
             "causal language model, which takes input_ids and labels"
         )
     return {name: x for name, x in inputs.items() if open_ended or name in parameters}
-
-
-# ---- the step ---------------------------------------------------------------------------------

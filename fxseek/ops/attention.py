@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
 from fxseek.errors import InputError
-from fxseek.ops.sweep import Cat, chunks_of, sweep
+from fxseek.ops.sweep import Cat, slices_of, sweep
 
 __all__ = [
     "MaskMaker",
@@ -136,7 +136,7 @@ class MaskMaker(nn.Module):
         return MaskRows(self.make, leaves, self.square)
 
 
-_attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+_attend: Callable[..., Tensor] | None = None
 _grouped: tuple[str, ...] = ("cpu",)
 
 
@@ -156,8 +156,8 @@ def kernel(attend: Callable[..., Tensor], grouped: tuple[str, ...]) -> Iterator[
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """`scaled_dot_product_attention`, or the `kernel` in its place."""
-    return _attend(query, key, value, **options)
+    """`scaled_dot_product_attention` as it is at each call, or the `kernel` in its place."""
+    return (_attend or F.scaled_dot_product_attention)(query, key, value, **options)
 
 
 def attend_all(
@@ -209,7 +209,7 @@ def attend_in_chunks(
             return (checkpoint(part, *given, use_reentrant=False),)
         return (part(*given),)
 
-    (found,) = sweep(chunks_of(count, most), run, (Cat(-2),), query)
+    (found,) = sweep(slices_of(count, most), run, (Cat(-2),), query)
     return found
 
 

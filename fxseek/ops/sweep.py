@@ -11,7 +11,18 @@ from torch import Tensor
 from fxseek import _torch
 from fxseek.ops.rows import Rows, put_rows_
 
-__all__ = ["Cat", "Collector", "Put", "Sum", "Whole", "chunks_of", "few", "rows_of_chunk", "sweep"]
+__all__ = [
+    "Cat",
+    "Collector",
+    "Put",
+    "Sum",
+    "Whole",
+    "chunks_of",
+    "few",
+    "rows_of_chunk",
+    "slices_of",
+    "sweep",
+]
 
 _T = TypeVar("_T")
 
@@ -20,6 +31,12 @@ def chunks_of(total: int, most: int) -> list[slice]:
     """`total` positions in as few slices as possible of at most `most`, of about one length."""
     count = -(-total // max(1, most))
     size = -(-total // max(1, count))
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def slices_of(total: int, size: int) -> list[slice]:
+    """`total` positions in slices of `size`, the last of what is left."""
+    size = max(1, size)
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from fxseek.program import Program, places_of
+from fxseek.program import Passes, Program, places_of
 from fxseek.run.env import Env
 from fxseek.run.head import ChunkedHead
 from fxseek.run.lowering import lower
@@ -59,7 +59,15 @@ class Step:
 
 
 def assemble(program: Program) -> Step:
-    """The stages of a program, one small graph module."""
+    """The stages of a program, one small graph module.
+
+    Raises:
+        GraphError: a stage cannot be made.
+    """
+    return Passes("send_to_host")(_assemble, program)
+
+
+def _assemble(program: Program) -> Step:
     config = program.config
     head = None if program.head is None else ChunkedHead(program.head, config)
     modules = {} if head is None else {"head": head}

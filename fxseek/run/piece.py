@@ -10,13 +10,13 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxseek.ops.rows import Rows
-from fxseek.ops.sweep import Cat, Whole, chunks_of, rows_of_chunk, sweep
+from fxseek.ops.sweep import Cat, Whole, rows_of_chunk, slices_of, sweep
 from fxseek.passes.ir import Given, Piece, Selected, Swept
 from fxseek.run.boxed import Boxed
 from fxseek.run.env import Env
 from fxseek.selecting import Selection
 
-__all__ = ["ChunkedRegion", "Region", "Runner", "module_of"]
+__all__ = ["ChunkedRegion", "Runner", "SweptRegion", "module_of"]
 
 
 def module_of(piece: Piece, name: str, **modules: nn.Module) -> fx.GraphModule:
@@ -56,7 +56,7 @@ def _positions(kept: Tensor) -> Selection:
     return Selection(kept, kept)
 
 
-class Region:
+class SweptRegion:
     """Per-token operations of the score stage: rows of `entries` → rows of the results."""
 
     def __init__(self, swept: Swept) -> None:
@@ -75,7 +75,7 @@ class Region:
         tokens = entry.shape[rows[node].row]
         positions = torch.arange(tokens, device=entry.device).expand(batch, -1)
 
-        chunks = chunks_of(tokens, self.swept.size)
+        chunks = slices_of(tokens, self.swept.size)
         # One split: in backward each slice would make a gradient of all tokens.
         split = entry.split([chunk.stop - chunk.start for chunk in chunks], rows[node].row)
         given = {chunk.start: x for chunk, x in zip(chunks, split, strict=True)}
@@ -126,4 +126,4 @@ class ChunkedRegion(nn.Module):
             return self.run(values)
 
         collect = [Whole(rows, tokens) for rows in self.results]
-        return sweep(chunks_of(tokens, self.size), run, collect, given)
+        return sweep(slices_of(tokens, self.size), run, collect, given)

@@ -14,7 +14,7 @@ from fxseek.config import SeekConfig
 from fxseek.ops.attention import MaskRows, read_tokens
 from fxseek.ops.loss import Scratch, divisor, mass_of, mean_of_parts
 from fxseek.ops.rows import Rows, gather_rows
-from fxseek.ops.sweep import Put, Sum, chunks_of, sweep
+from fxseek.ops.sweep import Put, Sum, chunks_of, slices_of, sweep
 from fxseek.passes.score_plan import (
     AttentionMap,
     EndsInHead,
@@ -25,11 +25,12 @@ from fxseek.passes.score_plan import (
     ScorePlan,
     SpelledMap,
     Stream,
+    Targets,
 )
 from fxseek.passes.structure import Place
 from fxseek.run.env import Env
 from fxseek.run.head import ChunkedHead
-from fxseek.run.piece import Region, Runner
+from fxseek.run.piece import Runner, SweptRegion
 from fxseek.scores import ScoreInputs, scorer_of
 from fxseek.scores.base import step_generator
 from fxseek.scores.measures import (
@@ -202,7 +203,7 @@ class _SpelledColumns:
             return (accumulate_columns(probabilities, valid[:, chunk]),)
 
         with torch.no_grad():
-            (total,) = sweep(chunks_of(tokens, most), run, (Sum(),), valid)
+            (total,) = sweep(slices_of(tokens, most), run, (Sum(),), valid)
         return total[:, -tokens:]  # keys of a prefix come first
 
 
@@ -236,19 +237,18 @@ class _Slope:
         self, plan: ScorePlan, gradient: GradientPlan, config: SeekConfig, head: ChunkedHead | None
     ) -> None:
         self.plan = gradient
-        self.targets = plan.targets
         self.norm = config.gradient_norm
-        self.lead = None if gradient.lead is None else Region(gradient.lead)
+        self.lead = None if gradient.lead is None else SweptRegion(gradient.lead)
         self.block = Runner(gradient.block, "Block")
         self.end: _LossEnd | _HeadEnd | _MapEnd
         match gradient.end:
             case EndsInLoss():
-                self.end = _LossEnd(gradient.end, self)
+                self.end = _LossEnd(gradient.end, plan.targets)
             case EndsInHead():
                 assert head is not None
-                self.end = _HeadEnd(gradient.end, head)
+                self.end = _HeadEnd(gradient.end, head, plan.targets)
             case EndsInMap():
-                self.end = _MapEnd(gradient.end, config.chunk_bytes)
+                self.end = _MapEnd(gradient.end, config.chunk_bytes, plan.targets)
 
     def begin(self, env: Env, batch: int) -> _Begun:
         """Run the block."""
@@ -267,7 +267,7 @@ class _Slope:
         """The magnitude of the gradient at each token, and the full-token loss."""
         ends = {node: begun.made[node] for node in self.end.cuts}
         begun.made.clear()
-        cotangents, loss = self.end.cotangents(env, ends, valid, supervised, self.mass(env, valid))
+        cotangents, loss = self.end.cotangents(env, ends, valid, supervised)
         pairs = [
             (y, dy) for y, dy in zip(ends.values(), cotangents, strict=True) if y.requires_grad
         ]
@@ -276,22 +276,21 @@ class _Slope:
         slope = _batch_major(slope, self.plan.start.rows, valid)
         return gradient_magnitude(slope, self.norm), loss
 
-    def mass(self, env: Env, valid: Tensor) -> Tensor | None:
-        """The mass of all positions, by which their losses are divided."""
-        if self.targets is None:
-            return None
-        target, *rest = [None if node is None else env.constant(node) for node in self.targets.full]
-        target = valid.numel() if target is None else target
-        mass = mass_of(target, *rest, ignore_index=self.targets.ignore_index)
-        return torch.as_tensor(mass, device=valid.device)
+
+def _mass(env: Env, targets: Targets, valid: Tensor) -> Tensor:
+    """The mass of all positions, by which their losses are divided."""
+    target, *rest = [None if node is None else env.constant(node) for node in targets.full]
+    target = valid.numel() if target is None else target
+    mass = mass_of(target, *rest, ignore_index=targets.ignore_index)
+    return torch.as_tensor(mass, device=valid.device)
 
 
 class _LossEnd:
     """The block has made the loss."""
 
-    def __init__(self, end: EndsInLoss, slope: _Slope) -> None:
+    def __init__(self, end: EndsInLoss, targets: Targets | None) -> None:
         self.cuts = (end.loss,)
-        self.sums = slope.targets is not None and slope.targets.sums
+        self.targets = targets
 
     def cotangents(
         self,
@@ -299,24 +298,24 @@ class _LossEnd:
         ends: dict[fx.Node, Tensor],
         valid: Tensor,
         supervised: Tensor | None,
-        mass: Tensor | None,
     ) -> tuple[Sequence[Tensor], Tensor]:
         """∂ loss / ∂ each end, and the loss."""
         (loss,) = ends.values()
         value = loss.detach()
-        if self.sums and mass is not None:
-            value = mean_of_parts(value, mass)
+        if self.targets is not None and self.targets.sums:
+            value = mean_of_parts(value, _mass(env, self.targets, valid))
         return [torch.ones_like(loss)], value
 
 
 class _HeadEnd:
     """What follows the block's attention runs on chunks of labelled tokens, with the head."""
 
-    def __init__(self, end: EndsInHead, head: ChunkedHead) -> None:
+    def __init__(self, end: EndsInHead, head: ChunkedHead, targets: Targets | None) -> None:
         self.cuts = end.cuts
+        self.targets = targets
         self.head = head
         self.size = None if end.tail is None else end.tail.size
-        self.tail = None if end.tail is None else Region(end.tail)
+        self.tail = None if end.tail is None else SweptRegion(end.tail)
         self.rows = {end.head.entry: end.head.rows} if end.tail is None else end.tail.rows
 
     def cotangents(
@@ -325,13 +324,12 @@ class _HeadEnd:
         ends: dict[fx.Node, Tensor],
         valid: Tensor,
         supervised: Tensor | None,
-        mass: Tensor | None,
     ) -> tuple[Sequence[Tensor], Tensor]:
         """∂ loss / ∂ each end, and the loss."""
-        assert supervised is not None and mass is not None
+        assert supervised is not None and self.targets is not None
         kept = _labelled_first(supervised)
         weights = supervised.gather(1, kept).to(torch.float32)
-        total = divisor(mass)
+        total = divisor(_mass(env, self.targets, valid))
         length = kept.shape[1]
         chunks: list[slice] = []
         if kept.numel():
@@ -382,8 +380,9 @@ class _MapEnd:
     bounds either.
     """
 
-    def __init__(self, end: EndsInMap, chunk_bytes: int) -> None:
+    def __init__(self, end: EndsInMap, chunk_bytes: int, targets: Targets | None) -> None:
         self.cuts = end.cuts
+        self.targets = targets
         self.end = end
         self.chunk_bytes = chunk_bytes
         self.runner = Runner(end.piece, "Head")
@@ -394,14 +393,13 @@ class _MapEnd:
         ends: dict[fx.Node, Tensor],
         valid: Tensor,
         supervised: Tensor | None,
-        mass: Tensor | None,
     ) -> tuple[Sequence[Tensor], Tensor]:
         """∂ loss / ∂ each end, and the loss."""
-        assert supervised is not None and mass is not None
+        assert supervised is not None and self.targets is not None
         batch, tokens = supervised.shape
         row_bytes = max(1, self.end.logit_bytes, self.end.map_bytes * tokens)
-        chunks = chunks_of(tokens, self.chunk_bytes // (batch * row_bytes))
-        total = divisor(mass)
+        chunks = slices_of(tokens, self.chunk_bytes // (batch * row_bytes))
+        total = divisor(_mass(env, self.targets, valid))
         leaves = {node: value.detach().requires_grad_() for node, value in ends.items()}
         places = torch.arange(tokens, device=supervised.device).expand(batch, -1)
 

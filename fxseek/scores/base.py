@@ -83,6 +83,9 @@ def scorer(name: str) -> Callable[[_S], _S]:
     """Make a class the built-in score of this name."""
 
     def register(made: _S) -> _S:
+        unknown = set(made.parts) - {"context", "gradient"}
+        if unknown:
+            raise ValueError(f"{made.__name__} wants {sorted(unknown)}, which nothing measures")
         SCORERS[name] = made
         return made
 

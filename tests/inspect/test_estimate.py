@@ -249,3 +249,18 @@ def test_bad_arguments(arguments, message):
     given: dict[str, Any] = {"config_or_model": small(), "tokens": 101, **arguments}
     with pytest.raises(fxseek.ConfigError, match=message):
         fxseek.estimate(**given)
+
+
+def test_a_model_that_checkpoints_itself():
+    """Its blocks run again in backward, with the attention of the device."""
+    model = AutoModelForCausalLM.from_config(small())
+    plain = fxseek.estimate(model, 128, ordinary=True).peak_bytes
+    model.gradient_checkpointing_enable()
+    assert fxseek.estimate(model.train(), 128, ordinary=True).peak_bytes < plain
+
+
+def test_an_attention_that_cannot_be_compiled():
+    model = AutoModelForCausalLM.from_config(small())
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(fxseek.ConfigError, match="flex_attention"):
+        fxseek.estimate(model, 128)

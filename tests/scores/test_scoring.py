@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import TinyConfig, TinyDecoder, batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fxseek
 from fxseek.errors import ScoreError
-from fxseek.scores import ScoreInputs, measures
-from fxseek.scores.base import step_generator
+from fxseek.scores import SCORERS, ScoreInputs, Scorer, measures
+from fxseek.scores.base import scorer, step_generator
 from fxseek.scores.measures import accumulate_columns, attention_column_sums, gradient_magnitude
 from fxseek.scores.own import check_scores
 from fxseek.scores.random import random_scores
@@ -503,3 +506,41 @@ def test_score_inputs_are_a_record():
     assert inputs.step == 3
     with pytest.raises(AttributeError):
         inputs.step = 4  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---- scorers -------------------------------------------------------------------------------------
+
+
+def test_a_score_of_ones_own_file():
+    """A registered scorer is built in: by name, with its parts in the report."""
+
+    class Last(Scorer):
+        parts = ("context",)
+
+        def scores(self, given: ScoreInputs, parts: Any) -> Tensor:
+            places = torch.arange(given.valid.shape[1], dtype=torch.float32)
+            return places.expand(given.valid.shape).masked_fill(~given.valid, -math.inf)
+
+        def mass(self, scores: Tensor, parts: Any, valid: Tensor) -> Tensor:
+            return valid.float()
+
+    scorer("last")(Last)
+    try:
+        model = fxseek.compile(TinyDecoder(TinyConfig()).train(), 0.25, score="last")
+        model(**batch(37, tokens=16, padding="none"))["loss"].backward()
+        report = fxseek.report(model)
+        assert report.selected.tolist() == [[12, 13, 14, 15]] * len(report.selected)
+        assert set(report.parts) == {"context"}
+        assert report.context is report.parts["context"]
+    finally:
+        del SCORERS["last"]
+
+
+def test_a_part_that_nothing_measures():
+    class Wants(Scorer):
+        parts = ("entropy",)
+        scores = mass = None  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match=r"Wants wants .*entropy"):
+        scorer("wants")(Wants)
+    assert "wants" not in SCORERS

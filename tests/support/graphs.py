@@ -184,7 +184,7 @@ def run_stage(
             given.append(value.detach() if isinstance(value, Tensor) else value)
         else:
             given.append(inputs[item.node])
-    module = stage.module("Stage")
+    module = stage.module("Stage", {})
     return list(module(*given))
 
 
