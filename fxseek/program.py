@@ -82,7 +82,7 @@ class Program:
         return [item for item in self.learn.inputs if isinstance(item, Gathered)]
 
     @property
-    def kept(self) -> set[fx.Node]:
+    def whole(self) -> set[fx.Node]:
         """Values of all tokens that the learn stage reads whole: keys and values."""
         return {item.node for item in self.learn.inputs if isinstance(item, Prefilled)}
 

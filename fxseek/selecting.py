@@ -95,12 +95,12 @@ def count_holding(
     supervised_only: bool = False,
     required: Tensor | None = None,
 ) -> Tensor:
-    """Length of the shortest beginning of each row's ranking that holds ``share`` of its mass.
+    """How many of each row's best positions hold ``share`` of its mass.
 
     The ranking is that of `select_topk`: required positions come first, and the others follow by
     mass. With ``supervised_only`` the mass is that of labelled positions; this also counts the
-    draws of `select_sample`, which are fixed before the draw. A beginning that lacks one part in
-    10⁹ of the share holds it. A row without mass needs one position.
+    draws of `select_sample`, which are fixed before the draw. Positions that lack one part in 10⁹
+    of the share hold it. A row without mass needs one position.
 
     Shapes: mass [batch, tokens], finite and nonnegative; valid, supervised Bool [batch, tokens];
     required Long [batch, any] → Long [batch], each from 1 to tokens.

@@ -346,7 +346,7 @@ def loss_of(outputs: Any) -> Tensor:
 @contextlib.contextmanager
 def following(step: Step, tracker: Tracker) -> Iterator[None]:
     """Let a run of a step tell the tracker its stages and what they hand on."""
-    module, kept = step.module, step.program.kept
+    module, kept = step.module, step.program.whole
     constants = {item.node for item in step.program.gathered}
     inside = contextlib.ExitStack()
 

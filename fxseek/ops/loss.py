@@ -148,8 +148,8 @@ def cross_entropy_slope(
 ) -> tuple[Tensor, Tensor]:
     """∂ sum of the cross-entropies / ∂ logits, and that sum, for weights of 0 and 1.
 
-    In two tensors of the logits' size, these among them, and two passes less than autograd takes.
-    The slope may lie in `scratch`, until that is asked again.
+    Uses two tensors of the logits' size, the logits among them, and two passes fewer than autograd.
+    The result may lie in `scratch`, until that is asked again.
 
     Shapes: as `cross_entropy_parts` has them → the logits' shape, scalar.
     """

@@ -73,7 +73,7 @@ def _assemble(program: Program) -> Step:
     modules = {} if head is None else {"head": head}
     learn = module_of(program.learn, "Learn", **modules)
     root = nn.Module()
-    root.add_module("prefill", Prefill(program.prefill, program.kept, program.on_host))
+    root.add_module("prefill", Prefill(program.prefill, program.whole, program.on_host))
     root.add_module("score", Score(program.score, config, head))
     root.add_module("select", Select(config))
     root.add_module("gather", Gather(program.gathered, program.masks))

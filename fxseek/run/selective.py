@@ -30,10 +30,10 @@ __all__ = ["Selectively"]
 class Selectively:
     """Runs a stage on boxed values: its outputs, and the bytes that autograd keeps.
 
-    Of what autograd saves of a region, so much is made again in backward as leaves the least to
-    keep, counting what it is made of where that is not kept anyway. The first run finds out; those
-    after it look at the nodes that mattered. Hooks of the caller see the same tensors in the same
-    order in every run, as a checkpoint around the model asks for.
+    Of each region, backward recomputes those saved tensors that leave the fewest bytes to keep.
+    What they are made of counts only where nothing else keeps it. The first run decides; later runs
+    look at the nodes that mattered. Hooks of the caller see the same tensors in the same order in
+    every run, as a checkpoint around the model asks for.
     """
 
     def __init__(self, module: fx.GraphModule, regions: Iterable[Region]) -> None:

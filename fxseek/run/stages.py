@@ -66,8 +66,9 @@ class Select(nn.Module):
         """``ceil(ratio · tokens)`` positions of every row, of its own tokens where it is padded.
 
         Or, by a ratio such as ``"mass:0.9"``, as few as hold that share of the row's mass, within
-        ``ratio_bounds``. The longest row's count is then waited for, once a step: it is the size
-        of what the learn stage makes.
+        ``ratio_bounds``. Then a step waits for the device once: the largest count is the size of
+        the learn stage's tensors. Virtual tokens and positions that the model reads by their place
+        are always kept.
         """
         config = self.config
         share = config.mass_share

@@ -38,7 +38,7 @@ class ScoreInputs:
 
 
 class Scorer(ABC):
-    """A score of tokens. One of a file in this folder, with `scorer` around it, is built in.
+    """A score of tokens. A file in this folder with one under ``@scorer(name)`` makes it built in.
 
     `parts`: what is measured for it, ``"context"`` (attention received in the last layer) and
     ``"gradient"`` (of the loss, at the input of the last block); `fxseek.report` has them by these

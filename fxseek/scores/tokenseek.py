@@ -132,8 +132,7 @@ def mass(
 
     Raises:
         ScoreError: the caller's own scores are negative. Return nonnegative ones (``exp`` keeps
-        their
-            order), or use ``select="topk"`` and a number as ratio.
+            their order), or use ``select="topk"`` and a number as ratio.
     """
     if context is not None and gradient is not None:
         if scores is None:
