@@ -60,3 +60,4 @@ def test_tuners_on_quantised_weights():
     """DoRA reads the weight itself; PEFT fails on int8 from the second step on, without fxseek."""
     assert coverage_table.quantised_cell("dora", "NF4") == "exact"
     assert coverage_table.quantised_cell("lora", "int8") == "exact"
+    assert coverage_table.quantised_cell("bat", "NF4") == "exact"

@@ -13,16 +13,16 @@ _done = False
 
 
 def trace_dequantisation() -> None:
-    """Let Dynamo trace `peft.utils.integrations.dequantize_module_weight`, once it is imported.
+    """Let Dynamo trace PEFT's functions that dequantise a weight, once they are imported.
 
-    The function asks for the name of the weight's class, and on the CPU puts the weight back into
-    its module, neither of which can be captured. `torch.compiler.substitute_in_graph` has Dynamo,
-    and it alone, take another one for it.
+    `dequantize_module_weight` and `dequantize_bnb_weight` of `peft.utils.integrations` ask for the
+    name of the weight's class, and on the CPU the former puts the weight back into its module.
+    Neither can be captured. `torch.compiler.substitute_in_graph` has Dynamo, and it alone, take
+    other ones for them.
     """
     global _done
     module = sys.modules.get("peft.utils.integrations")
-    original = getattr(module, "dequantize_module_weight", None)
-    if original is None or _done:
+    if module is None or _done:
         return
     _done = True
 
@@ -32,16 +32,22 @@ def trace_dequantisation() -> None:
         weight: Any = module.weight
         if type(weight).__module__.startswith("torchao."):
             return weight.dequantize()
-        state = getattr(weight, "quant_state", None)
-        if state is not None:  # 4 bits
+        return dequantize_bnb_weight(weight, getattr(module, "state", None))
+
+    def dequantize_bnb_weight(weight: Any, state: Any = None) -> Any:
+        own = getattr(weight, "quant_state", None)
+        if own is not None:  # 4 bits
             from bitsandbytes.functional import dequantize_4bit
 
-            return dequantize_4bit(weight, state)  # type: ignore[return-value]
+            return dequantize_4bit(weight, own)
         if hasattr(weight, "SCB"):  # 8 bits
             from bitsandbytes.functional import int8_vectorwise_dequant
 
-            scales: Any = module.state.SCB  # type: ignore[union-attr]
+            scales = None if state is None else state.SCB
             return int8_vectorwise_dequant(weight, weight.SCB if scales is None else scales)
         return weight
 
-    torch.compiler.substitute_in_graph(original)(dequantize_module_weight)
+    for traced in (dequantize_module_weight, dequantize_bnb_weight):
+        original = getattr(module, traced.__name__, None)
+        if original is not None:
+            torch.compiler.substitute_in_graph(original)(traced)
