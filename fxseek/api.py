@@ -8,7 +8,7 @@ from torch import nn
 
 from fxseek import _torch
 from fxseek.capture.backend import StepReport, latest_recorder
-from fxseek.capture.limits import refuse_attention, refuse_wrapper
+from fxseek.capture.limits import refuse_model
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, InputError
@@ -41,8 +41,9 @@ def compile(model: Model, ratio: float | str | SeekConfig = 0.1, **options: Any)
     config = SeekConfig.make(ratio, **options)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    refuse_wrapper(model, ConfigError)
-    compiled = [name for name, module in model.named_modules() if step_of(module) is not None]
+    modules = list(model.named_modules())
+    refuse_model(modules, ConfigError)
+    compiled = [name for name, module in modules if step_of(module) is not None]
     if compiled:
         part = f"{compiled[0]!r} in the model" if compiled[0] else "the model"
         raise ConfigError(
@@ -54,9 +55,8 @@ def compile(model: Model, ratio: float | str | SeekConfig = 0.1, **options: Any)
             "the model is compiled by torch.compile already. Give fxseek the plain model, and "
             'choose how its stages are lowered by backend="inductor".'
         )
-    refuse_attention(model, ConfigError)
     step = SeekStep(model, config, fit=ratio_within)
-    step.switch_off_checkpointing()
+    step.switch_off_checkpointing(modules)
     _torch.set_compiled_call(model, step)
     return model
 

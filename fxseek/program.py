@@ -114,7 +114,7 @@ def build(
     graph = then(scale_terms, graph, sizes)
     graph = then(unshift, graph, sizes)
     graph = then(without_dead_code, graph)
-    writes = then(find_writes, functional, graph)
+    writes = then(find_writes, functional)
 
     facts = then(find_tokens, graph, sizes)
     structure = then(find_structure, graph, facts, loss_first=config.loss is not None)
@@ -127,19 +127,15 @@ def build(
     constants = then(made_from_rows, graph, facts)
     on_host: list[fx.Node] = []
     masks: frozenset[Gathered] = frozenset()
-    if head is not None and ends_in(head, outputs):
-        wanted = [("rows", head.entry), *outputs.wanted]
-        given = [head.loss.node]
-        learn = then(
-            ditch, graph, facts, carrying=carrying, outputs=wanted, given=given, constants=constants
-        )
-        learn = then(hoist_gathers, learn)
-        learn = then(attach_head, learn, head)
-    else:
-        learn = then(
-            ditch, graph, facts, carrying=carrying, outputs=outputs.wanted, constants=constants
-        )
-        learn = then(hoist_gathers, learn)
+    ending = head if head is not None and ends_in(head, outputs) else None
+    wanted = [*outputs.wanted] if ending is None else [("rows", ending.entry), *outputs.wanted]
+    given = [] if ending is None else [ending.loss.node]
+    learn = then(
+        ditch, graph, facts, carrying=carrying, outputs=wanted, given=given, constants=constants
+    )
+    learn = then(hoist_gathers, learn)
+    if ending is not None:
+        learn = then(attach_head, learn, ending)
     learn = then(returns, learn, outputs)
     if eager:  # Dynamo takes tensors only
         masks = then(masks_of_attentions, learn)
@@ -218,8 +214,8 @@ def without_dead_code(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def find_writes(functional: Functional, graph: fx.Graph) -> Writes:
-    """What a step writes to, by place. The passes since have kept the placeholders' order."""
+def find_writes(functional: Functional) -> Writes:
+    """What a step writes to, by place: later passes keep the placeholders' order."""
     places = places_of(functional.graph)
     return Writes(
         fx.GraphModule(nn.Module(), functional.first, class_name="First"),

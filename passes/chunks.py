@@ -24,17 +24,7 @@ from torch import fx
 from fxseek.errors import GraphError
 from fxseek.passes.ditch import ditch
 from fxseek.passes.facts import Facts, Rows, is_tensor
-from fxseek.passes.ir import (
-    Argument,
-    Given,
-    Parameter,
-    Piece,
-    Prefilled,
-    Selected,
-    Swept,
-    node_of,
-    origin,
-)
+from fxseek.passes.ir import Piece, Swept, origin
 from fxseek.passes.tokens import per_token
 
 
@@ -98,14 +88,11 @@ def _outlined(
         )
     except GraphError:
         return None
-    read = [isinstance(item, (Argument, Parameter, Prefilled, Given)) for item in piece.inputs]
-    known = all(ok or item == Selected("kept") for ok, item in zip(read, piece.inputs, strict=True))
-    return piece if known and not piece.general else None
+    return piece if piece.runs_on_rows() else None
 
 
 def _rows_of(piece: Piece, facts: Facts) -> dict[fx.Node, Rows]:
-    given = [item.node for item in piece.inputs if isinstance(item, Given)]
-    rows = {node: facts.rows.get(node) for node in (*given, *piece.outputs)}
+    rows = {node: facts.rows.get(node) for node in (*piece.given(), *piece.outputs)}
     return {node: x for node, x in rows.items() if isinstance(x, Rows)}
 
 
@@ -116,8 +103,7 @@ def _call(
     inside = {copies[node] for node in region}
     outputs = swept.piece.outputs
     order = {node: index for index, node in enumerate(prefill.graph.nodes)}
-    nodes = [node_of(item) for item in swept.piece.inputs]
-    arguments = [copies.get(node) for node in nodes if node is not None]
+    arguments = [copies.get(node) for node in swept.piece.reads()]
     users = [user for node in outputs for user in copies[node].users if user not in inside]
     first = min(users, key=order.__getitem__)
     if any(x is None or x in inside or order[x] >= order[first] for x in arguments):

@@ -25,7 +25,6 @@ __all__ = [
     "Swept",
     "copy_origin",
     "input_of",
-    "node_of",
     "origin",
     "placeholder_of",
 ]
@@ -83,11 +82,6 @@ def input_of(node: fx.Node) -> Argument | Parameter:
     return Parameter(node) if _torch.is_module_state(node) else Argument(node)
 
 
-def node_of(item: Input) -> fx.Node | None:
-    """The captured node that an input stands for; None for a part of the selection."""
-    return None if isinstance(item, Selected) else item.node
-
-
 def origin(node: fx.Node) -> fx.Node | None:
     """The captured node that a node of a piece was made for; None where a pass has added it."""
     return node.meta.get("origin")
@@ -133,6 +127,24 @@ class Piece:
         """What each placeholder stands for, in order."""
         nodes = (node for node in self.graph.nodes if node.op == "placeholder")
         return dict(zip(nodes, self.inputs, strict=True))
+
+    def reads(self) -> list[fx.Node]:
+        """The captured nodes that its inputs stand for, in order."""
+        return [item.node for item in self.inputs if not isinstance(item, Selected)]
+
+    def given(self) -> list[fx.Node]:
+        """The captured nodes of the values that the caller passes in."""
+        return [item.node for item in self.inputs if isinstance(item, Given)]
+
+    def runs_on_rows(self) -> bool:
+        """Whether it can be swept: nothing falls back, and of a selection it reads the positions.
+
+        Nor does it read rows that are gathered ahead.
+        """
+        known = (Argument, Parameter, Prefilled, Given)
+        return not self.general and all(
+            isinstance(item, known) or item == Selected("kept") for item in self.inputs
+        )
 
     def prefilled(self) -> list[fx.Node]:
         """The captured nodes whose values of all tokens it reads, itself or by gathers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -81,7 +81,7 @@ def returns(learn: Piece, outputs: Outputs) -> Piece:
         return tuple(map(fill, value)) if isinstance(value, (list, tuple)) else value
 
     output.args = (fill(outputs.template),)
-    return replace(learn)
+    return learn
 
 
 def ends_in(head: Head, outputs: Outputs) -> bool:

@@ -19,19 +19,11 @@ from fxseek.passes.facts import (
     ancestors,
     descendants,
     example,
-    is_tensor,
     tensors_of,
+    user_tensors,
 )
 from fxseek.passes.head import Head, logit_bytes, to_parts
-from fxseek.passes.ir import (
-    Argument,
-    Given,
-    Parameter,
-    Piece,
-    Prefilled,
-    Selected,
-    Swept,
-)
+from fxseek.passes.ir import Piece, Prefilled, Swept
 from fxseek.passes.rules import Call, operation
 from fxseek.passes.rules.loss import TokenLoss
 from fxseek.passes.score_plan import (
@@ -103,12 +95,7 @@ def _rows_of(facts: Facts, node: fx.Node) -> Rows | None:
 def _token_inputs(
     graph: fx.Graph, facts: Facts, structure: Structure, config: SeekConfig
 ) -> TokenInputs:
-    inputs = [
-        node
-        for node in graph.nodes
-        if node.op == "placeholder" and is_tensor(node) and not _torch.is_module_state(node)
-    ]
-    sizes = facts.sizes
+    inputs, sizes = user_tensors(graph), facts.sizes
     named = {_torch.source_name(node): node for node in inputs}
     given = sizes.tokens - sizes.virtual
     counting = [
@@ -185,7 +172,7 @@ def _gradient(
             regions = _around_attention(facts, start, ending.entry, reads, size)
             if regions is not None:
                 lead, tail = regions
-                cuts = tuple(_entries(tail))
+                cuts = tuple(tail.piece.given())
         end = EndsInHead(ending, cuts, tail)
     given = [start] if lead is None else [start, *lead.piece.outputs]
     made = [node for node in cuts if node is not start]
@@ -193,11 +180,6 @@ def _gradient(
     constants = _constants_before(made, start, after)
     block = extract(graph, made, given=[*given, *constants], grad_modes=True)
     return GradientPlan(stream, lead, block, end)
-
-
-def _entries(swept: Swept) -> list[fx.Node]:
-    """The captured nodes of which a swept piece takes rows."""
-    return [item.node for item in swept.piece.inputs if isinstance(item, Given)]
 
 
 def _goes_past(head: Head) -> bool:
@@ -255,15 +237,9 @@ def _region(
     outputs = [("rows", node) for node in results]
     stage = ditch(given[0].graph, facts, carrying=carrying, outputs=outputs, given=given)
     after = descendants(given[:1])
-    known_kinds = (Argument, Parameter, Prefilled, Given)
-    if stage.general or any(
-        not (isinstance(item, known_kinds) or item == Selected("kept"))
-        or (isinstance(item, Prefilled) and item.node in after)
-        for item in stage.inputs
-    ):
+    if not stage.runs_on_rows() or not after.isdisjoint(stage.prefilled()):
         return None
-    swept = Swept(stage, known, size)
-    return swept if _entries(swept) else None
+    return Swept(stage, known, size) if stage.given() else None
 
 
 def _map_bytes(attention: fx.Node) -> int:

@@ -8,7 +8,7 @@ from torch import fx
 
 from fxseek.ops.rows import Rows
 from fxseek.passes.head import Head
-from fxseek.passes.ir import Piece, Selected, Swept
+from fxseek.passes.ir import Piece, Swept
 from fxseek.passes.structure import Place
 
 __all__ = [
@@ -100,7 +100,7 @@ class SpelledMap:
     @property
     def reads(self) -> tuple[fx.Node, ...]:
         """The captured values that it reads."""
-        return tuple(item.node for item in self.piece.inputs if not isinstance(item, Selected))
+        return tuple(self.piece.reads())
 
 
 AttentionMap = FusedMap | SpelledMap

@@ -34,6 +34,10 @@ class Calls:
         self.config = config
         self.tell = tell
         self.signature = inspect.signature(model.forward)
+        parameters = self.signature.parameters
+        self._takes_use_cache = "use_cache" in parameters or any(
+            parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+        )
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.token_inputs = DECODER_INPUTS if self.seq2seq else None
         self._seen_positions = False
@@ -80,14 +84,6 @@ class Calls:
             for name, value in batch.items()
         )
 
-    def _takes_use_cache(self, cache: bool | None) -> bool:
-        if cache is None:
-            return False
-        parameters = self.signature.parameters
-        return "use_cache" in parameters or any(
-            parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
-        )
-
     def refuse_cache(self, batch: dict[str, Any]) -> None:
         """A step has no place for keys and values of earlier tokens."""
         for name in _CACHES:
@@ -106,7 +102,7 @@ class Calls:
         ones says for a model with a cache that its rows are one document.
         """
         own = uses_cache(self.model)
-        if not self._takes_use_cache(own):
+        if own is None or not self._takes_use_cache:
             return
         cached = batch.get("use_cache")
         if cached is None:

@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from torch import nn
 
 from fxseek.errors import FxseekError
 
-__all__ = ["refuse_attention", "refuse_wrapper", "uses_cache"]
+__all__ = ["refuse_model", "uses_cache"]
 
 # In the names of attention implementations that take whole sequences in a layout of their own.
 _WHOLE_ONLY = ("flash", "flex")
 
 
-def refuse_wrapper(model: nn.Module, kind: type[FxseekError]) -> None:
-    """Wrappers for parallel training call the model; they are not compiled with it."""
+def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekError]) -> None:
+    """Refuse what no step can be compiled for, given the model's `named_modules()`.
+
+    Wrappers for parallel training call the model; they are not compiled with it. Kernels that take
+    whole sequences in a layout of their own have no selected-rows form.
+    """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(model, parallel):
-        raise kind(
-            f"the model is wrapped by {type(model).__name__}: compile the inner module before "
-            "wrapping, fxseek.compile(model.module)"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, _sharded()) or "_flat_param" in module._parameters:
+    sharded = _sharded()
+    configs = set()
+    for name, module in modules:
+        if isinstance(module, parallel):
+            raise kind(
+                f"{_named(name)} is wrapped by {type(module).__name__}: compile the inner module "
+                "before wrapping, fxseek.compile(model.module)"
+            )
+        if isinstance(module, sharded) or "_flat_param" in module._parameters:
             raise kind(
                 f"{_named(name)} is sharded by FSDP: its parameters exist only inside its own "
                 "hooks, which one graph cannot hold. Use DistributedDataParallel around a model "
                 "that fxseek.compile was given."
+            )
+        config = module.__dict__.get("config")
+        if config is None or id(config) in configs:
+            continue
+        configs.add(id(config))  # as a rule the modules of a model share one
+        implementation = getattr(config, "_attn_implementation", None)
+        if isinstance(implementation, str) and any(x in implementation for x in _WHOLE_ONLY):
+            raise kind(
+                f"attn_implementation={implementation!r} in {_named(name)}: queries of "
+                "selected tokens cannot be handed to it. Load the model with "
+                'attn_implementation="sdpa" or "eager", or call '
+                'model.set_attn_implementation("sdpa").'
             )
 
 
@@ -49,20 +68,6 @@ def uses_cache(model: nn.Module) -> bool | None:
         if (choice := getattr(part, "use_cache", None)) is not None:
             return choice
     return None
-
-
-def refuse_attention(model: nn.Module, kind: type[FxseekError]) -> None:
-    """Kernels that take whole sequences of their own layout have no selected-rows form."""
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        implementation = getattr(config, "_attn_implementation", None)
-        if isinstance(implementation, str) and any(x in implementation for x in _WHOLE_ONLY):
-            raise kind(
-                f"attn_implementation={implementation!r} in {_named(name)}: queries of "
-                "selected tokens cannot be handed to it. Load the model with "
-                'attn_implementation="sdpa" or "eager", or call '
-                'model.set_attn_implementation("sdpa").'
-            )
 
 
 def _named(name: str) -> str:

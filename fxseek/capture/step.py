@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxseek import _torch
 from fxseek.capture.backend import Recorder, make_backend
 from fxseek.capture.call import Calls
-from fxseek.capture.limits import refuse_attention, refuse_wrapper
+from fxseek.capture.limits import refuse_model
 from fxseek.capture.patches import capture_settings
 from fxseek.capture.quantised import trace_dequantisation
 from fxseek.capture.recorders import install_recorders
@@ -111,8 +111,8 @@ class SeekStep:
     @torch.compiler.disable(reason="fxseek compiles the training step by itself")
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The compiled step; a `torch.compile` around the model leaves it alone."""
-        refuse_wrapper(self.model, InputError)
-        refuse_attention(self.model, InputError)
+        modules = list(self.model.named_modules())
+        refuse_model(modules, InputError)
         calls = self.calls
         batch = calls.bind(args, kwargs)
         if batch.get("fused_lm_head"):
@@ -127,7 +127,7 @@ class SeekStep:
                 "must be given labels=. Pass them, or give fxseek.compile a loss= callable; for "
                 "inference call model.eval() or use torch.no_grad()."
             )
-        self.switch_off_checkpointing()
+        self.switch_off_checkpointing(modules)
         calls.refuse_cache(batch)
         calls.without_cache(batch)
         if self._global_hooks != _torch.global_hooks():
@@ -293,22 +293,19 @@ class SeekStep:
 
     # ---- what is in the way of a capture -------------------------------------------------
 
-    def switch_off_checkpointing(self) -> None:
+    def switch_off_checkpointing(self, modules: list[tuple[str, nn.Module]]) -> None:
         """Switch gradient checkpointing and the input-require-grads hook off, and say so."""
-        modules = [
-            module
-            for module in self.model.modules()
-            if getattr(module, "gradient_checkpointing", False) is True
-        ]
-        for module in modules:
-            setattr(module, "gradient_checkpointing", False)  # noqa: B010 - not declared on Module
-            self._restore.append(partial(setattr, module, "gradient_checkpointing", True))
-        if modules:
+        name = "gradient_checkpointing"  # getattr on a module that has no such attribute is slow
+        on = [x for _, x in modules if x.__dict__.get(name, getattr(type(x), name, None)) is True]
+        for module in on:
+            setattr(module, name, False)
+            self._restore.append(partial(setattr, module, name, True))
+        if on:
             log.warning(
                 "fxseek: gradient checkpointing is switched off; the compiled step keeps the "
                 "activations of selected tokens only, so there is nothing left to checkpoint"
             )
-        hooks = _input_hooks(self.model)
+        hooks = _input_hooks(modules)
         for table, key in hooks:
             self._restore.append(partial(table.__setitem__, key, table.pop(key)))
         if hooks:
@@ -334,11 +331,12 @@ def _quiet(batch: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _input_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int]]:
+def _input_hooks(modules: list[tuple[str, nn.Module]]) -> list[tuple[dict[int, Any], int]]:
     """The hooks that make embeddings' outputs require grad (transformers and peft name them so)."""
     return [
         (module._forward_hooks, key)
-        for module in model.modules()
+        for _, module in modules
+        if module._forward_hooks
         for key, hook in module._forward_hooks.items()
         if "make_inputs_require_grad" in getattr(hook, "__name__", "")
     ]

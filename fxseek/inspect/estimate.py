@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxseek import _torch
-from fxseek.capture.limits import refuse_attention, refuse_wrapper, uses_cache
+from fxseek.capture.limits import refuse_model, uses_cache
 from fxseek.capture.step import SeekStep
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
@@ -155,8 +155,7 @@ def estimate(
 
 
 def _step(model: nn.Module, config: SeekConfig) -> SeekStep:
-    refuse_wrapper(model, ConfigError)
-    refuse_attention(model, ConfigError)
+    refuse_model(model.named_modules(), ConfigError)
     return SeekStep(model, config)
 
 

@@ -52,13 +52,13 @@ class Kernels(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
         if func is Tensor.backward:
-            with _in_the_place_of_torch_s(self.attend):
+            with _replacing_attention(self.attend):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _in_the_place_of_torch_s(attend: Callable[..., Tensor]) -> Iterator[None]:
+def _replacing_attention(attend: Callable[..., Tensor]) -> Iterator[None]:
     """Torch's function is another one meanwhile, for blocks that a model checkpoints itself.
 
     They run again in backward, where torch switches function modes off.

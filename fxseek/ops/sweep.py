@@ -30,8 +30,7 @@ _T = TypeVar("_T")
 def chunks_of(total: int, most: int) -> list[slice]:
     """`total` positions in as few slices as possible of at most `most`, of about one length."""
     count = -(-total // max(1, most))
-    size = -(-total // max(1, count))
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    return slices_of(total, -(-total // max(1, count)))
 
 
 def slices_of(total: int, size: int) -> list[slice]:

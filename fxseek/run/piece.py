@@ -16,7 +16,14 @@ from fxseek.run.boxed import Boxed
 from fxseek.run.env import Env
 from fxseek.selecting import Selection
 
-__all__ = ["ChunkedRegion", "Runner", "SweptRegion", "module_of"]
+__all__ = [
+    "ChunkedRegion",
+    "Runner",
+    "SweptRegion",
+    "at_positions",
+    "every_position",
+    "module_of",
+]
 
 
 def module_of(piece: Piece, name: str, **modules: nn.Module) -> fx.GraphModule:
@@ -51,9 +58,14 @@ class Runner:
         return tuple(self.run(env.constants(self.piece.inputs, given, selection)))
 
 
-def _positions(kept: Tensor) -> Selection:
+def at_positions(kept: Tensor) -> Selection:
     """A selection of which only the positions are read."""
     return Selection(kept, kept)
+
+
+def every_position(batch: int, tokens: int, device: torch.device) -> Tensor:
+    """All positions of each row: LongTensor[batch, tokens]."""
+    return torch.arange(tokens, device=device).expand(batch, -1)
 
 
 class SweptRegion:
@@ -62,19 +74,18 @@ class SweptRegion:
     def __init__(self, swept: Swept) -> None:
         self.swept = swept
         self.runner = Runner(swept.piece, "Rows")
-        self.entries = [item.node for item in swept.piece.inputs if isinstance(item, Given)]
+        self.entries = swept.piece.given()
 
     def rows(self, env: Env, kept: Tensor, entries: Mapping[fx.Node, Tensor]) -> tuple[Tensor, ...]:
         """The rows of the results at positions `kept`, from those of the entries."""
-        return self.runner(env, entries, _positions(kept))
+        return self.runner(env, entries, at_positions(kept))
 
     def all(self, env: Env, entry: Tensor, batch: int) -> dict[fx.Node, Tensor]:
         """The results of all tokens of the one entry; backward runs each chunk again."""
         (node,) = self.entries
         rows, results = self.swept.rows, self.swept.piece.outputs
         tokens = entry.shape[rows[node].row]
-        positions = torch.arange(tokens, device=entry.device).expand(batch, -1)
-
+        positions = every_position(batch, tokens, entry.device)
         chunks = slices_of(tokens, self.swept.size)
         # One split: in backward each slice would make a gradient of all tokens.
         split = entry.split([chunk.stop - chunk.start for chunk in chunks], rows[node].row)

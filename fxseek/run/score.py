@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from fxseek.config import SeekConfig
 from fxseek.ops.attention import MaskRows, read_tokens
 from fxseek.ops.loss import Scratch, divisor, mass_of, mean_of_parts
 from fxseek.ops.rows import Rows, gather_rows
-from fxseek.ops.sweep import Put, Sum, chunks_of, slices_of, sweep
+from fxseek.ops.sweep import Collector, Put, Sum, chunks_of, slices_of, sweep
 from fxseek.passes.score_plan import (
     AttentionMap,
     EndsInHead,
@@ -30,7 +30,7 @@ from fxseek.passes.score_plan import (
 from fxseek.passes.structure import Place
 from fxseek.run.env import Env
 from fxseek.run.head import ChunkedHead
-from fxseek.run.piece import Runner, SweptRegion
+from fxseek.run.piece import Runner, SweptRegion, at_positions, every_position
 from fxseek.scores import ScoreInputs, scorer_of
 from fxseek.scores.base import step_generator
 from fxseek.scores.measures import (
@@ -193,11 +193,11 @@ class _SpelledColumns:
         batch, tokens = valid.shape
         values = {node: _read(env, made, node) for node in self.plan.reads}
         most = chunk_bytes // max(1, 2 * batch * tokens * self.plan.entry_bytes)
-        places = torch.arange(tokens, device=valid.device).expand(batch, -1)
+        places = every_position(batch, tokens, valid.device)
 
         def run(chunk: slice) -> tuple[Tensor]:
             kept = places[:, chunk]
-            (probabilities,) = self.rows(env, values, Selection(kept, kept))
+            (probabilities,) = self.rows(env, values, at_positions(kept))
             if probabilities.dim() == 3:
                 probabilities = probabilities.unflatten(0, (batch, -1))
             return (accumulate_columns(probabilities, valid[:, chunk]),)
@@ -349,16 +349,14 @@ class _HeadEnd:
             return (*torch.autograd.grad(entry, starts, found, allow_unused=True), loss)
 
         collect = [Put(torch.zeros_like(y), kept, self.rows[node]) for node, y in ends.items()]
-        loss = Sum(_zero(kept))
-        *cotangents, value = sweep(chunks, run, (*collect, loss), kept)
-        return cotangents, value.to(torch.promote_types(cotangents[0].dtype, torch.float32))
+        return _with_loss(chunks, run, collect, kept)
 
     def _of_head(
         self, env: Env, entry: Tensor, kept: Tensor, weights: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor]:
         """∂ loss / ∂ the rows `entry` of the positions `kept`, and their part of the loss."""
         head = self.head.head
-        places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        places = every_position(kept.shape[0], kept.shape[1], kept.device)
         scratch = Scratch()
 
         def run(chunk: slice) -> tuple[Tensor, Tensor]:
@@ -401,7 +399,7 @@ class _MapEnd:
         chunks = slices_of(tokens, self.chunk_bytes // (batch * row_bytes))
         total = divisor(_mass(env, self.targets, valid))
         leaves = {node: value.detach().requires_grad_() for node, value in ends.items()}
-        places = torch.arange(tokens, device=supervised.device).expand(batch, -1)
+        places = every_position(batch, tokens, supervised.device)
 
         def run(chunk: slice) -> tuple[Tensor | None, ...]:
             weights = supervised[:, chunk].to(torch.float32)
@@ -412,9 +410,18 @@ class _MapEnd:
             return (*found, part.detach())
 
         collect = [Sum(torch.zeros_like(value)) for value in leaves.values()]
-        loss = Sum(_zero(supervised))
-        *cotangents, value = sweep(chunks, run, (*collect, loss), supervised)
-        return cotangents, value.to(torch.promote_types(cotangents[0].dtype, torch.float32))
+        return _with_loss(chunks, run, collect, supervised)
+
+
+def _with_loss(
+    chunks: Sequence[slice],
+    run: Callable[[slice], Sequence[Tensor | None]],
+    collectors: Sequence[Collector],
+    like: Tensor,
+) -> tuple[Sequence[Tensor], Tensor]:
+    """What the collectors make, and the sum of the chunks' losses, the last that each returns."""
+    *cotangents, loss = sweep(chunks, run, (*collectors, Sum(_zero(like))), like)
+    return cotangents, loss.to(torch.promote_types(cotangents[0].dtype, torch.float32))
 
 
 def _zero(like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fxseek.config import SeekConfig
 from fxseek.ops.attention import MaskRows
 from fxseek.ops.offload import HostTensor, link
 from fxseek.ops.rows import gather_rows, owned
-from fxseek.passes.ir import Gathered, Piece, Selected
+from fxseek.passes.ir import Gathered, Piece
 from fxseek.run.boxed import Boxed
 from fxseek.run.env import Env
 from fxseek.run.lowering import Run
@@ -39,7 +39,7 @@ class Prefill(nn.Module):
         self.on_host = on_host
         self.graph_module = module_of(piece, "Prefill")
         self.run = Boxed(self.graph_module)
-        self.nodes = [item.node for item in piece.inputs if not isinstance(item, Selected)]
+        self.nodes = piece.reads()
         self.outputs = piece.outputs
         self.bases = bases
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxseek.ops.attention import MaskRows
-from fxseek.ops.sweep import few
+from fxseek.ops.sweep import few, slices_of
 
 __all__ = ["accumulate_columns", "attention_column_sums", "gradient_magnitude", "wide"]
 
@@ -125,14 +125,10 @@ def _chunks(
         if row_step >= wanted:
             break
     row_step = max(1, min(row_step, _MOST_ROWS))
-    for b, _ in few(range(0, batch, batch_step), like):
-        for h, _ in few(range(0, kv_heads, head_step), like):
-            for row, _ in few(range(0, tokens, row_step), like):
-                yield (
-                    slice(b, min(b + batch_step, batch)),
-                    slice(h, min(h + head_step, kv_heads)),
-                    slice(row, min(row + row_step, tokens)),
-                )
+    for b, _ in few(slices_of(batch, batch_step), like):
+        for h, _ in few(slices_of(kv_heads, head_step), like):
+            for rows, _ in few(slices_of(tokens, row_step), like):
+                yield b, h, rows
 
 
 def _mask_part(mask: Tensor, b: slice, h: slice, groups: int, rows: slice, reach: int) -> Tensor:

@@ -210,9 +210,7 @@ DENSE = ("llama", "qwen3", "gemma3", "olmo2", "phi3", "gpt2", "gpt_neox", "opt",
 FAST = ("llama", "gpt2", "gpt_neox")
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(x, marks=() if x in FAST else pytest.mark.sweep) for x in DENSE]
-)
+@pytest.mark.parametrize("family", sampled(DENSE, FAST))
 def test_scores_on_chunks_of_tokens(family: str):
     """The last block before and after its attention on chunks, two times: the same scores."""
     found = []
