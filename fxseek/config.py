@@ -32,6 +32,7 @@ KVS = ("device", "offload")
 OUTPUTS = ("loss", "selected", "full")
 
 _CALLABLES = ("score", "loss")
+_OPTIONAL = ("prefill_chunk", "learn_chunk", "memory_budget_bytes")
 _MAX_SEED = 2**63 - 1
 _MASS = "mass:"
 _RATIOS = (
@@ -83,6 +84,10 @@ class SeekConfig:
             between two attentions at a time (norms, linear layers): the prefill, and the last block
             in the score stage, which computes it once more in its backward. None for all of them.
             Default None.
+        learn_chunk: Tokens of a row that are learned at a time, for causal models: backward runs
+            these parts, the last first, and only one part's activations exist at once. Gradients
+            are those of one part. Where a model cannot be learned in parts, the log says why. None
+            for one part. Default None.
         memory_budget_bytes: Peak bytes of a training step (weights, gradients and activations,
             without optimiser state) for which the ratio is picked, the largest of
             ``ratio_bounds`` whose predicted peak fits; ``ratio`` is then not read. Default None.
@@ -117,6 +122,7 @@ class SeekConfig:
     recompute: str = "selective"
     kv: str = "device"
     prefill_chunk: int | None = None
+    learn_chunk: int | None = None
     memory_budget_bytes: int | None = None
     outputs: str = "loss"
     chunk_bytes: int = 64 * 1024 * 1024
@@ -134,7 +140,7 @@ class SeekConfig:
         object.__setattr__(self, "ratio_bounds", tuple(map(float, self.ratio_bounds)))
         for name in ("alpha", "beta", "uniform"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("seed", "chunk_bytes", "token_dim", "prefill_chunk", "memory_budget_bytes"):
+        for name in ("seed", "chunk_bytes", "token_dim", *_OPTIONAL):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
 
@@ -275,7 +281,7 @@ def _problems(config: SeekConfig) -> list[str]:
         *_integer("chunk_bytes", config.chunk_bytes, 1, None),
         *_integer("token_dim", config.token_dim, 1, None),
     ]
-    for name in ("prefill_chunk", "memory_budget_bytes"):
+    for name in _OPTIONAL:
         if getattr(config, name) is not None:
             lines += _integer(name, getattr(config, name), 1, None)
     if config.memory_budget_bytes is not None and isinstance(config.ratio, str):

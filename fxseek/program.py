@@ -19,11 +19,12 @@ from fxseek.passes.functionalise import Functional, functionalise
 from fxseek.passes.head import Head, attach_head, find_head
 from fxseek.passes.hoist import hoist_gathers, masks_of_attentions, share_masks
 from fxseek.passes.inline import inline
-from fxseek.passes.ir import Gathered, Piece, Prefilled
+from fxseek.passes.ir import Gathered, Joined, Piece, Prefilled
 from fxseek.passes.masks import read_whole, use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.outputs import ends_in, find_outputs, refuse_unselected, returns
+from fxseek.passes.parts import Parts, find_parts
 from fxseek.passes.scale import scale_terms
 from fxseek.passes.schedule import Schedule, schedule
 from fxseek.passes.score import plan_scores
@@ -56,10 +57,11 @@ class Program:
     """What the passes make of a captured graph.
 
     `graph`: the captured graph, functional and normalised; `facts`, `structure`: what is known of
-    it; `prefill`, `score`, `learn`: the stages; `head`: the end of the model, None where it is not
-    per-token; `masks`: gathered constants that attentions alone read; `on_host`: values that wait
-    in host memory; `dropped`: which of the captured outputs a step does not compute; `writes`: what
-    it writes to.
+    it; `prefill`, `score`, `learn`: the stages; `parts`: what is run in parts before `learn`, which
+    is the end of the model then; else why nothing is, empty where nobody asks for it; `head`: the
+    end of the model, None where it is not per-token; `masks`: gathered constants that attentions
+    alone read; `on_host`: values that wait in host memory; `dropped`: which of the captured outputs
+    a step does not compute; `writes`: what it writes to.
     """
 
     graph: fx.Graph
@@ -69,6 +71,7 @@ class Program:
     prefill: Piece
     score: ScorePlan
     learn: Piece
+    parts: Parts | str
     schedule: Schedule
     head: Head | None
     masks: frozenset[Gathered]
@@ -82,9 +85,19 @@ class Program:
         return [item for item in self.learn.inputs if isinstance(item, Gathered)]
 
     @property
+    def learned(self) -> list[Piece]:
+        """What is run with gradient, in order."""
+        return [self.parts.body, self.learn] if isinstance(self.parts, Parts) else [self.learn]
+
+    @property
     def whole(self) -> set[fx.Node]:
-        """Values of all tokens that the learn stage reads whole: keys and values."""
-        return {item.node for item in self.learn.inputs if isinstance(item, Prefilled)}
+        """Values of all tokens that are read whole until the backward: keys and values."""
+        return {
+            item.node
+            for piece in self.learned
+            for item in piece.inputs
+            if isinstance(item, (Prefilled, Joined))
+        }
 
 
 def build(
@@ -128,8 +141,16 @@ def build(
     on_host: list[fx.Node] = []
     masks: frozenset[Gathered] = frozenset()
     ending = head if head is not None and ends_in(head, outputs) else None
+    parts: Parts | str = ""
+    if config.learn_chunk is not None:
+        body = [] if ending is None else [("rows", ending.entry)]
+        up_to_exit = then(ditch, graph, facts, carrying=carrying, outputs=body, constants=constants)
+        up_to_exit = then(hoist_gathers, up_to_exit)
+        parts = then(find_parts, up_to_exit, structure, ending, outputs, carrying, config)
     wanted = [*outputs.wanted] if ending is None else [("rows", ending.entry), *outputs.wanted]
     given = [] if ending is None else [ending.loss.node]
+    if isinstance(parts, Parts):
+        given.append(parts.exit)
     learn = then(
         ditch, graph, facts, carrying=carrying, outputs=wanted, given=given, constants=constants
     )
@@ -143,22 +164,24 @@ def build(
             learn = then(share_masks, learn)
     if config.kv == "offload":
         learn, on_host = then(take_from_host, learn)
+        on_host += joined(parts)
     plan = then(schedule, learn, structure, config)
 
     score = then(plan_scores, graph, facts, structure, config, head)
     if score.gradient is not None:
         then(use_mask_rows, score.gradient.block, sizes)
 
-    prefill = then(extract, graph, prefilled(learn, score))
+    prefill = then(extract, graph, prefilled(learn, parts, score))
+    learned = [learn] if isinstance(parts, str) else [parts.body, learn]
     if config.prefill_chunk is not None:
         prefill = then(chunk_tokens, prefill, graph, facts, config.prefill_chunk)
-    prefill = then(use_mask_rows, prefill, sizes, whole=read_whole(learn, score, head))
+    prefill = then(use_mask_rows, prefill, sizes, whole=read_whole(learned, score, head))
     prefill = then(merge_adapters, prefill)  # the score's block would keep the merged weights
     scored = set(score.scored())
     prefill = then(send_to_host, prefill, [node for node in on_host if node not in scored])
 
     return Program(
-        graph, config, facts, structure, prefill, score, learn, plan, head,
+        graph, config, facts, structure, prefill, score, learn, parts, plan, head,
         masks, tuple(on_host), outputs.dropped, writes,
     )  # fmt: skip
 
@@ -225,9 +248,19 @@ def find_writes(functional: Functional) -> Writes:
     )
 
 
-def prefilled(learn: Piece, score: ScorePlan) -> list[fx.Node]:
+def joined(parts: Parts | str) -> list[fx.Node]:
+    """The values of all tokens that parts share, in the order in which they are read."""
+    if isinstance(parts, str):
+        return []
+    return [item.node for item in parts.body.inputs if isinstance(item, Joined)]
+
+
+def prefilled(learn: Piece, parts: Parts | str, score: ScorePlan) -> list[fx.Node]:
     """The values that the prefill makes: what the later stages read and do not make."""
     made = score.made()
     scored = [node for node in score.scored() if node not in made]
-    reads = dict.fromkeys([*learn.prefilled(), *score.kept(), *scored])
+    body = [] if isinstance(parts, str) else parts.body.prefilled()
+    if isinstance(parts, Parts) and not parts.draws:
+        body.append(parts.exit)
+    reads = dict.fromkeys([*learn.prefilled(), *body, *score.kept(), *scored])
     return [node for node in reads if node.op != "placeholder"]

@@ -18,6 +18,7 @@ __all__ = [
     "Gathered",
     "Given",
     "Input",
+    "Joined",
     "Parameter",
     "Piece",
     "Prefilled",
@@ -68,13 +69,21 @@ class Gathered:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A value of all tokens that parts share; each makes its own rows of it with gradient."""
+
+    node: fx.Node
+    rows: Rows
+
+
+@dataclass(frozen=True)
 class Selected:
     """A part of the selection."""
 
     part: Literal["kept", "weights", "filled"]
 
 
-Input = Argument | Parameter | Prefilled | Given | Gathered | Selected
+Input = Argument | Parameter | Prefilled | Given | Gathered | Joined | Selected
 
 
 def input_of(node: fx.Node) -> Argument | Parameter:
@@ -101,7 +110,8 @@ def placeholder_of(graph: fx.Graph, item: Input) -> fx.Node:
     if isinstance(item, Selected):
         return graph.placeholder(item.part)
     name = item.node.name
-    made = graph.placeholder(f"{name}_full" if isinstance(item, Prefilled) else name)
+    whole = isinstance(item, (Prefilled, Joined))
+    made = graph.placeholder(f"{name}_full" if whole else name)
     return copy_origin(made, item.node)
 
 
@@ -148,7 +158,8 @@ class Piece:
 
     def prefilled(self) -> list[fx.Node]:
         """The captured nodes whose values of all tokens it reads, itself or by gathers."""
-        return [item.node for item in self.inputs if isinstance(item, (Prefilled, Gathered))]
+        full = (Prefilled, Gathered, Joined)
+        return [item.node for item in self.inputs if isinstance(item, full)]
 
     def module(self, name: str, modules: Mapping[str, torch.nn.Module]) -> fx.GraphModule:
         """The piece as a module; it owns no parameters, all values are inputs.

@@ -19,7 +19,7 @@ Fused kernels skip half of the work under the causal flag and none under a mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,9 +79,9 @@ def use_mask_rows(stage: Piece, sizes: Sizes, whole: Iterable[fx.Node] = ()) -> 
     return stage
 
 
-def read_whole(learn: Piece, score: ScorePlan, head: Head | None) -> Iterator[fx.Node]:
+def read_whole(learned: Sequence[Piece], score: ScorePlan, head: Head | None) -> Iterator[fx.Node]:
     """Values that a later stage reads otherwise than as an attention's mask, or as its rows."""
-    pieces = [learn]
+    pieces = [*learned]
     if score.gradient is not None:
         pieces += score.gradient.pieces()
     if head is not None:
@@ -93,7 +93,7 @@ def read_whole(learn: Piece, score: ScorePlan, head: Head | None) -> Iterator[fx
                 yield item.node
     if isinstance(score.context, SpelledMap):
         yield from score.context.reads
-    for item in learn.inputs:
+    for item in [item for piece in learned for item in piece.inputs]:
         if isinstance(item, Gathered):
             value = example(item.node)
             rank = value.dim() if isinstance(value, torch.Tensor) else 0

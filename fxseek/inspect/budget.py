@@ -32,7 +32,7 @@ def ratio_within(model: nn.Module, config: SeekConfig, tokens: int, batch: int) 
     budget = config.memory_budget_bytes
     assert budget is not None
     low, high = config.ratio_bounds
-    plain = dataclasses.replace(config, memory_budget_bytes=None, ratio=high, backend="eager")
+    plain = dataclasses.replace(config, memory_budget_bytes=None, ratio=low, backend="eager")
     peak = peak_of_ratios(model, plain, tokens, batch, device=_device_of(model))
     least = peak(low)
     if least > budget:

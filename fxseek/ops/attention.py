@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
 from fxseek.errors import InputError
+from fxseek.ops.rows import Rows, gather_rows, placed
 from fxseek.ops.sweep import Cat, slices_of, sweep
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "attend_in_chunks",
     "attend_rows",
     "kernel",
+    "looks_ahead",
     "queries_of",
     "read_tokens",
     "shared_mask",
@@ -136,6 +138,39 @@ class MaskMaker(nn.Module):
         return MaskRows(self.make, leaves, self.square)
 
 
+_HIDDEN = -1000.0
+"""What an additive mask has at most where it hides a key: e to that power is 0 in any precision."""
+
+
+def looks_ahead(
+    mask: Tensor | MaskRows, kept: Tensor, filled: Tensor | None, at: Rows, tokens: int
+) -> bool:
+    """Whether a mask lets some of the queries at `kept` read tokens behind them.
+
+    Queries that are `filled` don't count. Waits for the device, unless the mask is known to be the
+    causal one. Of fake tensors none does.
+
+    Shapes: kept, filled [batch, kept]; mask [..., tokens, keys], or by rows, whose last keys are
+    those of the tokens.
+    """
+    if _torch.is_fake(kept):
+        return False
+    found = torch.zeros((), dtype=torch.bool, device=kept.device)
+    for chunk in slices_of(kept.shape[1], _COMPARED_ROWS):
+        queries = kept[:, chunk]
+        if isinstance(mask, MaskRows):
+            rows = mask.rows(queries)
+        else:
+            rows = gather_rows(mask, queries, at)
+        read = rows if rows.dtype == torch.bool else rows > _HIDDEN
+        keys = torch.arange(rows.shape[-1], device=kept.device) - (rows.shape[-1] - tokens)
+        read = read & (keys > placed(queries, rows, at))
+        if filled is not None:
+            read = read & ~placed(filled[:, chunk], rows, at)
+        found |= read.any()
+    return bool(found)
+
+
 _attend: Callable[..., Tensor] | None = None
 _grouped: tuple[str, ...] = ("cpu",)
 
@@ -198,7 +233,8 @@ def attend_in_chunks(
     most = max(1, _CHUNK_BYTES // (4 * key.shape[-2] * max(1, query.shape[0])))
 
     def part(query: Tensor, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
-        return attention(query, key, value, attn_mask=mask.rows(kept), **options)
+        rows = _cut_to(mask.rows(kept), key)
+        return attention(query, key, value, attn_mask=rows, **options)
 
     if count <= most:
         return part(query, key, value, kept)
@@ -248,9 +284,17 @@ def attend_rows(
         options["enable_gqa"] = enable_gqa
     if isinstance(mask, MaskRows):
         return attend_in_chunks(attention, query, key, value, kept, mask, **options)
-    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
-        mask = mask.to(query.dtype)  # shared by layers of other precision
+    if mask is not None:
+        mask = _cut_to(mask, key)
+        if mask.dtype not in (torch.bool, query.dtype):
+            mask = mask.to(query.dtype)  # shared by layers of other precision
     return attention(query, key, value, attn_mask=mask, **options)
+
+
+def _cut_to(mask: Tensor, key: Tensor) -> Tensor:
+    """A mask [..., keys or more] for as many keys as there are."""
+    keys = key.shape[-2]
+    return mask[..., :keys] if mask.shape[-1] > keys else mask
 
 
 def _folds(query: Tensor, enable_gqa: bool) -> bool:

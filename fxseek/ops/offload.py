@@ -41,6 +41,11 @@ class HostTensor:
             self._written = torch.Event(self.device)
             self._written.record(torch.accelerator.current_stream(self.device))
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of the tensor."""
+        return self._host.shape
+
     def fetch(self, backward: bool) -> Tensor:
         """The tensor on its device; those that will be asked for next start to come too."""
         if self._written is None:
@@ -56,6 +61,19 @@ class HostTensor:
         for value in self.next(backward):
             value._start()
         return tensor
+
+    def store(self, tensor: Tensor) -> None:
+        """Let the host have other values."""
+        if self._written is None:
+            self._host = owned(tensor)
+            return
+        self._host.copy_(tensor, non_blocking=True)
+        self._fetched = None
+        self._written.record(torch.accelerator.current_stream(self.device))
+
+    def rewind(self) -> None:
+        """Let it be asked for once more in either direction."""
+        self._taken_in.clear()
 
     def next(self, backward: bool) -> list[HostTensor]:
         """Those that will be asked for next and have not been, as far as they are still wanted."""

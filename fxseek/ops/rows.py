@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "gather_rows", "owned", "put_rows_", "scatter_rows"]
+__all__ = ["Rows", "gather_rows", "owned", "placed", "put_rows_", "scatter_rows"]
 
 
 class Rows(NamedTuple):
@@ -87,16 +87,15 @@ def scatter_rows(
     row, batch, packed, heads = at
     kept = _repeated(kept, heads)
     if filled is not None:
-        filled = _repeated(filled, heads)
-        rows = torch.where(_placed(filled, rows, at), rows.detach(), rows)
+        rows = torch.where(placed(filled, rows, at), rows.detach(), rows)
     if packed:
         return base.index_copy(row, _packed_index(kept, base.shape[row]), rows)
     if batch is None:
         return base.index_copy(row, kept[0], rows)
     which = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
     moved = base.movedim((batch, row), (0, 1))
-    placed = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
-    return placed.movedim((0, 1), (batch, row))
+    whole = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
+    return whole.movedim((0, 1), (batch, row))
 
 
 def owned(value: Any) -> Any:
@@ -123,9 +122,10 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
     return x if heads == 1 else x.repeat_interleave(heads, 0)
 
 
-def _placed(filled: Tensor, rows: Tensor, at: Rows) -> Tensor:
-    """[batch, kept] with its dimensions where `rows` has them."""
-    row, batch, packed, _ = at
+def placed(filled: Tensor, rows: Tensor, at: Rows) -> Tensor:
+    """A Bool [batch, kept] with its dimensions where `rows` has them."""
+    row, batch, packed, heads = at
+    filled = _repeated(filled, heads)
     shape = [1] * rows.dim()
     if packed:
         shape[row] = filled.numel()

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from fxseek.program import Passes, Program, places_of
 from fxseek.run.env import Env
 from fxseek.run.head import ChunkedHead
-from fxseek.run.lowering import lower
+from fxseek.run.lowering import Run, lower
+from fxseek.run.parts import LearnInParts
 from fxseek.run.piece import module_of
 from fxseek.run.score import Score, Scores
 from fxseek.run.stages import Gather, Learn, Prefill, Select
@@ -67,6 +68,15 @@ def assemble(program: Program) -> Step:
     return Passes("send_to_host")(_assemble, program)
 
 
+def _learn(program: Program, module: fx.GraphModule, run: Run) -> Learn:
+    parts, size = program.parts, program.config.learn_chunk
+    if isinstance(parts, str):
+        return Learn(program.learn, module, run)
+    assert size is not None
+    body = lower(module_of(parts.body, "Body"), parts.schedule, program.config)
+    return LearnInParts(parts, size, body, program.learn, module, run)
+
+
 def _assemble(program: Program) -> Step:
     config = program.config
     head = None if program.head is None else ChunkedHead(program.head, config)
@@ -77,7 +87,8 @@ def _assemble(program: Program) -> Step:
     root.add_module("score", Score(program.score, config, head))
     root.add_module("select", Select(config))
     root.add_module("gather", Gather(program.gathered, program.masks))
-    root.add_module("learn", Learn(program.learn, learn, lower(learn, program.schedule, config)))
+    run = lower(learn, program.schedule, config)
+    root.add_module("learn", _learn(program, learn, run))
     graph = fx.Graph()
     env, index, padding_mask = map(graph.placeholder, ("env", "index", "padding_mask"))
 

@@ -24,7 +24,7 @@ from fxseek.run.boxed import unpack_list, with_source_lines
 from fxseek.run.recipe import Layout, Note, Recipe
 from fxseek.run.saved import Held, SavedBytes
 
-__all__ = ["Selectively"]
+__all__ = ["Selectively", "precision"]
 
 
 class Selectively:
@@ -294,7 +294,7 @@ class _Selective(SavedBytes):
             [node for node in running.watched.nodes if node in nodes],
             {node: self._source(value) for node, value in values.items()},
             running.layouts,
-            _precision(device),
+            precision(device),
         )
 
     def _source(self, value: Any) -> Callable[[], Any]:
@@ -320,7 +320,7 @@ def _saves(more: int, less: int) -> bool:
     return more < less
 
 
-def _precision(device: str) -> Callable[[], AbstractContextManager[Any]]:
+def precision(device: str) -> Callable[[], AbstractContextManager[Any]]:
     """The autocast that is in force, to be entered again."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext

@@ -7,6 +7,7 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 from fxseek.scores.base import SCORERS, ScoreInputs, Scorer
+from fxseek.scores.every import Every
 from fxseek.scores.own import Own
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
 
 
 def scorer_of(config: SeekConfig) -> Scorer:
-    """The score that a configuration asks for."""
+    """The score that a configuration asks for; where every token is kept, none is measured."""
+    if config.ratio == 1.0:
+        return Every(config)
     kind = config.score
     return SCORERS[kind](config) if isinstance(kind, str) else Own(config, kind)

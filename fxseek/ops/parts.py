@@ -1,0 +1,157 @@
+"""Values that the parts of a row share: keys and values, and the gradients that wait for a part.
+
+The kept tokens of a row are learned in parts, the last one first. A later part reads keys and
+values of an earlier one; what gradient it sends to them waits here until that part is run, which
+sends it on to whatever made them (SeCO, arXiv 2505.16710).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxseek.ops.offload import HostTensor
+from fxseek.ops.rows import Rows, gather_rows, placed, put_rows_
+
+__all__ = ["Joint", "Part", "join_rows"]
+
+
+class Part:
+    """The part of the kept tokens that is being run.
+
+    `kept`: LongTensor[batch, kept], all of them, ascending; `filled`: Bool[batch, kept] or None, as
+    a `Selection` has them; `slots`: those of the part; `keys`: how many tokens its queries may
+    read, None where that is not known; `backward`: its backward is under way; `writes`: the rows
+    that it makes are what later parts read.
+    """
+
+    def __init__(self, kept: Tensor, filled: Tensor | None, *, writes: bool = False) -> None:
+        self.kept = kept
+        self.filled = filled
+        self.slots = slice(0, kept.shape[1])
+        self.keys: int | None = None
+        self.backward = False
+        self.writes = writes
+
+    def begin(self, slots: slice, keys: int | None) -> None:
+        """Go on with this part."""
+        self.slots, self.keys, self.backward = slots, keys, False
+
+    @property
+    def positions(self) -> Tensor:
+        """LongTensor[batch, slots]."""
+        return self.kept[:, self.slots]
+
+    def left_out(self, slots: slice) -> Tensor | None:
+        """Which slots hold a position that is not selected, Bool[batch, slots]; None for none."""
+        return None if self.filled is None else self.filled[:, slots]
+
+
+class Joint:
+    """A value of all tokens, of which each part makes its own rows with gradient.
+
+    `base`: the value, as an earlier pass over all tokens has made it, [..., tokens, ...]; `at`:
+    where its tokens are; `cuts`: whether tokens behind a part's last query may be left out.
+    """
+
+    def __init__(self, base: Tensor | HostTensor, at: Rows, part: Part, *, cuts: bool) -> None:
+        self.base = base
+        self.at = at
+        self.part = part
+        self.cuts = cuts
+        self.waiting: Tensor | None = None
+        """Gradient for the slots before those that have run, [..., slots, ...]."""
+        self.behind: Tensor | None = None
+        """Bool scalar: gradient has arrived at tokens whose part has run."""
+
+    def value(self) -> Tensor:
+        """The tokens that the part may read: a tensor of its own in the base's memory."""
+        base = self.base
+        if isinstance(base, HostTensor):
+            base = base.fetch(self.part.backward)
+        if not self.cuts or self.part.keys is None:
+            return base.detach()
+        return base.detach().narrow(self.at.row, 0, self.part.keys)
+
+    def write(self, rows: Tensor) -> None:
+        """Let the base have the rows that the part has made."""
+        left_out = self.part.left_out(self.part.slots)
+        base = self.base.fetch(False) if isinstance(self.base, HostTensor) else self.base
+        if left_out is not None:
+            own = gather_rows(base, self.part.positions, self.at)
+            rows = torch.where(placed(left_out, rows, self.at), own, rows)
+        put_rows_(base, rows, self.part.positions, self.at)
+        if isinstance(self.base, HostTensor):
+            self.base.store(base)
+
+    def receive(self, slope: Tensor, slots: slice) -> Tensor:
+        """Take the gradient of the value that the part at `slots` has read; its own rows of it.
+
+        With them goes what later parts have left.
+        """
+        part, at = self.part, self.at
+        batch, kept = part.kept.shape
+        own = gather_rows(slope, part.kept[:, slots], at)
+        if self.waiting is not None:
+            waited = _slots(self.waiting, at, batch, slots).to(own)
+            own = own + (waited.flatten(at.row, at.row + 1) if at.packed else waited)
+        left_out = part.left_out(slots)
+        if left_out is not None:
+            own = own.masked_fill(placed(left_out, own, at), 0.0)
+        if slots.start > 0:
+            self._add(gather_rows(slope, part.kept[:, : slots.start], at), batch, slots.start)
+        if slots.stop < kept and not (self.cuts and part.keys is not None):
+            self._check(gather_rows(slope, part.kept[:, slots.stop :], at), slots)
+        return own
+
+    def _add(self, earlier: Tensor, batch: int, count: int) -> None:
+        if self.at.packed:
+            earlier = earlier.unflatten(self.at.row, (batch, -1))
+        if self.waiting is None:
+            wide = torch.promote_types(earlier.dtype, torch.float32)
+            place = torch.device("cpu") if isinstance(self.base, HostTensor) else earlier.device
+            self.waiting = earlier.to(place, wide)
+            return
+        self.waiting = _slots(self.waiting, self.at, batch, slice(0, count))
+        self.waiting += earlier.to(self.waiting)
+
+    def _check(self, later: Tensor, slots: slice) -> None:
+        left_out = self.part.left_out(slice(slots.stop, None))
+        arrived = later != 0
+        if left_out is not None:
+            arrived &= ~placed(left_out, later, self.at)
+        found = arrived.any()
+        self.behind = found if self.behind is None else self.behind | found
+
+
+def _slots(waiting: Tensor, at: Rows, batch: int, slots: slice) -> Tensor:
+    """A view of some of the slots; merged with the batch, they have a dimension of their own."""
+    return waiting.narrow(at.row + at.packed, slots.start, slots.stop - slots.start)
+
+
+class _Join(torch.autograd.Function):
+    """The rows of a part in their place among those of all tokens; the value is the base's."""
+
+    @staticmethod
+    def forward(ctx: Any, joint: Joint, rows: Tensor) -> Tensor:
+        ctx.joint, ctx.slots = joint, joint.part.slots
+        return joint.value()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.joint.receive(slope, ctx.slots)
+
+
+def join_rows(joint: Joint, rows: Tensor) -> Tensor:
+    """`rows` [..., slots, ...] of the part that runs as a part of all tokens, [..., tokens, ...].
+
+    The values are those of the joint, which its pass over all tokens has made; gradient reaches
+    `rows` from this part and from those that have run before.
+    """
+    if joint.part.writes:
+        joint.write(rows)
+        return joint.value()
+    return _Join.apply(joint, rows)  # type: ignore[return-value]

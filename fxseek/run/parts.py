@@ -1,0 +1,275 @@
+"""Learning in parts: the kept tokens are run with gradient a part at a time, in backward.
+
+A step's forward has the exits of all kept tokens from the prefill, and the head's loss on them.
+When backward brings their gradient, each part is run forward and backward, the last one first
+(fxseek/passes/parts.py). Between forward and backward only keys, values and exits are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from fxseek import _torch
+from fxseek.errors import GraphError, InputError
+from fxseek.ops.attention import looks_ahead
+from fxseek.ops.parts import Joint, Part
+from fxseek.ops.rows import gather_rows
+from fxseek.ops.sweep import Cat, few, rows_of_chunk, slices_of, sweep
+from fxseek.passes.ir import Gathered, Joined, Piece, Selected
+from fxseek.passes.parts import Parts
+from fxseek.run.env import Env
+from fxseek.run.lowering import Run
+from fxseek.run.saved import SavedBytes
+from fxseek.run.selective import precision
+from fxseek.run.stages import Gather, Learn
+from fxseek.selecting import Selection
+
+__all__ = ["LearnInParts"]
+
+_ALIGNED = 16
+"""Numbers of keys are multiples of it, as fused kernels want them."""
+
+
+class LearnInParts(Learn):
+    """The selected tokens with grad, at most `size` of each row at a time."""
+
+    def __init__(
+        self, parts: Parts, size: int, body: Run, piece: Piece, module: fx.GraphModule, run: Run
+    ) -> None:
+        super().__init__(piece, module, run)
+        self.parts = parts
+        self.size = size
+        self.body = body
+        inputs = parts.body.inputs
+        self.joined = [item for item in inputs if isinstance(item, Joined)]
+        self.gather = Gather([x for x in inputs if isinstance(x, Gathered)], parts.masks)
+
+    def forward(self, env: Env, selection: Selection) -> tuple[tuple[Any, ...], int]:
+        """As `Learn`: the outputs, and the bytes that wait for backward."""
+        parts, kept = self.parts, selection.kept
+        step = _Step(self, env, selection)
+        trained = [x for x in step.values.values() if isinstance(x, Tensor) and x.requires_grad]
+        if parts.draws:
+            exits = step.first()
+        else:
+            exits = gather_rows(env.values.pop(parts.exit), kept, parts.rows)
+        with torch.enable_grad(), SavedBytes(env.arguments) as saved:
+            exits = _Parts.apply(step, exits, *trained)
+        waiting = saved.total
+        env.values[parts.exit] = exits
+        outputs, more = super().forward(env, selection)
+        return outputs, waiting + more
+
+
+class _Step:
+    """What the parts of one step share.
+
+    `values`: what the body reads, by captured node; `slots`: those of each part; `keys`: how many
+    tokens the queries of each may read, None where that is not known.
+    """
+
+    def __init__(self, learn: LearnInParts, env: Env, selection: Selection) -> None:
+        self.learn = learn
+        self.selection = selection
+        reads = dict.fromkeys(learn.parts.body.reads())
+        self.values: dict[fx.Node, Any] = {node: env.read(node) for node in reads}
+        self.constants = [node for node in reads if node in env.places and not self._trained(node)]
+        self.versions = _torch.versions(self.values[node] for node in self.constants)
+        kept = selection.kept
+        batch, count = kept.shape
+        first = learn.joined[0]
+        rows = self.values[first.node].shape[first.rows.row]
+        self.tokens: int = rows // batch if first.rows.packed else rows
+        ahead = self._looks_ahead()
+        self.slots = slices_of(count, count if ahead else learn.size)
+        self.keys = self._keys(count, known=not ahead and bool(learn.parts.cuts))
+        self.precision = precision(kept.device.type)
+        self.random: list[_RandomStates] = []
+
+    def _trained(self, node: fx.Node) -> bool:
+        value = self.values[node]
+        return isinstance(value, Tensor) and value.requires_grad
+
+    @property
+    def trained(self) -> list[fx.Node]:
+        """The captured nodes of what gets gradient."""
+        return [node for node in self.values if self._trained(node)]
+
+    def _looks_ahead(self) -> bool:
+        """Whether a mask lets a token read later ones. Waits for the device, unless it is known."""
+        kept, filled = self.selection.kept, self.selection.filled
+        return any(
+            looks_ahead(
+                self.values[item.node][(None,) * item.unsqueezed]
+                if item.unsqueezed
+                else self.values[item.node],
+                kept,
+                filled,
+                item.rows,
+                self.tokens,
+            )
+            for item in self.learn.parts.must_hide
+        )
+
+    def _keys(self, count: int, *, known: bool) -> Sequence[int | None]:
+        """One more than the last position of each part, raised to a multiple of `_ALIGNED`."""
+        if not known:
+            return [None] * len(self.slots)
+        kept, stops = self.selection.kept, [part.stop for part in self.slots]
+        if _torch.is_fake(kept):
+            ends = [-(-self.tokens * stop // count) for stop in stops]
+        elif count == self.tokens:
+            ends = stops
+        else:  # filled slots are behind the others, whatever their positions are
+            ends = (kept.cummax(1).values[:, [stop - 1 for stop in stops]].amax(0) + 1).tolist()
+        return [min(-(-end // _ALIGNED) * _ALIGNED, self.tokens) for end in ends]
+
+    # ---- the parts -----------------------------------------------------------------------
+
+    def first(self) -> Tensor:
+        """Run all parts without grad, in order: the exits of all kept tokens.
+
+        Later parts read the keys and values of earlier ones. What is drawn will be drawn again in
+        backward.
+        """
+        kept, rows = self.selection.kept, self.learn.parts.rows
+        part = Part(kept, self.selection.filled, writes=True)
+        joints = self._joints(self.values, part)
+
+        def run(slots: slice) -> tuple[Tensor]:
+            self.random.append(_RandomStates(kept))
+            part.begin(slots, self._keys_at(slots))
+            found = self._run(self.values, joints, part)
+            return (found.unflatten(rows.row, (len(kept), -1)) if rows.packed else found,)
+
+        with torch.no_grad():
+            (exits,) = sweep(self.slots, run, [Cat(rows.row + rows.packed)], kept)
+        return exits.flatten(rows.row, rows.row + 1) if rows.packed else exits
+
+    def take(self) -> tuple[list[fx.Node], list[Tensor]]:
+        """Tensors that autograd is to keep; they leave `values`."""
+        constants = set(self.constants)
+        nodes = [n for n, x in self.values.items() if isinstance(x, Tensor) and n not in constants]
+        return nodes, [self.values.pop(node) for node in nodes]
+
+    def backward(
+        self, saved: Mapping[fx.Node, Tensor], trained: Sequence[fx.Node], slope: Tensor
+    ) -> list[Tensor | None]:
+        """The gradients of `trained`, from that of the exits.
+
+        Raises:
+            InputError: a constant was written to since the forward.
+            GraphError: a part has sent gradient to tokens whose part had run.
+        """
+        self._check_versions()
+        values = {**self.values, **saved}
+        for node in trained:
+            values[node] = values[node].detach().requires_grad_()
+        part = Part(self.selection.kept, self.selection.filled)
+        joints = self._joints(values, part)
+        batch, exit_at = len(self.selection.kept), self.learn.parts.rows
+        for index, _ in reversed(list(few(range(len(self.slots)), slope))):
+            slots = self.slots[index]
+            part.begin(slots, self._keys_at(slots))
+            states = self.random[index] if self.random else None
+            with nullcontext() if states is None else states.again():
+                with torch.enable_grad(), self.precision():
+                    exits = self._run(values, joints, part)
+                part.backward = True
+                torch.autograd.backward(exits, rows_of_chunk(slope, exit_at, batch, slots))
+        behind = [x.behind for x in joints.values() if x.behind is not None]
+        if behind and not _torch.is_fake(behind[0]) and bool(torch.stack(behind).any()):
+            raise GraphError(
+                "learning in parts: a token has read a later one, so that its gradient came too "
+                "late. This is a defect of fxseek: please report it with the model's "
+                "configuration, and leave learn_chunk out meanwhile."
+            )
+        found = [values[node].grad for node in trained]
+        for node in trained:
+            values[node].grad = None  # the only owner hands it on without a copy
+        return found
+
+    def _check_versions(self) -> None:
+        if _torch.versions(self.values[node] for node in self.constants) != self.versions:
+            raise InputError(
+                "an input of the model, a buffer or a frozen parameter was written to in place "
+                "between forward and backward, which reads it again. Write to a copy, or call "
+                "backward first."
+            )
+
+    def _keys_at(self, slots: slice) -> int | None:
+        return self.keys[self.slots.index(slots)]
+
+    def _joints(self, values: Mapping[fx.Node, Any], part: Part) -> dict[Joined, Joint]:
+        cuts = self.learn.parts.cuts
+        return {
+            item: Joint(values[item.node], item.rows, part, cuts=item.node in cuts)
+            for item in self.learn.joined
+        }
+
+    def _run(
+        self, values: Mapping[fx.Node, Any], joints: Mapping[Joined, Joint], part: Part
+    ) -> Tensor:
+        """The exits of a part."""
+        learn, slots, chosen = self.learn, part.slots, self.selection
+        filled = part.left_out(slots)
+        selection = Selection(part.positions, chosen.weights[:, slots], filled)
+        env = Env((), {})
+        env.values.update(values)
+        with torch.no_grad():
+            learn.gather(env, selection.kept)
+        arguments = [
+            joints[item]
+            if isinstance(item, Joined)
+            else getattr(selection, item.part)
+            if isinstance(item, Selected)
+            else env.rows[item]
+            if isinstance(item, Gathered)
+            else values[item.node]
+            for item in learn.parts.body.inputs
+        ]
+        del env
+        (exits,), _ = learn.body(arguments, tuple(values.values()))
+        return exits
+
+
+class _Parts(torch.autograd.Function):
+    """The exits of all kept tokens; backward learns them in parts."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, exits: Tensor, *trained: Tensor) -> Tensor:
+        ctx.step, ctx.trained = step, step.trained
+        ctx.nodes, tensors = step.take()
+        ctx.save_for_backward(*tensors)
+        return exits.view_as(exits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        saved = dict(zip(ctx.nodes, ctx.saved_tensors, strict=True))
+        return None, None, *ctx.step.backward(saved, ctx.trained, slope)
+
+
+class _RandomStates:
+    """The states of the random generators, to draw the same once more."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.host = torch.get_rng_state()
+        self.devices, self.states = get_device_states(like)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the same; the generators are as before afterwards."""
+        kind = torch.accelerator.current_accelerator()
+        options = {} if kind is None else {"device_type": kind.type}
+        with torch.random.fork_rng(self.devices, **options):
+            torch.set_rng_state(self.host)
+            set_device_states(self.devices, self.states, **options)
+            yield

@@ -1,0 +1,261 @@
+"""Parts: the learn stage cut at the exit, so that kept tokens can be learned in parts.
+
+Before (all kept tokens at once)::
+
+    k = scatter_rows(k_full, k_rows, kept); o = attend_rows(q, k, v, kept, mask=mask_rows)
+    h = add(x, o)                                # the exit
+    loss = head(h, ...)
+
+After::
+
+    body:  k = join_rows(k_joint, k_rows); o = attend_rows(q, k, v, kept, mask=mask_rows)
+           h = add(x, o); return h               # of one part, in backward
+    tail:  loss = head(h, ...)                   # once, on the exits of all kept tokens
+
+A token of a causal model reads no later one, so that a part which is run after all later ones has
+all the gradient that its keys and values will ever get. That a model is causal is shown, or it is
+learned in one part: all that reads values of other tokens are attentions under a causal flag, or
+under a mask whose values a step looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxseek.config import SeekConfig
+from fxseek.ops.attention import attend_rows
+from fxseek.ops.parts import join_rows
+from fxseek.ops.rows import Rows, scatter_rows
+from fxseek.passes.facts import ancestors, descendants, example, tensors_of, where
+from fxseek.passes.head import Head
+from fxseek.passes.hoist import masks_of_attentions, share_masks
+from fxseek.passes.ir import Gathered, Input, Joined, Piece, placeholder_of
+from fxseek.passes.outputs import Outputs
+from fxseek.passes.rules import find_rule, operation
+from fxseek.passes.schedule import Schedule, schedule
+from fxseek.passes.structure import Structure
+
+__all__ = ["Parts", "find_parts"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The learn stage up to the exit, to be run on a part of the kept tokens at a time.
+
+    `body`: its result is the rows of `exit`, whose tokens are at `rows`; `schedule`: what of it is
+    kept for a part's backward; `must_hide`: masks that
+    hide later tokens if the model is causal, for which a step looks; `masks`: those of them that
+    attentions alone read; `cuts`: values of which a part need not read the tokens behind its last
+    query; `draws`: the body is random (dropout), so that the exits are those of a first run of the
+    body, and not the prefill's.
+    """
+
+    body: Piece
+    schedule: Schedule
+    exit: fx.Node
+    rows: Rows
+    must_hide: tuple[Gathered, ...]
+    masks: frozenset[Gathered]
+    cuts: frozenset[fx.Node]
+    draws: bool
+
+
+def find_parts(
+    body: Piece,
+    structure: Structure,
+    head: Head | None,
+    outputs: Outputs,
+    carrying: Iterable[fx.Node],
+    config: SeekConfig,
+) -> Parts | str:
+    """Let a body be run in parts; or the reason why all kept tokens are learned in one.
+
+    `body` ends in the head's entry, with the rows of constants gathered; it is not to be used
+    afterwards.
+    """
+    reason = _not_cut(head, outputs, set(carrying), config)
+    if reason is not None:
+        return reason
+    assert head is not None
+    if body.general:
+        node = body.general[0]
+        return f"{_called(node)} at {where(node)} may mix tokens, which no rule understands"
+    found = _Mixing(body)
+    reason = found.look()
+    if reason is not None:
+        return reason
+    masks = masks_of_attentions(body)
+    if config.recompute != "block":
+        body = share_masks(body)
+    cuts = found.cuts()
+    body = _joined(body)
+    return Parts(
+        body,
+        schedule(body, structure, config),
+        head.entry,
+        head.rows,
+        tuple(found.masks),
+        masks,
+        frozenset(cuts),
+        any(_draws(node) for node in body.graph.nodes),
+    )
+
+
+def _not_cut(
+    head: Head | None, outputs: Outputs, carrying: set[fx.Node], config: SeekConfig
+) -> str | None:
+    """What of the configuration, the loss or the outputs is in the way."""
+    if config.backend != "eager":
+        return f"backend={config.backend!r} compiles the learn stage as a whole"
+    if head is None:
+        return "the loss is no sum over tokens after the last attention"
+    if head.entry not in carrying:
+        return "nothing is trained before the end of the last attention"
+    loss = head.loss.node
+    after = descendants([loss])
+    queue = [node for _, node in outputs.wanted]
+    seen = {loss}
+    while queue:
+        node = queue.pop()
+        if node in seen or node.op == "placeholder":
+            continue
+        seen.add(node)
+        if node in carrying and node not in after:
+            return f"{_called(node)} at {where(node)} carries gradient past the loss"
+        queue.extend(node.all_input_nodes)
+    return None
+
+
+class _Mixing:
+    """What reads values of other tokens in a body, and by which masks."""
+
+    def __init__(self, body: Piece) -> None:
+        self.body = body
+        self.given = body.placeholders()
+        self.masks: dict[Gathered, None] = {}
+        self.read: dict[fx.Node, set[fx.Node]] = {}
+        """The attentions that read a scattered value as it is."""
+
+    def look(self) -> str | None:
+        """Why a part might read later tokens; None where it does not."""
+        for node in self.body.graph.nodes:
+            if node.target is scatter_rows:
+                reason = self._readers(node, node)
+                if reason is not None:
+                    return reason
+        return None
+
+    def _readers(self, scattered: fx.Node, value: fx.Node) -> str | None:
+        for user in value.users:
+            if user.op == "output":
+                return "a value of all tokens is returned"
+            if user.target is attend_rows and value is not user.args[0]:
+                if value is scattered:
+                    self.read.setdefault(scattered, set()).add(user)
+                reason = self._mask(user)
+            elif user.op == "call_method" and user.target in ("size", "dim"):
+                reason = None
+            elif _moves_only(user):
+                self.read.setdefault(scattered, set()).add(user)
+                reason = self._readers(scattered, user)
+            else:
+                reason = f"{_called(user)} at {where(user)} reads values of other tokens"
+            if reason is not None:
+                return reason
+        return None
+
+    def _mask(self, attention: fx.Node) -> str | None:
+        if attention.kwargs.get("is_causal") is True:
+            return None
+        mask = attention.kwargs.get("mask")
+        item = self.given.get(mask) if isinstance(mask, fx.Node) else None
+        if mask is None or (isinstance(item, Gathered) and not _compares_positions(item.node)):
+            return f"the attention at {where(attention)} reads later tokens"
+        if not isinstance(item, Gathered):
+            return f"the mask of the attention at {where(attention)} is not known to be causal"
+        self.masks[item] = None
+        return None
+
+    def cuts(self) -> set[fx.Node]:
+        """The captured nodes of keys and values that attentions read as they are, both of them."""
+        whole = {
+            node
+            for node, users in self.read.items()
+            if all(user.target is attend_rows for user in users) and _ends_in_tokens(node)
+        }
+        alone = True
+        while alone:
+            attentions = {user for node in whole for user in node.users}
+            alone = {
+                node
+                for user in attentions
+                for node in user.args[1:3]
+                if not whole.issuperset(user.args[1:3])
+            } & whole
+            whole -= alone
+        return {node.meta["origin"] for node in whole}
+
+
+def _ends_in_tokens(scattered: fx.Node) -> bool:
+    """Whether tokens are in the last dimension but one of a scattered value, and only they."""
+    rows = scattered.args[3]
+    assert isinstance(rows, Rows)
+    rank = example(scattered.meta["origin"]).dim()
+    return not rows.packed and rows.row == rank - 2
+
+
+def _moves_only(node: fx.Node) -> bool:
+    """Whether a node of a piece moves dimensions of a value, or joins it with others."""
+    found = find_rule(node)
+    return found is not None and (found.layout or found.name in ("getitem", "cat"))
+
+
+_COMPARISONS = ("le", "lt", "ge", "gt", "tril", "triu")
+
+
+def _compares_positions(mask: fx.Node) -> bool:
+    """Whether a mask may hide later tokens: it is made by comparison, or it is given."""
+    made_of = ancestors([mask])
+    if any(operation(node) in _COMPARISONS for node in made_of):
+        return True
+    return any(
+        node.op == "placeholder" and any(x.dim() > 2 for x in tensors_of(example(node)))
+        for node in made_of
+    )
+
+
+def _draws(node: fx.Node) -> bool:
+    if node.target is attend_rows:
+        return node.kwargs.get("dropout_p", 0.0) != 0.0
+    found = find_rule(node)
+    return found is not None and found.family == "random"
+
+
+def _joined(body: Piece) -> Piece:
+    """Let a body take values that parts share in the place of scattering rows into full ones."""
+    graph = body.graph
+    items: dict[fx.Node, Input] = dict(body.placeholders())
+    start = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node.target is not scatter_rows:
+            continue
+        _, rows, _, at, *_ = node.args
+        assert isinstance(at, Rows)
+        item = Joined(node.meta["origin"], at)
+        with graph.inserting_before(start):
+            joint = placeholder_of(graph, item)
+        items[joint] = item
+        node.target, node.args = join_rows, (joint, rows)
+    for node in list(items):
+        if not node.users:
+            graph.erase_node(node)
+    inputs = [items[node] for node in graph.nodes if node.op == "placeholder"]
+    graph.lint()
+    return Piece(graph, inputs, body.outputs, body.general, body.compact, body.parts)
+
+
+def _called(node: fx.Node) -> str:
+    return operation(node) or getattr(node.target, "__name__", str(node.target))
