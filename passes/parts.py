@@ -20,11 +20,13 @@ under a mask whose values a step looks at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import fx
 
+from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.ops.attention import attend_rows
 from fxseek.ops.parts import join_rows
@@ -32,13 +34,26 @@ from fxseek.ops.rows import Rows, scatter_rows
 from fxseek.passes.facts import ancestors, descendants, example, tensors_of, where
 from fxseek.passes.head import Head
 from fxseek.passes.hoist import masks_of_attentions, share_masks
-from fxseek.passes.ir import Gathered, Input, Joined, Piece, placeholder_of
+from fxseek.passes.ir import (
+    Gathered,
+    Input,
+    Joined,
+    Piece,
+    placeholder_of,
+)
 from fxseek.passes.outputs import Outputs
-from fxseek.passes.rules import find_rule, operation
+from fxseek.passes.rules import argument, find_rule, operation
 from fxseek.passes.schedule import Schedule, schedule
 from fxseek.passes.structure import Structure
 
 __all__ = ["Parts", "find_parts"]
+
+
+class Hides(NamedTuple):
+    """A mask of an attention: it hides where it is False or far below 0; `inverted`, where True."""
+
+    mask: Gathered
+    inverted: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,9 +61,9 @@ class Parts:
     """The learn stage up to the exit, to be run on a part of the kept tokens at a time.
 
     `body`: its result is the rows of `exit`, whose tokens are at `rows`; `schedule`: what of it is
-    kept for a part's backward; `must_hide`: masks that
-    hide later tokens if the model is causal, for which a step looks; `masks`: those of them that
-    attentions alone read; `cuts`: values of which a part need not read the tokens behind its last
+    kept for a part's backward; `must_hide`: the masks of each attention, which hide later tokens if
+    the model is causal (a step looks at them); `masks`: rows of constants that attentions alone
+    read, as their masks; `cuts`: values of which a part need not read the tokens behind its last
     query; `draws`: the body is random (dropout), so that the exits are those of a first run of the
     body, and not the prefill's.
     """
@@ -57,7 +72,7 @@ class Parts:
     schedule: Schedule
     exit: fx.Node
     rows: Rows
-    must_hide: tuple[Gathered, ...]
+    must_hide: tuple[tuple[Hides, ...], ...]
     masks: frozenset[Gathered]
     cuts: frozenset[fx.Node]
     draws: bool
@@ -135,14 +150,15 @@ class _Mixing:
     def __init__(self, body: Piece) -> None:
         self.body = body
         self.given = body.placeholders()
-        self.masks: dict[Gathered, None] = {}
+        self.masks: dict[tuple[Hides, ...], None] = {}
         self.read: dict[fx.Node, set[fx.Node]] = {}
-        """The attentions that read a scattered value as it is."""
+        """What reads each scattered value."""
 
     def look(self) -> str | None:
         """Why a part might read later tokens; None where it does not."""
         for node in self.body.graph.nodes:
             if node.target is scatter_rows:
+                self.read[node] = set()
                 reason = self._readers(node, node)
                 if reason is not None:
                     return reason
@@ -150,16 +166,17 @@ class _Mixing:
 
     def _readers(self, scattered: fx.Node, value: fx.Node) -> str | None:
         for user in value.users:
+            if value is scattered:
+                self.read[scattered].add(user)
             if user.op == "output":
-                return "a value of all tokens is returned"
-            if user.target is attend_rows and value is not user.args[0]:
-                if value is scattered:
-                    self.read.setdefault(scattered, set()).add(user)
-                reason = self._mask(user)
+                reason: str | None = "a value of all tokens is returned"
             elif user.op == "call_method" and user.target in ("size", "dim"):
                 reason = None
+            elif user.target is attend_rows and value is not user.args[0]:
+                reason = self._masked(user)
+            elif _multiplies(user, value):
+                reason = None if _after_softmax(user) else self._masked_scores(user)
             elif _moves_only(user):
-                self.read.setdefault(scattered, set()).add(user)
                 reason = self._readers(scattered, user)
             else:
                 reason = f"{_called(user)} at {where(user)} reads values of other tokens"
@@ -167,16 +184,58 @@ class _Mixing:
                 return reason
         return None
 
-    def _mask(self, attention: fx.Node) -> str | None:
+    def _masked(self, attention: fx.Node) -> str | None:
+        """Why an attention might read later tokens."""
         if attention.kwargs.get("is_causal") is True:
             return None
-        mask = attention.kwargs.get("mask")
-        item = self.given.get(mask) if isinstance(mask, fx.Node) else None
-        if mask is None or (isinstance(item, Gathered) and not _compares_positions(item.node)):
-            return f"the attention at {where(attention)} reads later tokens"
+        mask: Any = attention.kwargs.get("mask")
+        if mask is None:
+            return f"the attention at {where(attention)} has no mask, and reads later tokens"
+        item = self.given.get(mask)
         if not isinstance(item, Gathered):
-            return f"the mask of the attention at {where(attention)} is not known to be causal"
-        self.masks[item] = None
+            return f"the mask of the attention at {where(attention)} is made with gradient"
+        return self._hidden_by([Hides(item)], attention)
+
+    def _masked_scores(self, product: fx.Node) -> str | None:
+        """The same of queries × keys, on the way to a softmax."""
+        masks: dict[Hides, None] = {}
+        queue, ended = [product], False
+        while queue:
+            node = queue.pop()
+            for user in node.users:
+                if operation(user) in ("softmax", "_softmax"):
+                    ended = True
+                elif operation(user) in _ENTRYWISE or _moves_only(user):
+                    masks |= dict.fromkeys(self._hides(user, node))
+                    queue.append(user)
+                else:
+                    return f"{_called(user)} at {where(user)} reads products of other tokens"
+        if operation(product) == "baddbmm":
+            masks |= dict.fromkeys(self._hides(product, product))
+        if not ended:
+            return f"{_called(product)} at {where(product)} reads values of other tokens"
+        return self._hidden_by([*masks], product)
+
+    def _hides(self, node: fx.Node, scores: fx.Node) -> Iterator[Hides]:
+        name = operation(node)
+        if name == "masked_fill":
+            mask = self.given.get(node.args[1])  # type: ignore[arg-type]
+            if isinstance(mask, Gathered):
+                yield Hides(mask, inverted=True)
+        elif name == "where":
+            mask = self.given.get(node.args[0])  # type: ignore[arg-type]
+            if isinstance(mask, Gathered):
+                yield Hides(mask, inverted=node.args[1] is not scores)
+        elif name in ("add", "baddbmm"):
+            for operand in node.all_input_nodes:
+                mask = self.given.get(operand)
+                if isinstance(mask, Gathered):
+                    yield Hides(mask)
+
+    def _hidden_by(self, masks: Sequence[Hides], reader: fx.Node) -> str | None:
+        if not any(_compares_positions(hides.mask.node) for hides in masks):
+            return f"the attention at {where(reader)} reads later tokens"
+        self.masks[tuple(masks)] = None
         return None
 
     def cuts(self) -> set[fx.Node]:
@@ -186,15 +245,10 @@ class _Mixing:
             for node, users in self.read.items()
             if all(user.target is attend_rows for user in users) and _ends_in_tokens(node)
         }
-        alone = True
+        alone: set[Any] = {None}
         while alone:
-            attentions = {user for node in whole for user in node.users}
-            alone = {
-                node
-                for user in attentions
-                for node in user.args[1:3]
-                if not whole.issuperset(user.args[1:3])
-            } & whole
+            pairs: list[Any] = [user.args[1:3] for node in whole for user in node.users]
+            alone = {x for pair in pairs if not whole.issuperset(pair) for x in pair} & whole
             whole -= alone
         return {node.meta["origin"] for node in whole}
 
@@ -213,25 +267,55 @@ def _moves_only(node: fx.Node) -> bool:
     return found is not None and (found.layout or found.name in ("getitem", "cat"))
 
 
-_COMPARISONS = ("le", "lt", "ge", "gt", "tril", "triu")
+_ENTRYWISE = ("add", "sub", "mul", "div", "tanh", "to", "where", "masked_fill", "clone")
+"""What may be done to scores between the product and the softmax."""
+
+
+def _multiplies(node: fx.Node, value: fx.Node) -> bool:
+    """Whether rows are multiplied by a value of all tokens."""
+    operands = {"matmul": 2, "bmm": 2, "baddbmm": 3}.get(operation(node) or "", 0)
+    return len(node.args) == operands and node.args.index(value) == operands - 1
+
+
+def _after_softmax(product: fx.Node) -> bool:
+    """Whether it is probabilities that are multiplied by a value of all tokens."""
+    node = product.args[-2]
+    while isinstance(node, fx.Node) and node.args:
+        if operation(node) in ("softmax", "_softmax"):
+            return True
+        if operation(node) not in (*_ENTRYWISE, "dropout") and not _moves_only(node):
+            return False
+        node = node.args[0]
+    return False
 
 
 def _compares_positions(mask: fx.Node) -> bool:
-    """Whether a mask may hide later tokens: it is made by comparison, or it is given."""
-    made_of = ancestors([mask])
-    if any(operation(node) in _COMPARISONS for node in made_of):
-        return True
-    return any(
-        node.op == "placeholder" and any(x.dim() > 2 for x in tensors_of(example(node)))
-        for node in made_of
-    )
+    """Whether a mask may hide later tokens: it compares positions of two kinds, or it is given."""
+    for node in ancestors([mask]):
+        if operation(node) in ("tril", "triu"):
+            return True
+        if operation(node) in ("le", "lt", "ge", "gt") and len(node.all_input_nodes) == 2:
+            return True
+        if node.op == "placeholder" and any(x.dim() > 2 for x in tensors_of(example(node))):
+            return True
+        if node.op == "placeholder" and _torch.is_module_state(node) and _is_square(node):
+            return True  # a causal mask that is a buffer of the model
+    return False
+
+
+def _is_square(node: fx.Node) -> bool:
+    return any(x.dim() == 2 and x.shape[0] == x.shape[1] for x in tensors_of(example(node)))
 
 
 def _draws(node: fx.Node) -> bool:
     if node.target is attend_rows:
-        return node.kwargs.get("dropout_p", 0.0) != 0.0
+        drops: Any = node.kwargs.get("dropout_p", 0.0)
+        return drops != 0.0
     found = find_rule(node)
-    return found is not None and found.family == "random"
+    if found is None or found.family != "random":
+        return False
+    never: bool = operation(node) == "dropout" and argument(node, 1, "p", 0.5) == 0.0
+    return not never
 
 
 def _joined(body: Piece) -> Piece:

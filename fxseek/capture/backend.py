@@ -22,6 +22,7 @@ from fxseek.errors import ConfigError, GraphError, InputError
 from fxseek.passes.facts import tensors_of
 from fxseek.program import Writes, build, trains
 from fxseek.run.assemble import Ran, Step, assemble
+from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import functions_of
 from fxseek.scores import scorer_of
 
@@ -121,6 +122,8 @@ def make_backend(
         structure = program.structure
         for note in [] if full_outputs and not structure.losses else structure.notes():
             log.warning("fxseek: %s", note)
+        if program.parts and isinstance(program.parts, str):
+            log.warning("fxseek: %s", ONE_PART.format(reason=program.parts))
         step = assemble(program)
         recorder.steps.append(step)
         recorder.compile_seconds += time.perf_counter() - start

@@ -14,10 +14,13 @@ from fxseek import _torch
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import InputError
 from fxseek.passes.facts import example, module_path, tensors_of, where
+from fxseek.passes.ir import Gathered
+from fxseek.passes.parts import Parts
 from fxseek.passes.rules import operation
 from fxseek.passes.score_plan import EndsInLoss
 from fxseek.program import Program
 from fxseek.run.assemble import Step
+from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import SavedBytes
 from fxseek.selecting import Selection, count_kept
 
@@ -151,15 +154,16 @@ def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Step, Sequence[Any]]
 
 def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
     program = step.program
-    facts, learn, score, structure = program.facts, program.learn, program.score, program.structure
+    facts, score, structure = program.facts, program.score, program.structure
+    gathered = {x for piece in program.learned for x in piece.inputs if isinstance(x, Gathered)}
     head = None if program.head is None else program.head.stage
     pieces = [] if score.gradient is None else score.gradient.pieces()
     pieces = [piece for piece in pieces if piece is not head]
     stages = {
         "prefill": _counts(program.prefill.graph),
         "score": sum((_counts(piece.graph) for piece in pieces), Counter()),
-        "gather": Counter({"gather_rows": len(program.gathered)}),
-        "learn": _counts(learn.graph),
+        "gather": Counter({"gather_rows": len(gathered)}),
+        "learn": sum((_counts(piece.graph) for piece in program.learned), Counter()),
     }
     notes = []
     if score.gradient is not None and isinstance(score.gradient.end, EndsInLoss):
@@ -169,6 +173,12 @@ def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
         )
     if structure.pooled:
         notes.append("the model reads some positions by their place: these are always kept")
+    parts = program.parts
+    if isinstance(parts, Parts):
+        looked = " where its attention masks show no later token" if parts.must_hide else ""
+        notes.append(f"learned in parts of {program.config.learn_chunk} tokens{looked}")
+    elif parts:
+        notes.append(ONE_PART.format(reason=parts))
     notes += [f"loss: {note}" for note in structure.notes()]
     fallbacks = tuple(
         Fallback(
@@ -178,7 +188,8 @@ def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
             line=where(node),
             cost_bytes=_bytes_of(node),
         )
-        for node in learn.general
+        for piece in program.learned
+        for node in piece.general
     )
     tokens, (fewest, kept), batch, predicted = _predict(step, inputs)
     return Explanation(

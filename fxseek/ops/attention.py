@@ -7,8 +7,9 @@ Bool[batch or 1, heads or 1, rows, keys].
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from fxseek.ops.rows import Rows, gather_rows, placed
 from fxseek.ops.sweep import Cat, slices_of, sweep
 
 __all__ = [
+    "Mask",
     "MaskMaker",
     "MaskRows",
     "attend",
@@ -142,31 +144,50 @@ _HIDDEN = -1000.0
 """What an additive mask has at most where it hides a key: e to that power is 0 in any precision."""
 
 
-def looks_ahead(
-    mask: Tensor | MaskRows, kept: Tensor, filled: Tensor | None, at: Rows, tokens: int
-) -> bool:
-    """Whether a mask lets some of the queries at `kept` read tokens behind them.
+class Mask(NamedTuple):
+    """A mask that hides where it is False, or far below 0; `inverted`: where it is True.
 
-    Queries that are `filled` don't count. Waits for the device, unless the mask is known to be the
-    causal one. Of fake tensors none does.
+    Shapes: [..., tokens, keys], with the tokens at `at`, or by rows; the last keys are those of the
+    tokens.
+    """
 
-    Shapes: kept, filled [batch, kept]; mask [..., tokens, keys], or by rows, whose last keys are
-    those of the tokens.
+    value: Tensor | MaskRows
+    at: Rows
+    inverted: bool = False
+
+    def reads(self, queries: Tensor) -> Tensor:
+        """Which keys the queries at these positions may read: Bool[..., rows, keys]."""
+        if isinstance(self.value, MaskRows):
+            rows = self.value.rows(queries)
+        else:
+            rows = gather_rows(self.value, queries, self.at)
+        read = rows if rows.dtype == torch.bool else rows > _HIDDEN
+        return ~read if self.inverted else read
+
+
+def looks_ahead(masks: Sequence[Mask], kept: Tensor, filled: Tensor | None, tokens: int) -> bool:
+    """Whether masks let some of the queries at `kept` read tokens behind them.
+
+    All of `masks` are those of one attention. Queries that are `filled` don't count. Waits for the
+    device. Of fake tensors none does.
+
+    Shapes: kept, filled [batch, kept].
     """
     if _torch.is_fake(kept):
         return False
     found = torch.zeros((), dtype=torch.bool, device=kept.device)
     for chunk in slices_of(kept.shape[1], _COMPARED_ROWS):
         queries = kept[:, chunk]
-        if isinstance(mask, MaskRows):
-            rows = mask.rows(queries)
-        else:
-            rows = gather_rows(mask, queries, at)
-        read = rows if rows.dtype == torch.bool else rows > _HIDDEN
-        keys = torch.arange(rows.shape[-1], device=kept.device) - (rows.shape[-1] - tokens)
-        read = read & (keys > placed(queries, rows, at))
+        parts = [(mask.reads(queries), mask.at) for mask in masks]
+        parts = [(x, at) for x, at in parts if x.shape[-1] >= tokens]
+        if not parts:
+            return True
+        read = functools.reduce(torch.logical_and, (x for x, _ in parts))
+        _, at = parts[0]
+        keys = torch.arange(read.shape[-1], device=kept.device) - (read.shape[-1] - tokens)
+        read = read & (keys > placed(queries, read, at))
         if filled is not None:
-            read = read & ~placed(filled[:, chunk], rows, at)
+            read = read & ~placed(filled[:, chunk], read, at)
         found |= read.any()
     return bool(found)
 

@@ -141,7 +141,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         return None, ctx.joint.receive(slope, ctx.slots)
 
 

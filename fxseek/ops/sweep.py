@@ -13,6 +13,7 @@ from fxseek.ops.rows import Rows, put_rows_
 
 __all__ = [
     "Cat",
+    "CatRows",
     "Collector",
     "Put",
     "Sum",
@@ -115,6 +116,26 @@ class Cat:
     def result(self) -> Tensor:
         """All parts."""
         return torch.cat(self.parts, dim=self.dim)
+
+
+class CatRows:
+    """Concatenates rows of the positions of consecutive chunks, of `batch` rows each."""
+
+    def __init__(self, rows: Rows, batch: int) -> None:
+        self.rows = rows
+        self.batch = batch
+        self.cat = Cat(rows.row + rows.packed)
+
+    def add(self, part: Tensor, chunk: slice, times: int) -> None:
+        """Take a part."""
+        if self.rows.packed:
+            part = part.unflatten(self.rows.row, (self.batch, -1))
+        self.cat.add(part, chunk, times)
+
+    def result(self) -> Tensor:
+        """All parts."""
+        found, row = self.cat.result(), self.rows.row
+        return found.flatten(row, row + 1) if self.rows.packed else found
 
 
 class Whole:

@@ -79,7 +79,8 @@ def _learn(program: Program, module: fx.GraphModule, run: Run) -> Learn:
 
 def _assemble(program: Program) -> Step:
     config = program.config
-    head = None if program.head is None else ChunkedHead(program.head, config)
+    once = not isinstance(program.parts, str)
+    head = None if program.head is None else ChunkedHead(program.head, config, once=once)
     modules = {} if head is None else {"head": head}
     learn = module_of(program.learn, "Learn", **modules)
     root = nn.Module()

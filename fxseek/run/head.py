@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxseek.config import SeekConfig
 from fxseek.ops.loss import Scratch, cross_entropy_slope, mass_of, mean_of_parts
-from fxseek.ops.sweep import Sum, chunks_of, rows_of_chunk, sweep
+from fxseek.ops.sweep import CatRows, Sum, chunks_of, rows_of_chunk, sweep
 from fxseek.passes.head import Head
 from fxseek.passes.ir import Given, Selected
 from fxseek.run.lowering import run_part
@@ -23,12 +23,14 @@ class ChunkedHead(nn.Module):
     """From rows after the last attention to the loss, a chunk of them at a time.
 
     Chunks hold at most ``chunk_bytes`` of logits. Where there are several, or with
-    ``recompute="block"``, backward makes the logits again instead of keeping them.
+    ``recompute="block"``, backward makes the logits again instead of keeping them. With `once` they
+    are made once: the gradients are found in the forward, and wait for the loss's own.
     """
 
-    def __init__(self, head: Head, config: SeekConfig) -> None:
+    def __init__(self, head: Head, config: SeekConfig, *, once: bool = False) -> None:
         super().__init__()
         self.head = head
+        self.once = once
         self.chunk_bytes = config.chunk_bytes
         self.recompute = config.recompute == "block"
         module = module_of(head.stage, "Head")
@@ -53,6 +55,9 @@ class ChunkedHead(nn.Module):
         given, full = arguments[:inputs], arguments[inputs:]
         weights = given[self.weights_at]
         chunks = self.chunks(*weights.shape)
+        if self.once:
+            total, labelled = self._once(given, chunks)
+            return mean_of_parts(total, labelled, self.mass(*full) if full else None)
         run = self.run_again if self.recompute or len(chunks) > 1 else self.run
 
         def part(chunk: slice) -> tuple[Tensor, Tensor]:
@@ -60,6 +65,14 @@ class ChunkedHead(nn.Module):
 
         total, labelled = sweep(chunks, part, (Sum(), Sum()), weights)
         return mean_of_parts(total, labelled, self.mass(*full) if full else None)
+
+    def _once(self, given: Sequence[Any], chunks: Sequence[slice]) -> tuple[Tensor, Tensor]:
+        trained = [
+            i for i, x in enumerate(given)
+            if i != self.rows_at and isinstance(x, Tensor) and x.requires_grad
+        ]  # fmt: skip
+        values = [given[i] for i in trained]
+        return _Once.apply(self, given, chunks, trained, given[self.rows_at], *values)  # type: ignore[return-value]
 
     def mass(self, *full: Any) -> Any:
         """The mass of all positions: targets, class weights and scale are given."""
@@ -106,3 +119,46 @@ class ChunkedHead(nn.Module):
             if found[index] is not None:
                 found[index] = found[index][:, chunk]
         return found
+
+
+class _Once(torch.autograd.Function):
+    """The sum of the losses and the number of labels; the gradients are found on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: ChunkedHead,
+        given: Sequence[Any],
+        chunks: Sequence[slice],
+        places: Sequence[int],
+        rows: Tensor,
+        *trained: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        arguments = list(given)
+        arguments[head.rows_at] = rows.detach()
+        for place, value in zip(places, trained, strict=True):
+            arguments[place] = value.detach().requires_grad_()
+
+        def part(chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+            own = head.sliced(arguments, chunk)
+            own[head.rows_at].requires_grad_()
+            with torch.enable_grad():
+                total, labelled = head.run(*own)
+            total.backward()
+            return total.detach(), labelled, own[head.rows_at].grad
+
+        collect = (Sum(), Sum(), CatRows(head.head.rows, len(given[head.weights_at])))
+        total, labelled, slope = sweep(chunks, part, collect, rows)
+        slopes = [arguments[place].grad for place in places]
+        ctx.found = [x is not None for x in slopes]
+        ctx.save_for_backward(slope, *(x for x in slopes if x is not None))
+        ctx.mark_non_differentiable(labelled)
+        return total, labelled
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, *others = ctx.saved_tensors
+        rest = iter(others)
+        found = [next(rest) * slope if there else None for there in ctx.found]
+        return None, None, None, None, rows * slope, *found

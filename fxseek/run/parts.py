@@ -8,6 +8,7 @@ When backward brings their gradient, each part is run forward and backward, the 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,12 +19,12 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from fxseek import _torch
 from fxseek.errors import GraphError, InputError
-from fxseek.ops.attention import looks_ahead
+from fxseek.ops.attention import Mask, looks_ahead
 from fxseek.ops.parts import Joint, Part
 from fxseek.ops.rows import gather_rows
-from fxseek.ops.sweep import Cat, few, rows_of_chunk, slices_of, sweep
+from fxseek.ops.sweep import CatRows, few, rows_of_chunk, slices_of, sweep
 from fxseek.passes.ir import Gathered, Joined, Piece, Selected
-from fxseek.passes.parts import Parts
+from fxseek.passes.parts import Hides, Parts
 from fxseek.run.env import Env
 from fxseek.run.lowering import Run
 from fxseek.run.saved import SavedBytes
@@ -31,7 +32,11 @@ from fxseek.run.selective import precision
 from fxseek.run.stages import Gather, Learn
 from fxseek.selecting import Selection
 
-__all__ = ["LearnInParts"]
+__all__ = ["ONE_PART", "LearnInParts"]
+
+log = logging.getLogger("fxseek")
+
+ONE_PART = "learn_chunk: all kept tokens are learned in one part, since {reason}"
 
 _ALIGNED = 16
 """Numbers of keys are multiples of it, as fused kernels want them."""
@@ -47,6 +52,7 @@ class LearnInParts(Learn):
         self.parts = parts
         self.size = size
         self.body = body
+        self.told = False
         inputs = parts.body.inputs
         self.joined = [item for item in inputs if isinstance(item, Joined)]
         self.gather = Gather([x for x in inputs if isinstance(x, Gathered)], parts.masks)
@@ -88,6 +94,11 @@ class _Step:
         rows = self.values[first.node].shape[first.rows.row]
         self.tokens: int = rows // batch if first.rows.packed else rows
         ahead = self._looks_ahead()
+        if ahead and not learn.told:
+            learn.told = True
+            log.warning(
+                "fxseek: %s", ONE_PART.format(reason="an attention mask shows later tokens")
+            )
         self.slots = slices_of(count, count if ahead else learn.size)
         self.keys = self._keys(count, known=not ahead and bool(learn.parts.cuts))
         self.precision = precision(kept.device.type)
@@ -103,19 +114,17 @@ class _Step:
         return [node for node in self.values if self._trained(node)]
 
     def _looks_ahead(self) -> bool:
-        """Whether a mask lets a token read later ones. Waits for the device, unless it is known."""
+        """Whether masks let a token read later ones. Waits for the device."""
         kept, filled = self.selection.kept, self.selection.filled
+
+        def of(hides: Hides) -> Mask:
+            value, item = self.values[hides.mask.node], hides.mask
+            value = value[(None,) * item.unsqueezed] if item.unsqueezed else value
+            return Mask(value, item.rows, hides.inverted)
+
         return any(
-            looks_ahead(
-                self.values[item.node][(None,) * item.unsqueezed]
-                if item.unsqueezed
-                else self.values[item.node],
-                kept,
-                filled,
-                item.rows,
-                self.tokens,
-            )
-            for item in self.learn.parts.must_hide
+            looks_ahead([*map(of, masks)], kept, filled, self.tokens)
+            for masks in self.learn.parts.must_hide
         )
 
     def _keys(self, count: int, *, known: bool) -> Sequence[int | None]:
@@ -146,12 +155,11 @@ class _Step:
         def run(slots: slice) -> tuple[Tensor]:
             self.random.append(_RandomStates(kept))
             part.begin(slots, self._keys_at(slots))
-            found = self._run(self.values, joints, part)
-            return (found.unflatten(rows.row, (len(kept), -1)) if rows.packed else found,)
+            return (self._run(self.values, joints, part),)
 
         with torch.no_grad():
-            (exits,) = sweep(self.slots, run, [Cat(rows.row + rows.packed)], kept)
-        return exits.flatten(rows.row, rows.row + 1) if rows.packed else exits
+            (exits,) = sweep(self.slots, run, [CatRows(rows, len(kept))], kept)
+        return exits
 
     def take(self) -> tuple[list[fx.Node], list[Tensor]]:
         """Tensors that autograd is to keep; they leave `values`."""
@@ -252,7 +260,7 @@ class _Parts(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = dict(zip(ctx.nodes, ctx.saved_tensors, strict=True))
         return None, None, *ctx.step.backward(saved, ctx.trained, slope)
 
@@ -268,8 +276,8 @@ class _RandomStates:
     def again(self) -> Iterator[None]:
         """Draw the same; the generators are as before afterwards."""
         kind = torch.accelerator.current_accelerator()
-        options = {} if kind is None else {"device_type": kind.type}
-        with torch.random.fork_rng(self.devices, **options):
+        device = "cuda" if kind is None else kind.type  # where there is none, no states are kept
+        with torch.random.fork_rng(self.devices, device_type=device):
             torch.set_rng_state(self.host)
-            set_device_states(self.devices, self.states, **options)
+            set_device_states(self.devices, self.states, device_type=device)
             yield
