@@ -146,7 +146,7 @@ def build(
         body = [] if ending is None else [("rows", ending.entry)]
         up_to_exit = then(ditch, graph, facts, carrying=carrying, outputs=body, constants=constants)
         up_to_exit = then(hoist_gathers, up_to_exit)
-        parts = then(find_parts, up_to_exit, structure, ending, outputs, carrying, config)
+        parts = then(find_parts, up_to_exit, facts, structure, ending, outputs, carrying, config)
     wanted = [*outputs.wanted] if ending is None else [("rows", ending.entry), *outputs.wanted]
     given = [] if ending is None else [ending.loss.node]
     if isinstance(parts, Parts):

@@ -31,7 +31,7 @@ from fxseek.config import SeekConfig
 from fxseek.ops.attention import attend_rows
 from fxseek.ops.parts import join_rows
 from fxseek.ops.rows import Rows, scatter_rows
-from fxseek.passes.facts import ancestors, descendants, example, tensors_of, where
+from fxseek.passes.facts import Facts, ancestors, descendants, example, tensors_of, where
 from fxseek.passes.head import Head
 from fxseek.passes.hoist import masks_of_attentions, share_masks
 from fxseek.passes.ir import (
@@ -50,10 +50,11 @@ __all__ = ["Parts", "find_parts"]
 
 
 class Hides(NamedTuple):
-    """A mask of an attention: it hides where it is False or far below 0; `inverted`, where True."""
+    """A mask of an attention, as `fxseek.ops.attention.Mask` has it."""
 
     mask: Gathered
     inverted: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Parts:
 
 def find_parts(
     body: Piece,
+    facts: Facts,
     structure: Structure,
     head: Head | None,
     outputs: Outputs,
@@ -91,13 +93,10 @@ def find_parts(
     `body` ends in the head's entry, with the rows of constants gathered; it is not to be used
     afterwards.
     """
-    reason = _not_cut(head, outputs, set(carrying), config)
+    reason = _not_cut(head, outputs, facts, set(carrying), config)
     if reason is not None:
         return reason
     assert head is not None
-    if body.general:
-        node = body.general[0]
-        return f"{_called(node)} at {where(node)} may mix tokens, which no rule understands"
     found = _Mixing(body)
     reason = found.look()
     if reason is not None:
@@ -120,7 +119,11 @@ def find_parts(
 
 
 def _not_cut(
-    head: Head | None, outputs: Outputs, carrying: set[fx.Node], config: SeekConfig
+    head: Head | None,
+    outputs: Outputs,
+    facts: Facts,
+    carrying: set[fx.Node],
+    config: SeekConfig,
 ) -> str | None:
     """What of the configuration, the loss or the outputs is in the way."""
     if config.backend != "eager":
@@ -138,7 +141,7 @@ def _not_cut(
         if node in seen or node.op == "placeholder":
             continue
         seen.add(node)
-        if node in carrying and node not in after:
+        if node in carrying and node in facts.stream and node not in after:
             return f"{_called(node)} at {where(node)} carries gradient past the loss"
         queue.extend(node.all_input_nodes)
     return None
@@ -194,7 +197,7 @@ class _Mixing:
         item = self.given.get(mask)
         if not isinstance(item, Gathered):
             return f"the mask of the attention at {where(attention)} is made with gradient"
-        return self._hidden_by([Hides(item)], attention)
+        return self._hidden_by([Hides(item, fused=True)], attention)
 
     def _masked_scores(self, product: fx.Node) -> str | None:
         """The same of queries × keys, on the way to a softmax."""

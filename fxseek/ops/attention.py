@@ -147,6 +147,9 @@ _HIDDEN = -1000.0
 class Mask(NamedTuple):
     """A mask that hides where it is False, or far below 0; `inverted`: where it is True.
 
+    `fused`: that of a fused attention, where a query whose keys are all hidden by a boolean mask
+    reads none. Elsewhere it reads all of them alike.
+
     Shapes: [..., tokens, keys], with the tokens at `at`, or by rows; the last keys are those of the
     tokens.
     """
@@ -154,6 +157,13 @@ class Mask(NamedTuple):
     value: Tensor | MaskRows
     at: Rows
     inverted: bool = False
+    fused: bool = False
+
+    @property
+    def shuts(self) -> bool:
+        """Whether a query may read nothing."""
+        boolean = isinstance(self.value, MaskRows) or self.value.dtype == torch.bool
+        return self.fused and boolean
 
     def reads(self, queries: Tensor) -> Tensor:
         """Which keys the queries at these positions may read: Bool[..., rows, keys]."""
@@ -185,6 +195,8 @@ def looks_ahead(masks: Sequence[Mask], kept: Tensor, filled: Tensor | None, toke
         read = functools.reduce(torch.logical_and, (x for x, _ in parts))
         _, at = parts[0]
         keys = torch.arange(read.shape[-1], device=kept.device) - (read.shape[-1] - tokens)
+        if not all(mask.shuts for mask in masks):
+            read = read | ~read.any(-1, keepdim=True)
         read = read & (keys > placed(queries, read, at))
         if filled is not None:
             read = read & ~placed(filled[:, chunk], read, at)

@@ -119,7 +119,7 @@ class Joint:
 
     def _check(self, later: Tensor, slots: slice) -> None:
         left_out = self.part.left_out(slice(slots.stop, None))
-        arrived = later != 0
+        arrived = later.abs() > 0  # not where it is NaN, as it is elsewhere then
         if left_out is not None:
             arrived &= ~placed(left_out, later, self.at)
         found = arrived.any()

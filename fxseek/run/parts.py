@@ -120,7 +120,7 @@ class _Step:
         def of(hides: Hides) -> Mask:
             value, item = self.values[hides.mask.node], hides.mask
             value = value[(None,) * item.unsqueezed] if item.unsqueezed else value
-            return Mask(value, item.rows, hides.inverted)
+            return Mask(value, item.rows, hides.inverted, hides.fused)
 
         return any(
             looks_ahead([*map(of, masks)], kept, filled, self.tokens)
@@ -134,7 +134,7 @@ class _Step:
         kept, stops = self.selection.kept, [part.stop for part in self.slots]
         if _torch.is_fake(kept):
             ends = [-(-self.tokens * stop // count) for stop in stops]
-        elif count == self.tokens:
+        elif count == self.tokens and self.selection.filled is None:
             ends = stops
         else:  # filled slots are behind the others, whatever their positions are
             ends = (kept.cummax(1).values[:, [stop - 1 for stop in stops]].amax(0) + 1).tolist()

@@ -68,9 +68,14 @@ class Select(nn.Module):
         Or, by a ratio such as ``"mass:0.9"``, as few as hold that share of the row's mass, within
         ``ratio_bounds``. Then a step waits for the device once: the largest count is the size of
         the learn stage's tensors. Virtual tokens and positions that the model reads by their place
-        are always kept.
+        are always kept. At ratio 1.0 all positions are, padding too, as in ordinary training: its
+        labels count, such as that of the first token behind padding on the left.
         """
         config = self.config
+        if config.ratio == 1.0:
+            kept = torch.arange(scores.valid.shape[1], device=scores.valid.device)
+            kept = kept.expand(scores.valid.shape)
+            return Selection(kept, torch.ones_like(kept, dtype=torch.float32))
         share = config.mass_share
         k, counts = self._fixed(scores) if share is None else self._by_mass(scores, share)
         common = {

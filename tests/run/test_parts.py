@@ -1,0 +1,447 @@
+"""Learning in parts: the gradients are those of one part, and at ratio 1.0 ordinary training's."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import (
+    TinyConfig,
+    TinyDecoder,
+    batch,
+    double_throughout,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_lora,
+    without_casts,
+)
+from strategies import batches, ratios, tiny_configs
+from sweeps import sampled
+from torch import Tensor, nn
+from tuners import TUNERS
+
+import fxseek
+from fxseek.capture.step import step_of
+from fxseek.errors import GraphError, InputError
+from fxseek.passes.parts import Parts
+from fxseek.run import parts as run_parts
+
+TOKENS = 23
+
+
+def llama(**options: Any) -> nn.Module:
+    return without_casts(tiny_llama(**options).double())
+
+
+def rows(**options: Any) -> dict[str, Tensor]:
+    return batch(37, tokens=TOKENS, **options)
+
+
+def gradients(model: nn.Module, arguments: dict[str, Any], ratio: float | None, **options: Any):
+    """The loss and the gradients of step 0; of ordinary training without a ratio."""
+    if ratio is not None:
+        fxseek.compile(model, ratio, **{"score": "random", **options})
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss = model(**arguments).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), found
+
+
+def parts_of(model: nn.Module) -> Parts | str:
+    step = step_of(model)
+    assert step is not None and step.recorder.latest is not None
+    return step.recorder.latest.program.parts
+
+
+def assert_in_parts(model: nn.Module, arguments: dict[str, Any], *chunks: int, **options: Any):
+    """The gradients of parts are those of one part; the model is left in parts."""
+    ratio = options.pop("ratio", 0.5)
+    loss, wanted = gradients(model, arguments, ratio, **options)
+    assert wanted
+    for chunk in chunks:
+        fxseek.uncompile(model)
+        other, found = gradients(model, arguments, ratio, learn_chunk=chunk, **options)
+        assert isinstance(parts_of(model), Parts), parts_of(model)
+        torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+# ---- exact ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_gradients_are_those_of_one_part(recompute, padding):
+    assert_in_parts(llama(), rows(padding=padding), 1, 5, recompute=recompute)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_ratio_1_is_ordinary_training(attention, padding):
+    arguments = rows(padding=padding)
+    model = llama(attn=attention)
+    loss, wanted = gradients(model, arguments, None)
+    other, found = gradients(model, arguments, 1.0, learn_chunk=7)
+    assert isinstance(parts_of(model), Parts)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "offload": {"recompute": "block", "kv": "offload"},
+    "prefill": {"prefill_chunk": 4},
+    "sample": {"select": "sample", "score": "context"},
+    "mass": {"ratio": "mass:0.6", "score": "context"},
+    "tokenseek": {"score": "tokenseek"},
+    "small_logits": {"chunk_bytes": 1000},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_other_settings(case):
+    assert_in_parts(llama(), rows(padding="right"), 3, **CASES[case])
+
+
+FAST = ("llama", "gpt2", "gemma2", "bloom", "mpt")
+CELLS = [
+    f"{name}-{attention}"
+    for name, family in FAMILIES.items()
+    if not family.refused
+    for attention in family.attentions
+]
+
+
+@pytest.mark.parametrize("cell", sampled(CELLS, [x for x in CELLS if x.split("-")[0] in FAST]))
+def test_families(cell):
+    name, attention = cell.split("-")
+    family = FAMILIES[name]
+    with double_throughout():
+        model = family.make(attention).double()
+        arguments = family.batch(dtype=torch.float64)
+        loss, wanted = gradients(model, arguments, 0.5)
+        fxseek.uncompile(model)
+        other, found = gradients(model, arguments, 0.5, learn_chunk=3)
+    if name in FAST:
+        assert isinstance(parts_of(model), Parts), parts_of(model)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sampled(TUNERS, ("lora", "prefix", "prompt", "ia3", "dora")))
+def test_tuners(name):
+    assert_in_parts(TUNERS[name].make(), rows(padding="right"), 4)
+
+
+@settings(max_examples=8)
+@given(data=st.data())
+def test_any_decoder_batch_ratio_and_chunk(data):
+    config = data.draw(tiny_configs())
+    model = TinyDecoder(config).double()
+    arguments = data.draw(batches(config))
+    ratio = data.draw(ratios())
+    loss, wanted = gradients(model, arguments, ratio)
+    fxseek.uncompile(model)
+    chunk = data.draw(st.integers(1, 9))
+    other, found = gradients(model, arguments, ratio, learn_chunk=chunk)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_packed_rows():
+    arguments = rows()
+    positions = torch.cat((torch.arange(9), torch.arange(14))).expand(2, -1)
+    arguments = {
+        "input_ids": arguments["input_ids"], "labels": arguments["labels"],
+        "position_ids": positions, "use_cache": False,
+    }  # fmt: skip
+    assert_in_parts(llama(), arguments, 5)
+
+
+def test_inputs_that_are_trained():
+    model = llama()
+    given = rows(padding="right")
+    ids = given.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids).detach()  # type: ignore[operator]
+    found = []
+    for chunk in (None, 4):
+        x = embeds.clone().requires_grad_()
+        fxseek.compile(model, 0.5, score="random", learn_chunk=chunk)
+        model(inputs_embeds=x * 1.0, **given).loss.backward()
+        found.append(x.grad)
+        fxseek.uncompile(model)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_autocast():
+    """The parts run in the precision of the forward, though backward is outside of it."""
+    model = tiny_llama()
+    arguments = rows(padding="right")
+    found = []
+    for chunk in (None, 100):
+        fxseek.compile(model, 1.0, learn_chunk=chunk)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**arguments).loss
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+        fxseek.uncompile(model)
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=1e-3)
+
+
+# ---- dropout -------------------------------------------------------------------------------------
+
+
+def with_dropout() -> nn.Module:
+    model = without_casts(tiny_lora(tiny_llama(), lora_dropout=0.4).double())
+    return model.train()
+
+
+def test_one_part_draws_as_ever():
+    """One part of all tokens gives what the learn stage gives, draw by draw."""
+    model, arguments = with_dropout(), rows()
+    loss, wanted = gradients(model, arguments, 0.5)
+    fxseek.uncompile(model)
+    other, found = gradients(model, arguments, 0.5, learn_chunk=100)
+    parts = parts_of(model)
+    assert isinstance(parts, Parts) and parts.draws
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_parts_draw_the_same_in_backward():
+    """The gradient is that of the loss that was returned: by finite differences, at ratio 1.0."""
+    model, arguments = with_dropout(), rows()
+    _, found = gradients(model, arguments, 1.0, learn_chunk=6)
+    name = next(x for x in found if "layers.0" in x and "v_proj" in x)
+    parameter = dict(model.named_parameters())[name]
+
+    def loss_at(shift: float) -> Tensor:
+        with torch.no_grad():
+            parameter[0, 0] += shift
+        torch.manual_seed(0)
+        loss = model(**arguments).loss.detach()
+        with torch.no_grad():
+            parameter[0, 0] -= shift
+        return loss
+
+    slope = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5
+    torch.testing.assert_close(found[name][0, 0], slope, rtol=1e-6, atol=1e-9)
+
+
+# ---- backward ------------------------------------------------------------------------------------
+
+
+def loss_of(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    fxseek.resume(model, 0)
+    return model(**arguments).loss
+
+
+def in_parts(**options: Any) -> nn.Module:
+    return fxseek.compile(llama(), 0.5, score="random", learn_chunk=5, **options)
+
+
+def test_each_gradient_arrives_once():
+    model, arguments = in_parts(), rows()
+    arrived: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda _, name=name: arrived.__setitem__(name, arrived.get(name, 0) + 1)
+        )
+    loss_of(model, arguments).backward()
+    assert arrived and set(arrived.values()) == {1}
+
+
+def test_gradients_are_added_to_those_that_are_there():
+    model, arguments = in_parts(), rows()
+    loss_of(model, arguments).backward()
+    once = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    loss_of(model, arguments).backward()
+    twice = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(twice, [2 * x for x in once], rtol=1e-12, atol=1e-12)
+
+
+def test_backward_once_more():
+    model, arguments = in_parts(), rows()
+    loss = loss_of(model, arguments)
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    (loss * 2).backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(found, [3 * x for x in once], rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_two_steps_at_once():
+    """Backward of a step after the forward of the next."""
+    model, arguments = in_parts(), rows()
+    first, second = loss_of(model, arguments), loss_of(model, rows(seed=1))
+    second.backward()
+    model.zero_grad()
+    first.backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    loss_of(model, arguments).backward()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_gradients_of_some_parameters():
+    model, arguments = in_parts(), rows()
+    some = list(model.parameters())[1:4]
+    found = torch.autograd.grad(loss_of(model, arguments), some)
+    loss_of(model, arguments).backward()
+    torch.testing.assert_close(list(found), [p.grad for p in some], rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_of_the_gradient_is_an_error():
+    model, arguments = in_parts(), rows()
+    some = list(model.parameters())[1]
+    (found,) = torch.autograd.grad(loss_of(model, arguments), some, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        found.sum().backward()
+
+
+def test_what_was_written_to_since_is_an_error():
+    model, arguments = in_parts(), rows()
+    loss = loss_of(model, arguments)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = loss_of(model, arguments)
+    arguments["input_ids"].add_(1)
+    with pytest.raises(InputError, match="written to in place"):
+        loss.backward()
+
+
+def test_an_error_in_mid_backward_leaves_nothing_behind():
+    model, arguments = in_parts(), rows()
+    loss_of(model, arguments).backward()
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    loss = loss_of(model, arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_parts, "rows_of_chunk", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss.backward()
+    assert all(p.grad is None for p in model.model.parameters())  # type: ignore[union-attr]
+    model.zero_grad()
+    loss_of(model, arguments).backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_only_keys_values_and_the_gradient_of_the_exit_wait():
+    """Without layers' activations: what is kept does not depend on the part."""
+    arguments = rows()
+    kept = []
+    for chunk in (2, 9):
+        model = fxseek.compile(llama(), 1.0, learn_chunk=chunk)
+        model(**arguments).loss.backward()
+        kept.append(fxseek.report(model).saved_bytes)
+    config: Any = model.config
+    tokens = arguments["input_ids"].numel() * 8
+    keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    head = sum(
+        p.numel() * 8 for name, p in model.named_parameters()
+        if name in ("lm_head.weight", "model.norm.weight") or "layers.1.mlp" in name
+        or "layers.1.post_attention" in name
+    )  # fmt: skip
+    assert kept[0] == kept[1] <= tokens * (keys + config.hidden_size) + head + 2000
+
+
+# ---- one part ------------------------------------------------------------------------------------
+
+
+def test_an_encoder_is_learned_in_one_part(caplog):
+    family = FAMILIES["bert"]
+    model = fxseek.compile(family.make(), 0.5, score="random", learn_chunk=3)
+    with caplog.at_level(logging.WARNING, "fxseek"):
+        model(**family.batch()).loss.backward()
+    (told,) = [x for x in caplog.messages if "learn_chunk" in x]
+    assert "learned in one part, since the attention at" in told
+    assert "learned in one part, since the attention at" in str(
+        fxseek.explain(model, **family.batch())
+    )
+
+
+def test_a_mask_that_shows_later_tokens(caplog):
+    """A prefix language model's: nothing of the graph says so, its values do."""
+    arguments = rows()
+    seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    seen[:9, :9] = True
+    arguments["attention_mask"] = seen.expand(2, 1, -1, -1)
+    model = llama()
+    loss, wanted = gradients(model, arguments, 0.5)
+    fxseek.uncompile(model)
+    with caplog.at_level(logging.WARNING, "fxseek"):
+        other, found = gradients(model, arguments, 0.5, learn_chunk=4)
+        model(**arguments)
+    assert [x for x in caplog.messages if "shows later tokens" in x and "one part" in x] != []
+    assert sum("learn_chunk" in x for x in caplog.messages) == 1
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_that_comes_too_late_is_an_error(monkeypatch):
+    """If nobody had looked at the mask, no wrong gradient would come of it."""
+    arguments = rows()
+    arguments["attention_mask"] = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)
+    model = fxseek.compile(llama(), 0.9, score="random", learn_chunk=4)
+    monkeypatch.setattr(run_parts, "looks_ahead", lambda *_: False)
+    monkeypatch.setattr(run_parts._Step, "_keys", lambda self, *_, **__: [None] * len(self.slots))
+    with pytest.raises(GraphError, match="a token has read a later one"):
+        model(**arguments).loss.backward()
+
+
+def test_outputs_with_gradient_beside_the_loss(caplog):
+    model = fxseek.compile(llama(), 0.5, score="random", learn_chunk=4, outputs="selected")
+    with caplog.at_level(logging.WARNING, "fxseek"):
+        model(**rows()).loss.backward()
+    assert "learned in one part" in caplog.text
+    assert isinstance(parts_of(model), str)
+
+
+def test_compiled_stages_are_learned_in_one_part(caplog):
+    model = fxseek.compile(tiny_gpt2(), 0.5, score="random", learn_chunk=4, backend="aot_eager")
+    with caplog.at_level(logging.WARNING, "fxseek"):
+        model(**rows()).loss.backward()
+    assert "backend='aot_eager'" in caplog.text
+
+
+def test_explain_says_parts():
+    model = fxseek.compile(llama(), 0.5, learn_chunk=4)
+    told = str(fxseek.explain(model, **rows()))
+    assert "learned in parts of 4 tokens" in told
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, "7", True])
+def test_bad_chunks(chunk):
+    with pytest.raises(fxseek.ConfigError, match="learn_chunk"):
+        fxseek.SeekConfig(learn_chunk=chunk)
+
+
+def test_ratio_1_measures_nothing():
+    """Every token is kept, so that no score is needed."""
+    arguments = rows(padding="right")
+    model = fxseek.compile(llama(), 1.0)
+    model(**arguments).loss.backward()
+    report = fxseek.report(model)
+    assert report.parts == {} and report.full_loss is None
+    assert (report.selected >= 0).sum(1).tolist() == arguments["attention_mask"].sum(1).tolist()
+
+
+TINY = TinyConfig(attention="sdpa_causal", repeat="gqa", heads=4, kv_heads=2)
+
+
+def test_a_model_without_a_mask():
+    """Only the causal flag says that it is causal."""
+    assert_in_parts(TinyDecoder(TINY).double(), rows(), 4)
