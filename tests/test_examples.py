@@ -411,10 +411,10 @@ def test_the_benchmark_writes_its_tables_between_its_markers(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Measured\n")
-    arguments = ["--tokens", "64", "--methods", "ordinary,tokentune,tokenseek"]
+    arguments = ["--tokens", "64", "--methods", "ordinary,tokenseek"]
     first = run_benchmark(monkeypatch, folder, page, *arguments)
     assert first.startswith("# Measured\n\n<!-- measured: ")
-    for part in ("**Full-parameter, 64 tokens**", "**LoRA", "| fxseek, tokenseek", "TokenTune as"):
+    for part in ("**Full-parameter, 64 tokens**", "**LoRA", "| fxseek, tokenseek"):
         assert part in first
     assert "svg" not in first  # one length makes no line
     row = next(line for line in first.splitlines() if line.startswith("| ordinary"))

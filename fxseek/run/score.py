@@ -24,7 +24,6 @@ from fxseek.passes.score_plan import (
     GradientPlan,
     ScorePlan,
     SpelledMap,
-    Stream,
     Targets,
 )
 from fxseek.passes.structure import Place
@@ -90,12 +89,13 @@ class Score(nn.Module):
             parts["context"] = self.context.sums(env, made, valid, self.config.chunk_bytes)
         if self.gradient is not None and begun is not None:
             parts["gradient"], full_loss = self.gradient.finish(env, begun, valid, supervised)
+        at = self.plan.hidden
         given = ScoreInputs(
             input_ids=None if self.plan.tokens.ids is None else env.read(self.plan.tokens.ids),
             valid=valid,
             supervised=supervised,
             targets=targets,
-            hidden=_hidden(env, self.plan.hidden, valid),
+            hidden=None if at is None else _batch_major(env.read(at.node), at.rows, valid),
             step=step,
             generator=step_generator(self.config.seed, step),
         )
@@ -144,10 +144,6 @@ class Score(nn.Module):
             counts = env.read(found.full[2]).reshape(valid.shape) != 0
             supervised = counts if supervised is None else supervised & counts
         return targets, supervised
-
-
-def _hidden(env: Env, stream: Stream | None, valid: Tensor) -> Tensor | None:
-    return None if stream is None else _batch_major(env.read(stream.node), stream.rows, valid)
 
 
 # ---- context -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from graphs import capture
 from models import batch, tiny_llama, without_casts
+from sweeps import thinned
 from torch import Tensor, fx, nn
 from tuners import spread
 
@@ -207,8 +208,9 @@ def merged_in(model: nn.Module) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-@pytest.mark.parametrize("score", ["random", "context", "tokenseek"])
-@pytest.mark.parametrize("tokens", [9, 31])  # fewer than the widths, and more
+@pytest.mark.parametrize(  # fewer tokens than the widths, and more
+    ("score", "tokens"), thinned(["random", "context", "tokenseek"], [9, 31])
+)
 def test_gradients_and_scores_are_those_of_the_model(
     score: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from models import TinyConfig, TinyDecoder, batch
 from oracle import Marked
+from sweeps import thinned
 from torch import Tensor, nn
 
 import fxseek
@@ -249,8 +250,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("options", OPTIONS, ids=["tokenseek", "sample"])
+@pytest.mark.parametrize(("name", "options"), thinned(CASES, OPTIONS))
 def test_over_selected_tokens(name: str, options: dict[str, Any], caplog: Any):
     case, x = CASES[name], inputs_of()
     model = model_of(attention="eager" if options["score"] == "gradient" else "sdpa")
@@ -404,8 +404,7 @@ UNRESTRICTED = {
 }
 
 
-@pytest.mark.parametrize("name", UNRESTRICTED)
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("name", "added"), thinned(UNRESTRICTED, [False, True]))
 def test_what_is_not_restricted_is_said(name: str, added: bool, caplog: Any):
     """It keeps its value over all tokens, alone or beside a loss that is restricted."""
     x, model, loss = inputs_of("none"), model_of(), UNRESTRICTED[name]

@@ -85,6 +85,9 @@ def test_the_gradients_are_those_of_one_part(recompute, padding):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_ratio_1_is_ordinary_training(attention, padding):
+    """Labels that padding predicts, such as a row's first behind padding on its left, count too."""
+    if (attention, padding) == ("eager", "left"):
+        pytest.skip("ordinary training gives NaN: every key of a row is hidden")
     arguments = rows(padding=padding)
     model = llama(attn=attention)
     loss, wanted = gradients(model, arguments, None)
@@ -109,7 +112,7 @@ def test_with_other_settings(case):
     assert_in_parts(llama(), rows(padding="right"), 3, **CASES[case])
 
 
-FAST = ("llama", "gpt2", "gemma2", "bloom", "mpt")
+FAST = ("llama", "gemma2", "mpt")
 CELLS = [
     f"{name}-{attention}"
     for name, family in FAMILIES.items()
@@ -134,9 +137,16 @@ def test_families(cell):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", sampled(TUNERS, ("lora", "prefix", "prompt", "ia3", "dora")))
+@pytest.mark.parametrize("name", sampled(TUNERS, ("lora", "prompt", "ia3")))
 def test_tuners(name):
-    assert_in_parts(TUNERS[name].make(), rows(padding="right"), 4)
+    model, arguments = TUNERS[name].make(), rows(padding="right")
+    loss, wanted = gradients(model, arguments, 0.5)
+    fxseek.uncompile(model)
+    other, found = gradients(model, arguments, 0.5, learn_chunk=4)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    if not name.startswith(("adalora", "prefix")):
+        assert isinstance(parts_of(model), Parts), parts_of(model)
 
 
 @settings(max_examples=8)
