@@ -391,6 +391,12 @@ def translated(error: Exception, model: str) -> Exception | None:
         if isinstance(cause, FxseekError):
             return cause
         cause = cause.__cause__
+    if "dispatch mode present" in str(error):
+        return CaptureError(
+            f"{model} was not captured: torch.compile captures nothing under a TorchDispatchMode, "
+            "such as FlopCounterMode or a tracker of memory. Run the step outside of it; "
+            "fxseek.profile(model, ...) measures the time and memory of a step."
+        )
     if not failed_capture(error):
         return None
     if isinstance(error, BackendCompilerFailed):

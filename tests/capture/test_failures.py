@@ -18,6 +18,7 @@ from models import batch, double_throughout, tiny_llama
 from oracle import inputs_of, model_of
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxseek
 from fxseek.passes import facts
@@ -254,3 +255,14 @@ def test_a_vision_tower_outside_of_the_graph(positions):
         fxseek.compile(fxseek.uncompile(model), 0.3)
         given = {n: x.detach() for n, x in embedded(model, arguments, positions).items()}
         fxseek.check_gradients(model, 1e-9, **given)
+
+
+def test_a_dispatch_mode():
+    """Under one torch.compile captures nothing, and says so by a bare RuntimeError."""
+    model = fxseek.compile(tiny_llama(), 0.3, score="random")
+    with (
+        FlopCounterMode(display=False),
+        pytest.raises(fxseek.CaptureError, match="TorchDispatchMode"),
+    ):
+        model(**batch(37))
+    model(**batch(37)).loss.backward()

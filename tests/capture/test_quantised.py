@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import fxseek
 from fxseek.capture.step import step_of
+from fxseek.passes.parts import Parts
 from fxseek.run.saved import SavedBytes
 
 # ---- which functions are per-token ---------------------------------------------------------------
@@ -430,6 +431,17 @@ def test_qlora(saved, kind, compute):
     adapters = [p for name, p in model.named_parameters() if "lora" in name]
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapters)
     assert all(p.grad is None for name, p in model.named_parameters() if "lora" not in name)
+
+
+@pytest.mark.parametrize("kind", sampled(["nf4+", "int8"], ["nf4+"]))
+def test_qlora_in_parts(saved, kind):
+    inputs = batch(37, batch=3, tokens=13, padding="right")
+    model = _qlora(saved("llama"), kind, torch.float32)
+    fxseek.compile(model, 0.6, score="random", learn_chunk=3)
+    assert fxseek.check_gradients(model, tolerance=1e-5, **inputs).error <= 1e-5
+    step = step_of(model)
+    assert step is not None and step.recorder.latest is not None
+    assert isinstance(step.recorder.latest.program.parts, Parts)
 
 
 @pytest.mark.parametrize("kind", ["nf4+", pytest.param("int8", marks=pytest.mark.sweep)])

@@ -529,7 +529,8 @@ def test_ddp_on_two_processes(tmp_path):
     single(**ddp.rows(0, 4)).loss.backward()
     wanted = gradients(single)
     for found in (torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")):
-        assert compare(found["gradients"], wanted).error <= 1e-5
+        for way in ("gradients", "in_parts"):
+            assert compare(found[way], wanted).error <= 1e-5, way
         assert "compile the inner module before wrapping" in found["compile_ddp"]
         for way in ("compile_fsdp", "compile_fsdp2", "fsdp_after", "fsdp2_after"):
             assert "sharded by FSDP" in found[way], (way, found[way])

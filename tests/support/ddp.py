@@ -41,6 +41,9 @@ def worker(rank: int, port: int, folder: str) -> None:
     assert isinstance(wrapped, DistributedDataParallel)
     accelerator.backward(wrapped(**rows(2 * rank, 2 * rank + 2)).loss)
     found["gradients"] = {name: p.grad for name, p in model.named_parameters()}
+    in_parts = accelerator.prepare(fxseek.compile(tiny_llama(), learn_chunk=2, **OPTIONS))
+    accelerator.backward(in_parts(**rows(2 * rank, 2 * rank + 2)).loss)
+    found["in_parts"] = {name: p.grad for name, p in in_parts.module.named_parameters()}
     found["compile_ddp"] = refusal(lambda: fxseek.compile(wrapped))
 
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
