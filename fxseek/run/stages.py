@@ -73,8 +73,8 @@ class Select(nn.Module):
         """
         config = self.config
         if config.ratio == 1.0:
-            kept = torch.arange(scores.valid.shape[1], device=scores.valid.device)
-            kept = kept.expand(scores.valid.shape)
+            batch, tokens = scores.valid.shape
+            kept = torch.arange(tokens, device=scores.valid.device).repeat(batch, 1)
             return Selection(kept, torch.ones_like(kept, dtype=torch.float32))
         share = config.mass_share
         k, counts = self._fixed(scores) if share is None else self._by_mass(scores, share)

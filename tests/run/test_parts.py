@@ -437,6 +437,19 @@ def test_explain_says_parts():
     assert "learned in parts of 4 tokens" in told
 
 
+def test_estimate_and_profile_know_parts():
+    peaks = [
+        fxseek.estimate(tiny_llama(), tokens=64, batch=2, ratio=1.0, learn_chunk=chunk).stage_peaks
+        for chunk in (4, 16, None)
+    ]
+    assert peaks[0]["backward"] < peaks[1]["backward"] < peaks[2]["backward"]
+    model = fxseek.compile(tiny_llama(), 1.0, learn_chunk=4)
+    whole = fxseek.compile(tiny_llama(), 1.0)
+    found, other = (fxseek.profile(x, **rows(seed=1)) for x in (model, whole))
+    assert found.stage_peaks["backward"] < other.stage_peaks["backward"]
+    assert found.saved_bytes < other.saved_bytes
+
+
 @pytest.mark.parametrize("chunk", [0, -1, 1.5, "7", True])
 def test_bad_chunks(chunk):
     with pytest.raises(fxseek.ConfigError, match="learn_chunk"):
