@@ -35,8 +35,8 @@ __all__ = ["Recorder", "StepReport", "fxseek_backend", "latest_recorder", "make_
 class StepReport:
     """What the last training step selected, scored and saved.
 
-    `selected`: LongTensor[batch, kept], ascending; a row keeps its ratio of its own valid tokens,
-    and one that keeps fewer than another ends in -1. `weights`: FloatTensor[batch, kept], the
+    `selected`: LongTensor[batch, kept], ascending; a row keeps its ratio of its own valid tokens
+    (at ratio 1.0 of all positions), and one that keeps fewer than another ends in -1. `weights`: FloatTensor[batch, kept], the
     loss weight of each (0 where there is none). `valid`: BoolTensor[batch, tokens], False at
     padding. `scores`: FloatTensor[batch, tokens]; `parts`: what they are made of, by name, of the
     same shape (``"context"``, ``"gradient"``), where the score measures any.

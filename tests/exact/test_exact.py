@@ -61,6 +61,8 @@ def assert_sound(model: nn.Module, inputs: dict[str, Any], ratio: float, selecte
     assert selected.shape == (rows, math.ceil(round(ratio * tokens, 9)))
     # A mask that the model does not read is no part of its graph, but it is the caller's word.
     valid = inputs.get("attention_mask", torch.ones(rows, tokens)).bool()
+    if ratio == 1.0:  # padding too, as in ordinary training
+        valid = torch.ones_like(valid)
     nothing = torch.full_like(inputs["labels"][:, :1], IGNORED)
     supervised = (torch.cat([inputs["labels"][:, 1:], nothing], 1) != IGNORED) & valid
     for row, positions in enumerate(selected):
