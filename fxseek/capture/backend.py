@@ -36,10 +36,11 @@ class StepReport:
     """What the last training step selected, scored and saved.
 
     `selected`: LongTensor[batch, kept], ascending; a row keeps its ratio of its own valid tokens
-    (at ratio 1.0 of all positions), and one that keeps fewer than another ends in -1. `weights`: FloatTensor[batch, kept], the
-    loss weight of each (0 where there is none). `valid`: BoolTensor[batch, tokens], False at
-    padding. `scores`: FloatTensor[batch, tokens]; `parts`: what they are made of, by name, of the
-    same shape (``"context"``, ``"gradient"``), where the score measures any.
+    (at ratio 1.0 all positions), and one that keeps fewer than another ends in -1. `weights`:
+    FloatTensor[batch, kept], the loss weight of each (0 where there is none). `valid`:
+    BoolTensor[batch, tokens], False at padding. `scores`: FloatTensor[batch, tokens]; `parts`: what
+    they are made of, by name, of the same shape (``"context"``, ``"gradient"``), where the score
+    measures any.
     `full_loss`: the loss over all labelled tokens in nats, None where scoring did not compute it.
     `saved_bytes`: bytes that autograd keeps for backward, parameters and buffers excluded, shared
     memory counted once. `tokens`: tokens of a row. `step`: how many steps were run before.
