@@ -28,7 +28,7 @@ from torch import fx
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
-from fxseek.ops.attention import attend_rows
+from fxseek.ops.attention import HIDDEN, attend_rows
 from fxseek.ops.parts import join_rows
 from fxseek.ops.rows import Rows, scatter_rows
 from fxseek.passes.facts import Facts, ancestors, descendants, example, tensors_of, where
@@ -156,6 +156,10 @@ class _Mixing:
         self.masks: dict[tuple[Hides, ...], None] = {}
         self.read: dict[fx.Node, set[fx.Node]] = {}
         """What reads each scattered value."""
+        self.hidden: set[fx.Node] = set()
+        """Softmaxes of products whose masks are known."""
+        self.weighed: dict[fx.Node, fx.Node] = {}
+        """Products of probabilities and values, and the softmax of each."""
 
     def look(self) -> str | None:
         """Why a part might read later tokens; None where it does not."""
@@ -165,6 +169,11 @@ class _Mixing:
                 reason = self._readers(node, node)
                 if reason is not None:
                     return reason
+        if not self.read:
+            return "no keys or values carry gradient"
+        for product, softmax in self.weighed.items():
+            if softmax not in self.hidden:
+                return f"the mask of the attention at {where(product)} is not known"
         return None
 
     def _readers(self, scattered: fx.Node, value: fx.Node) -> str | None:
@@ -178,7 +187,10 @@ class _Mixing:
             elif user.target is attend_rows and value is not user.args[0]:
                 reason = self._masked(user)
             elif _multiplies(user, value):
-                reason = None if _after_softmax(user) else self._masked_scores(user)
+                softmax = _softmax_before(user)
+                if softmax is not None:
+                    self.weighed[user] = softmax
+                reason = None if softmax is not None else self._masked_scores(user)
             elif _moves_only(user):
                 reason = self._readers(scattered, user)
             else:
@@ -196,18 +208,18 @@ class _Mixing:
             return f"the attention at {where(attention)} has no mask, and reads later tokens"
         item = self.given.get(mask)
         if not isinstance(item, Gathered):
-            return f"the mask of the attention at {where(attention)} is made with gradient"
+            return f"the mask of the attention at {where(attention)} is no constant of each query"
         return self._hidden_by([Hides(item, fused=True)], attention)
 
     def _masked_scores(self, product: fx.Node) -> str | None:
         """The same of queries × keys, on the way to a softmax."""
         masks: dict[Hides, None] = {}
-        queue, ended = [product], False
+        queue, ended = [product], set[fx.Node]()
         while queue:
             node = queue.pop()
             for user in node.users:
                 if operation(user) in ("softmax", "_softmax"):
-                    ended = True
+                    ended.add(user)
                 elif operation(user) in _ENTRYWISE or _moves_only(user):
                     masks |= dict.fromkeys(self._hides(user, node))
                     queue.append(user)
@@ -217,18 +229,20 @@ class _Mixing:
             masks |= dict.fromkeys(self._hides(product, product))
         if not ended:
             return f"{_called(product)} at {where(product)} reads values of other tokens"
+        self.hidden |= ended
         return self._hidden_by([*masks], product)
 
     def _hides(self, node: fx.Node, scores: fx.Node) -> Iterator[Hides]:
         name = operation(node)
         if name == "masked_fill":
             mask = self.given.get(node.args[1])  # type: ignore[arg-type]
-            if isinstance(mask, Gathered):
+            if isinstance(mask, Gathered) and _is_low(argument(node, 2, "value")):
                 yield Hides(mask, inverted=True)
         elif name == "where":
             mask = self.given.get(node.args[0])  # type: ignore[arg-type]
-            if isinstance(mask, Gathered):
-                yield Hides(mask, inverted=node.args[1] is not scores)
+            shown = node.args[1] is scores
+            if isinstance(mask, Gathered) and _is_low(node.args[2 if shown else 1]):
+                yield Hides(mask, inverted=not shown)
         elif name in ("add", "baddbmm"):
             for operand in node.all_input_nodes:
                 mask = self.given.get(operand)
@@ -280,16 +294,21 @@ def _multiplies(node: fx.Node, value: fx.Node) -> bool:
     return len(node.args) == operands and node.args.index(value) == operands - 1
 
 
-def _after_softmax(product: fx.Node) -> bool:
-    """Whether it is probabilities that are multiplied by a value of all tokens."""
+def _is_low(value: Any) -> bool:
+    """Whether scores that are set to it count for nothing; a tensor is taken to be so."""
+    return not isinstance(value, (int, float)) or value <= HIDDEN
+
+
+def _softmax_before(product: fx.Node) -> fx.Node | None:
+    """The softmax whose probabilities are multiplied by a value of all tokens."""
     node = product.args[-2]
     while isinstance(node, fx.Node) and node.args:
         if operation(node) in ("softmax", "_softmax"):
-            return True
+            return node
         if operation(node) not in (*_ENTRYWISE, "dropout") and not _moves_only(node):
-            return False
+            return None
         node = node.args[0]
-    return False
+    return None
 
 
 def _compares_positions(mask: fx.Node) -> bool:
@@ -317,8 +336,10 @@ def _draws(node: fx.Node) -> bool:
     found = find_rule(node)
     if found is None or found.family != "random":
         return False
-    never: bool = operation(node) == "dropout" and argument(node, 1, "p", 0.5) == 0.0
-    return not never
+    if operation(node) != "dropout":
+        return True
+    drops = argument(node, 1, "p", 0.5)
+    return drops != 0.0 and argument(node, 2, "training", True) is not False
 
 
 def _joined(body: Piece) -> Piece:

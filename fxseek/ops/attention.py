@@ -22,6 +22,7 @@ from fxseek.ops.rows import Rows, gather_rows, placed
 from fxseek.ops.sweep import Cat, slices_of, sweep
 
 __all__ = [
+    "HIDDEN",
     "Mask",
     "MaskMaker",
     "MaskRows",
@@ -140,8 +141,8 @@ class MaskMaker(nn.Module):
         return MaskRows(self.make, leaves, self.square)
 
 
-_HIDDEN = -1000.0
-"""What an additive mask has at most where it hides a key: e to that power is 0 in any precision."""
+HIDDEN = -1000.0
+"""The largest value of an additive mask that hides a key: e to that power is 0 everywhere."""
 
 
 class Mask(NamedTuple):
@@ -171,7 +172,7 @@ class Mask(NamedTuple):
             rows = self.value.rows(queries)
         else:
             rows = gather_rows(self.value, queries, self.at)
-        read = rows if rows.dtype == torch.bool else rows > _HIDDEN
+        read = rows if rows.dtype == torch.bool else rows > HIDDEN
         return ~read if self.inverted else read
 
 
@@ -193,7 +194,8 @@ def looks_ahead(masks: Sequence[Mask], kept: Tensor, filled: Tensor | None, toke
         if not parts:
             return True
         read = functools.reduce(torch.logical_and, (x for x, _ in parts))
-        _, at = parts[0]
+        first, at = parts[0]
+        at = at.shift(read.dim() - first.dim())
         keys = torch.arange(read.shape[-1], device=kept.device) - (read.shape[-1] - tokens)
         if not all(mask.shuts for mask in masks):
             read = read | ~read.any(-1, keepdim=True)

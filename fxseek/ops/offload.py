@@ -72,7 +72,7 @@ class HostTensor:
         self._written.record(torch.accelerator.current_stream(self.device))
 
     def rewind(self) -> None:
-        """Let it be asked for once more in either direction."""
+        """Forget that it was fetched, in both directions."""
         self._taken_in.clear()
 
     def next(self, backward: bool) -> list[HostTensor]:

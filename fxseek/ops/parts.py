@@ -75,6 +75,11 @@ class Joint:
             return base.detach()
         return base.detach().narrow(self.at.row, 0, self.part.keys)
 
+    def rewind(self) -> None:
+        """Another part will read it from its beginning."""
+        if isinstance(self.base, HostTensor):
+            self.base.rewind()
+
     def write(self, rows: Tensor) -> None:
         """Let the base have the rows that the part has made."""
         left_out = self.part.left_out(self.part.slots)

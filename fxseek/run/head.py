@@ -55,7 +55,7 @@ class ChunkedHead(nn.Module):
         given, full = arguments[:inputs], arguments[inputs:]
         weights = given[self.weights_at]
         chunks = self.chunks(*weights.shape)
-        if self.once:
+        if self.once and not _in_float16(given[self.rows_at]):
             total, labelled = self._once(given, chunks)
             return mean_of_parts(total, labelled, self.mass(*full) if full else None)
         run = self.run_again if self.recompute or len(chunks) > 1 else self.run
@@ -119,6 +119,13 @@ class ChunkedHead(nn.Module):
             if found[index] is not None:
                 found[index] = found[index][:, chunk]
         return found
+
+
+def _in_float16(rows: Tensor) -> bool:
+    """Whether gradients must be made with the loss's scale in them, or they leave the range."""
+    kind = rows.device.type
+    precise = not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind)
+    return (rows.dtype if precise else torch.get_autocast_dtype(kind)) == torch.float16
 
 
 class _Once(torch.autograd.Function):

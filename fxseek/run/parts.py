@@ -102,7 +102,8 @@ class _Step:
         self.slots = slices_of(count, count if ahead else learn.size)
         self.keys = self._keys(count, known=not ahead and bool(learn.parts.cuts))
         self.precision = precision(kept.device.type)
-        self.random: list[_RandomStates] = []
+        self.random: dict[int, _RandomStates] = {}
+        """By the first slot of a part."""
 
     def _trained(self, node: fx.Node) -> bool:
         value = self.values[node]
@@ -153,7 +154,7 @@ class _Step:
         joints = self._joints(self.values, part)
 
         def run(slots: slice) -> tuple[Tensor]:
-            self.random.append(_RandomStates(kept))
+            self.random[slots.start] = _RandomStates(kept)
             part.begin(slots, self._keys_at(slots))
             return (self._run(self.values, joints, part),)
 
@@ -186,7 +187,7 @@ class _Step:
         for index, _ in reversed(list(few(range(len(self.slots)), slope))):
             slots = self.slots[index]
             part.begin(slots, self._keys_at(slots))
-            states = self.random[index] if self.random else None
+            states = self.random.get(slots.start)
             with nullcontext() if states is None else states.again():
                 with torch.enable_grad(), self.precision():
                     exits = self._run(values, joints, part)
@@ -231,6 +232,8 @@ class _Step:
         selection = Selection(part.positions, chosen.weights[:, slots], filled)
         env = Env((), {})
         env.values.update(values)
+        for joint in joints.values():
+            joint.rewind()
         with torch.no_grad():
             learn.gather(env, selection.kept)
         arguments = [

@@ -51,7 +51,7 @@ class Selectively:
             plan = self.narrowed if plain and self.narrowed is not None else self.whole
             regions = saved.regions = [_Running(watched) for watched in plan.watched]
             outputs = plan.run(saved, values)
-        if plain and self.narrowed is None:
+        if plain and self.narrowed is None and torch.is_grad_enabled():
             self.narrowed = self._plan(x.narrowed for x in regions if x.narrowed is not None)
         return outputs, saved.total
 

@@ -437,6 +437,30 @@ def test_explain_says_parts():
     assert "learned in parts of 4 tokens" in told
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("trained", ["layers.1.self_attn.o_proj", "layers.1.self_attn.v_proj"])
+def test_little_is_trained(attention, trained):
+    """No keys carry gradient, or values alone do, of a model whose tokens all see each other."""
+    arguments = rows()
+    arguments["attention_mask"] = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)
+    if attention == "eager":
+        arguments["attention_mask"] = torch.zeros(2, 1, TOKENS, TOKENS, dtype=torch.float64)
+    model = llama(attn=attention)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained in name)
+    loss, wanted = gradients(model, arguments, 0.5)
+    fxseek.uncompile(model)
+    other, found = gradients(model, arguments, 0.5, learn_chunk=4)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_an_estimate_with_dropout():
+    model = tiny_lora(tiny_llama(), lora_dropout=0.1)
+    found = fxseek.estimate(model, tokens=64, ratio=1.0, learn_chunk=8)
+    assert found.stage_peaks["backward"] > 0
+
+
 def test_estimate_and_profile_know_parts():
     peaks = [
         fxseek.estimate(tiny_llama(), tokens=64, batch=2, ratio=1.0, learn_chunk=chunk).stage_peaks
