@@ -100,7 +100,7 @@ class Joint:
         batch, kept = part.kept.shape
         own = gather_rows(slope, part.kept[:, slots], at)
         if self.waiting is not None:
-            waited = _slots(self.waiting, at, batch, slots).to(own)
+            waited = _slots(self.waiting, at, slots).to(own)
             own = own + (waited.flatten(at.row, at.row + 1) if at.packed else waited)
         left_out = part.left_out(slots)
         if left_out is not None:
@@ -119,7 +119,7 @@ class Joint:
             place = torch.device("cpu") if isinstance(self.base, HostTensor) else earlier.device
             self.waiting = earlier.to(place, wide)
             return
-        self.waiting = _slots(self.waiting, self.at, batch, slice(0, count))
+        self.waiting = _slots(self.waiting, self.at, slice(0, count))
         self.waiting += earlier.to(self.waiting)
 
     def _check(self, later: Tensor, slots: slice) -> None:
@@ -131,7 +131,7 @@ class Joint:
         self.behind = found if self.behind is None else self.behind | found
 
 
-def _slots(waiting: Tensor, at: Rows, batch: int, slots: slice) -> Tensor:
+def _slots(waiting: Tensor, at: Rows, slots: slice) -> Tensor:
     """A view of some of the slots; merged with the batch, they have a dimension of their own."""
     return waiting.narrow(at.row + at.packed, slots.start, slots.stop - slots.start)
 

@@ -61,7 +61,7 @@ class LearnInParts(Learn):
         """As `Learn`: the outputs, and the bytes that wait for backward."""
         parts, kept = self.parts, selection.kept
         step = _Step(self, env, selection)
-        trained = [x for x in step.values.values() if isinstance(x, Tensor) and x.requires_grad]
+        trained = [step.values[node] for node in step.trained]
         if parts.draws:
             exits = step.first()
         else:
