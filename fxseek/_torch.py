@@ -345,6 +345,20 @@ def splits_for_ddp() -> bool:
     return optimising and DistributedDataParallel._get_active_ddp_module() is not None
 
 
+def attend_aligned(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float,
+    scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """Flash attention under a causal flag that is aligned with the last key, on CUDA.
+
+    `scaled_dot_product_attention` aligns it with the first one. `causal_lower_right`, which leads
+    to this operator, is a tensor subclass that cannot be made under a `TorchDispatchMode`.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, True, scale=scale
+    )[0]
+
+
 def failed_capture(error: BaseException) -> bool:
     """Whether an exception ended a capture or a compilation, and not a step that was running.
 

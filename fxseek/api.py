@@ -12,7 +12,7 @@ from fxseek.capture.limits import refuse_model
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, InputError
-from fxseek.inspect.budget import ratio_within
+from fxseek.inspect.budget import within_budget
 
 __all__ = ["compile", "report", "resume", "uncompile"]
 
@@ -55,7 +55,7 @@ def compile(model: Model, ratio: float | str | SeekConfig = 0.1, **options: Any)
             "the model is compiled by torch.compile already. Give fxseek the plain model, and "
             'choose how its stages are lowered by backend="inductor".'
         )
-    step = SeekStep(model, config, fit=ratio_within)
+    step = SeekStep(model, config, fit=within_budget)
     step.switch_off_checkpointing(modules)
     _torch.set_compiled_call(model, step)
     return model

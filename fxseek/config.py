@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import numbers
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -90,8 +91,10 @@ class SeekConfig:
             are those of one part. Where a model cannot be learned in parts, the log says why. None
             for one part. Default None.
         memory_budget_bytes: Peak bytes of a training step (weights, gradients and activations,
-            without optimiser state) for which the ratio is picked, the largest of
-            ``ratio_bounds`` whose predicted peak fits; ``ratio`` is then not read. Default None.
+            without optimiser state), or such as ``"20GiB"``. What keeps a step below it and costs
+            the least time is picked of ``learn_chunk``, ``prefill_chunk``, ``recompute`` and
+            ``kv``, where they have their default: nothing that changes what is learned. Default
+            None.
         outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None),
             ``"selected"`` (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at
             the selected ones). Default ``"loss"``.
@@ -124,7 +127,7 @@ class SeekConfig:
     kv: str = "device"
     prefill_chunk: int | None = None
     learn_chunk: int | None = None
-    memory_budget_bytes: int | None = None
+    memory_budget_bytes: int | str | None = None
     outputs: str = "loss"
     chunk_bytes: int = 64 * 1024 * 1024
     loss: Callable[..., Any] | None = None
@@ -135,6 +138,7 @@ class SeekConfig:
         problems = _problems(self)
         if problems:
             raise ConfigError(_listing(problems))
+        object.__setattr__(self, "memory_budget_bytes", self.budget)
         share = self.mass_share
         plain = float(self.ratio) if share is None else f"{_MASS}{share}"
         object.__setattr__(self, "ratio", plain)
@@ -144,6 +148,12 @@ class SeekConfig:
         for name in ("seed", "chunk_bytes", "token_dim", *_OPTIONAL):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
+
+    @property
+    def budget(self) -> int | None:
+        """``memory_budget_bytes`` as a number."""
+        given = self.memory_budget_bytes
+        return _bytes(given) if isinstance(given, str) else given
 
     @property
     def mass_share(self) -> float | None:
@@ -283,13 +293,16 @@ def _problems(config: SeekConfig) -> list[str]:
         *_integer("token_dim", config.token_dim, 1, None),
     ]
     for name in _OPTIONAL:
-        if getattr(config, name) is not None:
-            lines += _integer(name, getattr(config, name), 1, None)
-    if config.memory_budget_bytes is not None and isinstance(config.ratio, str):
-        lines.append(
-            f"ratio={_shown(config.ratio)} with memory_budget_bytes={config.memory_budget_bytes}: "
-            f"either of them picks the ratio; leave one out"
-        )
+        value = getattr(config, name)
+        if name == "memory_budget_bytes" and isinstance(value, str):
+            value = _bytes(value)
+            if not value:
+                lines.append(
+                    f"{name}={_shown(getattr(config, name))} is no number of bytes; pass an "
+                    f"integer, or a number and one of {', '.join(_UNITS)}, such as '20GiB'"
+                )
+        elif value is not None:
+            lines += _integer(name, value, 1, None)
     if config.kv == "offload" and (config.recompute, config.backend) != ("block", "eager"):
         lines.append(
             f"kv='offload' with recompute={_shown(config.recompute)} and "
@@ -341,6 +354,23 @@ def _mass_share(ratio: object) -> float | None:
     except ValueError:
         return None
     return share if 0 < share <= 1 else None
+
+
+_UNITS = {
+    "B": 1,
+    **{f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)},
+}
+
+
+def _bytes(value: object) -> int | None:
+    """The number of bytes that a text such as ``"20GiB"`` names; None for all else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", str(value), re.IGNORECASE)
+    if not isinstance(value, str) or found is None:
+        return None
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    size = units.get(found[2].lower())
+    return None if size is None else int(float(found[1]) * size)
 
 
 def _ratio(value: object) -> list[str]:

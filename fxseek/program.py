@@ -17,7 +17,7 @@ from fxseek.passes.extract import extract
 from fxseek.passes.facts import Facts, needs_grad, switches_mode
 from fxseek.passes.functionalise import Functional, functionalise
 from fxseek.passes.head import Head, attach_head, find_head
-from fxseek.passes.hoist import hoist_gathers, masks_of_attentions, share_masks
+from fxseek.passes.hoist import hoist_gathers, mask_by_flags, masks_of_attentions, share_masks
 from fxseek.passes.inline import inline
 from fxseek.passes.ir import Gathered, Joined, Piece, Prefilled
 from fxseek.passes.masks import read_whole, use_mask_rows
@@ -160,6 +160,7 @@ def build(
     learn = then(returns, learn, outputs)
     if eager:  # Dynamo takes tensors only
         masks = then(masks_of_attentions, learn)
+        learn = then(mask_by_flags, learn)
         if config.recompute != "block":
             learn = then(share_masks, learn)
     if config.kv == "offload":

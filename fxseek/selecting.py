@@ -35,11 +35,14 @@ class Selection:
     float32 [batch, k], meant for ``sum(weight · loss) / number of kept positions with a label``;
     ``filled`` Bool [batch, k], True at the end of a row that keeps fewer than k positions and is
     filled up with positions that it does not keep (weight 0), None where no row can be.
+    ``consecutive``: the kept positions where they are known to be consecutive, and the same in all
+    rows.
     """
 
     kept: Tensor
     weights: Tensor
     filled: Tensor | None = None
+    consecutive: range | None = None
 
     @property
     def selected(self) -> Tensor:

@@ -14,15 +14,26 @@ The full constants are let go before the first operation that saves anything.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxseek.ops.attention import attend_rows, shared_mask
+from fxseek.ops.attention import attend_rows, causal_rows, shared_mask
 from fxseek.ops.rows import gather_rows
 from fxseek.passes.facts import example
-from fxseek.passes.ir import Argument, Gathered, Input, Parameter, Piece, Prefilled, origin
+from fxseek.passes.ir import (
+    Argument,
+    Gathered,
+    Input,
+    Parameter,
+    Piece,
+    Prefilled,
+    Selected,
+    origin,
+    placeholder_of,
+)
 from fxseek.passes.rules import argument
 
 
@@ -86,6 +97,47 @@ def masks_of_attentions(stage: Piece) -> frozenset[Gathered]:
     )
 
 
+def mask_by_flags(stage: Piece) -> Piece:
+    """Let the attentions of a learn stage share one causal mask in the place of their flags.
+
+    Before::
+
+        o1 = attend_rows(q1, k1, v1, kept, is_causal=True)
+        o2 = attend_rows(q2, k2, v2, kept, is_causal=True)
+
+    After::
+
+        mask = causal_rows(kept, consecutive)
+        o1 = attend_rows(q1, k1, v1, kept, mask=mask); o2 = attend_rows(..., mask=mask)
+    """
+    attentions = stage.graph.find_nodes(op="call_function", target=attend_rows)
+    flagged = [x for x in attentions if x.kwargs.get("is_causal") is True and _batched(x)]
+    if not flagged:
+        return stage
+    items = stage.placeholders()
+    kept = flagged[0].args[3]
+    assert isinstance(kept, fx.Node)
+    with stage.graph.inserting_after(kept):
+        consecutive = placeholder_of(stage.graph, Selected("consecutive"))
+    with stage.graph.inserting_before(next(x for x in stage.graph.nodes if x.op != "placeholder")):
+        mask = stage.graph.call_function(causal_rows, (kept, consecutive))
+    for node in flagged:
+        node.update_kwarg("is_causal", False)
+        node.update_kwarg("mask", mask)
+    items[consecutive] = Selected("consecutive")
+    inputs = [items[node] for node in stage.graph.nodes if node.op == "placeholder"]
+    return replace(stage, inputs=inputs)
+
+
+def _batched(attention: fx.Node) -> bool:
+    """Whether the operands are [batch, heads, tokens, width]."""
+    captured = origin(attention)
+    assert captured is not None
+    rank = len(example(argument(captured, 0, "query")).shape)
+    batch_dim: Any = attention.kwargs.get("batch_dim")
+    return batch_dim == 0 and rank == 4
+
+
 def share_masks(stage: Piece) -> Piece:
     """Let the attentions of a learn stage share one additive mask.
 
@@ -103,10 +155,11 @@ def share_masks(stage: Piece) -> Piece:
     given = stage.placeholders()
     for node in list(stage.graph.nodes):
         mask = node.kwargs.get("mask") if node.target is attend_rows else None
-        item = given.get(mask) if isinstance(mask, fx.Node) else None
-        if not isinstance(item, Gathered):
+        if not isinstance(mask, fx.Node):
             continue
-        if example(item.node).dtype != torch.bool:
+        item = given.get(mask)
+        boolean = isinstance(item, Gathered) and example(item.node).dtype == torch.bool
+        if not boolean and mask.target is not causal_rows:
             continue
         grouped = node.kwargs.get("enable_gqa", False)
         key = (mask, grouped, _heads(node) if grouped else None)

@@ -80,7 +80,7 @@ class Joined:
 class Selected:
     """A part of the selection."""
 
-    part: Literal["kept", "weights", "filled"]
+    part: Literal["kept", "weights", "filled", "consecutive"]
 
 
 Input = Argument | Parameter | Prefilled | Given | Gathered | Joined | Selected

@@ -26,7 +26,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxseek.ops.attention import MaskMaker, attend_all, queries_of
+from fxseek.ops.attention import attend_all
+from fxseek.ops.masks import MaskMaker, queries_of
 from fxseek.ops.rows import Rows
 from fxseek.passes.facts import Sizes, example, is_tensor, switches_mode
 from fxseek.passes.head import Head

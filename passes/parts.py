@@ -28,12 +28,13 @@ from torch import fx
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
-from fxseek.ops.attention import HIDDEN, attend_rows
+from fxseek.ops.attention import attend_rows
+from fxseek.ops.masks import HIDDEN
 from fxseek.ops.parts import join_rows
 from fxseek.ops.rows import Rows, scatter_rows
 from fxseek.passes.facts import Facts, ancestors, descendants, example, tensors_of, where
 from fxseek.passes.head import Head
-from fxseek.passes.hoist import masks_of_attentions, share_masks
+from fxseek.passes.hoist import mask_by_flags, masks_of_attentions, share_masks
 from fxseek.passes.ir import (
     Gathered,
     Input,
@@ -102,6 +103,7 @@ def find_parts(
     if reason is not None:
         return reason
     masks = masks_of_attentions(body)
+    body = mask_by_flags(body)
     if config.recompute != "block":
         body = share_masks(body)
     cuts = found.cuts()

@@ -28,7 +28,11 @@ from fxseek.scores import scorer_of
 
 log = logging.getLogger("fxseek")
 
-__all__ = ["Recorder", "StepReport", "fxseek_backend", "latest_recorder", "make_backend"]
+__all__ = ["Made", "Recorder", "StepReport", "fxseek_backend", "latest_recorder", "make_backend"]
+
+
+Made = Callable[[SeekConfig], Step]
+"""What makes the step of a captured graph."""
 
 
 @dataclass(frozen=True)
@@ -107,28 +111,33 @@ def make_backend(
     *,
     full_outputs: bool,
     token_inputs: Sequence[str] | None = None,
-    run: Callable[[Step], Callable[..., Any]] | None = None,
+    run: Callable[[Step, Made], Callable[..., Any]] | None = None,
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """A backend for `torch.compile` that compiles training graphs and leaves others alone.
 
     `token_inputs` are the arguments that count tokens; by default all that are long enough.
-    `run` makes the compiled function of a step; by default the step itself.
+    `run` makes the compiled function of a step; by default the step itself. It is given what makes
+    the step again, for another configuration.
     """
+
+    def made(graph: fx.Graph, config: SeekConfig) -> Step:
+        return assemble(build(graph, config, full_outputs=full_outputs, token_inputs=token_inputs))
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if not trains(gm.graph):
             return gm.forward
         start = time.perf_counter()
-        program = build(gm.graph, config, full_outputs=full_outputs, token_inputs=token_inputs)
-        structure = program.structure
+        step = made(gm.graph, config)
+        program, structure = step.program, step.program.structure
         for note in [] if full_outputs and not structure.losses else structure.notes():
             log.warning("fxseek: %s", note)
         if program.parts and isinstance(program.parts, str):
             log.warning("fxseek: %s", ONE_PART.format(reason=program.parts))
-        step = assemble(program)
         recorder.steps.append(step)
         recorder.compile_seconds += time.perf_counter() - start
-        return _compiled(step, recorder) if run is None else run(step)
+        if run is None:
+            return _compiled(step, recorder)
+        return run(step, partial(made, gm.graph))
 
     return backend
 

@@ -14,7 +14,7 @@ from fxseek import _torch
 from fxseek.capture.limits import uses_cache
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
-from fxseek.ops.attention import read_tokens
+from fxseek.ops.masks import read_tokens
 from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS
 from fxseek.passes.sizes import may_batch, may_count
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import logging
 import warnings
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxseek import _torch
-from fxseek.capture.backend import Recorder, make_backend
+from fxseek.capture.backend import Made, Recorder, make_backend
 from fxseek.capture.call import Calls
 from fxseek.capture.limits import refuse_model
 from fxseek.capture.patches import capture_settings
@@ -30,7 +29,7 @@ __all__ = ["SeekStep", "step_of"]
 
 log = logging.getLogger("fxseek")
 
-Fit = Callable[[nn.Module, SeekConfig, int, int], float]
+Fit = Callable[[nn.Module, SeekConfig, int, int], SeekConfig]
 
 # What a step of one model may be captured for: dtypes, adapters, one row or many, ...
 _CAPTURES = 64
@@ -45,9 +44,10 @@ def step_of(model: nn.Module) -> SeekStep | None:
 class SeekStep:
     """What `nn.Module.__call__` runs instead of the module's own call.
 
-    `fit` picks the ratio that a memory budget allows, for a model, a configuration, and a number of
-    tokens and rows. `run` makes the function of a captured step; by default the step itself. With
-    another one the call is captured and not run, so that any device will do (`fxseek.explain`).
+    `fit` picks how a step is run within a memory budget, for a model, a configuration, and a number
+    of tokens and rows. `run` makes the function of a captured step; by default the step itself.
+    With another one the call is captured and not run, so that any device will do
+    (`fxseek.explain`).
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class SeekStep:
         config: SeekConfig,
         *,
         fit: Fit | None = None,
-        run: Callable[[Step], Callable[..., Any]] | None = None,
+        run: Callable[[Step, Made], Callable[..., Any]] | None = None,
     ) -> None:
         self.model = model
-        self.config = config
+        self.config = self.given = config
         self.calls = Calls(model, config, self._tell)
         self.fit = fit
         self.run = run
@@ -148,25 +148,25 @@ class SeekStep:
             log.warning("fxseek: %s", message)
 
     def _fit_budget(self, batch: dict[str, Any]) -> None:
-        """Pick the ratio for the first batch, and for one that is larger than all before."""
+        """Pick how the first batch is run, and one that is larger than all before."""
         config = self.config_for(batch)
         if config is self.config:
             return
         primary = batch[self.calls.primary_names(batch)[0]]
         self._largest = primary.shape[0] * primary.shape[config.token_dim]
-        self.config = config
-        self._prepare()
+        if config != self.config:
+            self.config = config
+            self._prepare()
 
     def config_for(self, batch: dict[str, Any]) -> SeekConfig:
-        """The configuration, with the ratio that a memory budget allows for such a batch."""
+        """The configuration, with what a memory budget asks for with such a batch."""
         names = self.calls.primary_names(batch)
         if self.config.memory_budget_bytes is None or self.fit is None or not names:
             return self.config
         rows, tokens = batch[names[0]].shape[0], batch[names[0]].shape[self.config.token_dim]
         if rows * tokens <= self._largest:
             return self.config
-        ratio = self.fit(self.model, self.config, tokens, rows)
-        return dataclasses.replace(self.config, ratio=ratio)
+        return self.fit(self.model, self.given, tokens, rows)
 
     def _run(self, batch: dict[str, Any]) -> Any:
         try:

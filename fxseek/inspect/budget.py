@@ -1,77 +1,158 @@
-"""The ratio that a memory budget allows."""
+"""The way to run a step that stays within a memory budget and takes the least time."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
-from fxseek.inspect.estimate import peak_of_ratios
+from fxseek.inspect.estimate import Peaks
+from fxseek.inspect.memory import formatted, module_tensors
 
-__all__ = ["ratio_within"]
+__all__ = ["within_budget"]
 
 log = logging.getLogger("fxseek")
 
-_STEPS = 6
-"""Halvings of the range of ratios: its 64th part is what the answer may fall short by."""
+_SIZES = (2048, 1024, 512, 256, 128)
+"""Sizes of parts to choose from."""
+
+_PREFILL = 2048
+"""The size of the prefill's chunks where they are needed."""
+
+_OPTIONS = ("learn_chunk", "prefill_chunk", "recompute", "kv")
+"""What a budget picks."""
+
+_MULTIPLE, _TRIES = 64, 4
+"""Lengths that an error names are multiples of it; how many are tried."""
 
 
-def ratio_within(model: nn.Module, config: SeekConfig, tokens: int, batch: int) -> float:
-    """The largest ratio of ``config.ratio_bounds`` whose step stays in the memory budget.
+def within_budget(model: nn.Module, config: SeekConfig, tokens: int, batch: int) -> SeekConfig:
+    """The configuration with what keeps a step in its memory budget and costs the least time.
 
-    The peak is that of `fxseek.estimate`: weights, gradients and activations, without optimiser
-    state. The model is copied without its weights and left as it is.
+    Of `learn_chunk`, `prefill_chunk`, `recompute` and `kv` it sets those that have their default,
+    and nothing else. The peak is that of `fxseek.estimate`: weights, gradients and activations,
+    without optimiser state. The model is copied without its weights and left as it is.
 
     Raises:
-        ConfigError: the smallest ratio of the bounds needs more; the message says how much.
+        ConfigError: no way fits; the message says which ratio or which length would.
     """
-    budget = config.memory_budget_bytes
+    budget = config.budget
     assert budget is not None
-    low, high = config.ratio_bounds
-    plain = dataclasses.replace(config, memory_budget_bytes=None, ratio=low, backend="eager")
-    peak = peak_of_ratios(model, plain, tokens, batch, device=_device_of(model))
-    least = peak(low)
+    owned = _owned(model)
+    if owned > budget:
+        raise ConfigError(
+            f"{_told(budget)} cannot be reached: weights and gradients alone are {formatted(owned)}. "
+            "Train fewer parameters, or quantise the others."
+        )
+    peaks = Peaks(model, config, tokens, batch, _device_of(model))
+    *_, lean = _ladder(config, tokens, _SIZES)
+    least = peaks(lean[-1])
     if least > budget:
         raise ConfigError(
-            f"memory_budget_bytes={budget} ({_gib(budget)}) cannot be reached: a step of {batch} "
-            f"rows of {tokens} tokens needs {_gib(least)} at the smallest ratio of "
-            f"ratio_bounds={config.ratio_bounds}. {_remedy(config)}"
+            f"{_told(budget)} cannot be reached: a step of {batch} rows of {tokens} tokens at "
+            f"ratio {config.ratio} needs {formatted(least)} with {_changes(config, lean[-1])}. "
+            f"What would fit: {_what_fits(model, lean[-1], peaks, least)}."
         )
-    if peak(high) <= budget:
-        chosen = high
-    else:
-        chosen = low
-        for _ in range(_STEPS):
-            middle = (chosen + high) / 2
-            if peak(middle) <= budget:
-                chosen = middle
-            else:
-                high = middle
-    log.info(
-        "fxseek: ratio %.3f fits memory_budget_bytes=%d for %d rows of %d tokens",
-        chosen, budget, batch, tokens,
-    )  # fmt: skip
-    return chosen
+    for ways in _ladder(config, tokens, _SIZES if peaks.in_parts else ()):
+        way, peak = _least_time(peaks, ways, budget)
+        if peak <= budget:
+            log.info(
+                "fxseek: %s for %s: a step of %d rows of %d tokens is estimated to peak at %s",
+                _changes(config, way), _told(budget), batch, tokens, formatted(peak),
+            )  # fmt: skip
+            return way
+    return lean[-1]
 
 
-def _remedy(config: SeekConfig) -> str:
-    remedies = []
-    if config.recompute != "block":
-        remedies.append('pass recompute="block"')
-    if config.kv == "device":
-        remedies.append('keep keys and values on the host (recompute="block", kv="offload")')
-    if config.prefill_chunk is None:
-        remedies.append("pass prefill_chunk=")
-    remedies.append("use fewer or shorter rows")
-    return f"To need less, {', or '.join(remedies)}."
+def _ladder(config: SeekConfig, tokens: int, sizes: Sequence[int]) -> Iterator[list[SeekConfig]]:
+    """Ways to run a step, in groups, what takes less time first; within one, the largest peak.
+
+    `sizes`: those of parts; none for a model that cannot be learned in parts.
+    """
+    free = {name for name in _OPTIONS if getattr(config, name) == getattr(SeekConfig, name)}
+
+    def group(**options: Any) -> list[SeekConfig]:
+        options = {name: value for name, value in options.items() if name in free}
+        some = [size for size in sizes if size < tokens] if "learn_chunk" in free else []
+        if config.backend != "eager" or not some:
+            return [dataclasses.replace(config, **options)]
+        return [dataclasses.replace(config, **options, learn_chunk=size) for size in some]
+
+    prefill = {"prefill_chunk": _PREFILL} if tokens > _PREFILL else {}
+    block = {**prefill, "recompute": "block"}
+    groups = [[config], group(), group(**prefill), group(**block)]
+    if config.backend == "eager" and ("recompute" in free or config.recompute == "block"):
+        groups.append(group(**block, kv="offload"))
+    for index, ways in enumerate(groups):
+        if ways not in groups[:index]:
+            yield ways
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _least_time(peaks: Peaks, ways: Sequence[SeekConfig], budget: int) -> tuple[SeekConfig, int]:
+    """The first of some ways that fits, or the last, which needs least; and its peak."""
+    low, high = 0, len(ways) - 1  # ways[high] fits, if any does
+    peak = peaks(ways[high])
+    if peak > budget:
+        return ways[high], peak
+    while low < high:
+        middle = (low + high) // 2
+        found = peaks(ways[middle])
+        if found <= budget:
+            high, peak = middle, found
+        else:
+            low = middle + 1
+    return ways[high], peak
+
+
+def _what_fits(model: nn.Module, lean: SeekConfig, peaks: Peaks, least: int) -> str:
+    """Which ratio, and which length, would fit."""
+    budget, tokens = lean.budget, peaks.tokens
+    assert budget is not None
+    found = []
+    ratio = lean.ratio if isinstance(lean.ratio, float) else lean.ratio_bounds[1]
+    for share in (0.1, 0.25, 0.5):
+        if share >= ratio or peaks(dataclasses.replace(lean, ratio=share)) > budget:
+            break
+        found = [f"ratio={share}"]
+    known = {tokens: least}
+    length = tokens // 2
+    for _ in range(_TRIES):
+        length = length // _MULTIPLE * _MULTIPLE
+        if length <= 0 or length in known:
+            break
+        known[length] = Peaks(model, lean, length, peaks.batch, peaks.device)(lean)
+        (low, few), (high, many) = sorted(known.items())[:2]
+        slope = max((many - few) / (high - low), 1e-9)
+        length = min(high - 1, int(low + (budget - few) / slope))  # as if memory grew in a line
+    fits = [length for length, peak in known.items() if peak <= budget]
+    if fits:
+        found.append(f"rows of {max(fits)} tokens")
+    return ", or ".join(found) or "fewer or shorter rows"
+
+
+def _owned(model: nn.Module) -> int:
+    """Bytes of the weights and of their gradients."""
+    count = 0
+    for tensor in {id(x): x for x in module_tensors(model)}.values():
+        trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        count += tensor.nbytes * (2 if trained else 1)
+    return count
+
+
+def _told(budget: int) -> str:
+    return f"memory_budget_bytes={budget} ({formatted(budget)})"
+
+
+def _changes(config: SeekConfig, way: SeekConfig) -> str:
+    changed = [n for n in _OPTIONS if getattr(way, n) != getattr(config, n)]
+    shown = ", ".join(f"{name}={getattr(way, name)!r}" for name in changed)
+    return shown or "the configuration as it is"
 
 
 def _device_of(model: nn.Module) -> str:

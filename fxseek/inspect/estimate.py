@@ -34,7 +34,8 @@ from fxseek.inspect.memory import (
     saved_as_activations,
 )
 from fxseek.inspect.meta import batch_of, on_meta, tuned
-from fxseek.ops.attention import kernel, read_tokens
+from fxseek.ops.attention import kernel
+from fxseek.ops.masks import read_tokens
 from fxseek.run.assemble import Step
 
 __all__ = ["Estimate", "estimate"]
@@ -132,8 +133,7 @@ def estimate(
     """
     config = SeekConfig.make(ratio, **options)
     _check(config, tokens, batch, tuning, optimizer, lora_rank, device)
-    if config.mass_share is not None:
-        config = dataclasses.replace(config, ratio=config.ratio_bounds[1])
+    config = _estimated(config)
     model = tuned(on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
     inputs = batch_of(model, tokens, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -150,7 +150,8 @@ def estimate(
     if ordinary:
         run.ordinary(model, inputs)
         return Estimate(**run.tracker.result(), kept=tokens, **about)
-    kept = run.selective(model, *capture(_step(model, config), inputs), inputs)
+    step, arguments, _ = capture(_step(model, config), inputs)
+    kept = run.selective(model, step, arguments, inputs)
     return Estimate(**run.tracker.result(), kept=kept, **about)
 
 
@@ -159,26 +160,36 @@ def _step(model: nn.Module, config: SeekConfig) -> SeekStep:
     return SeekStep(model, config)
 
 
-def peak_of_ratios(
-    model: nn.Module, config: SeekConfig, tokens: int, batch: int, *, device: str
-) -> Callable[[float], int]:
-    """A function from a ratio to the peak bytes of a step, without optimiser state.
+class Peaks:
+    """The peak bytes of a step by its configuration, without optimiser state.
 
-    The model is captured once; each call runs the stages on fake tensors.
+    The model is captured once, with `config`; a call runs the passes, and the stages on fake
+    tensors. `in_parts`: whether the last call's step is learned in parts.
     """
-    model = on_meta(model, torch.float32).train()
-    inputs = batch_of(model, tokens, batch)
-    step, arguments = capture(_step(model, config), inputs)
 
-    def peak(ratio: float) -> int:
-        run = _Run(device, None)
-        run.selective(model, step.with_ratio(ratio), arguments, inputs)
-        return Estimate(
-            **run.tracker.result(), tokens=tokens, kept=0, batch=batch, parameters=0, trainable=0,
-            device=device, description="",
-        ).peak_bytes  # fmt: skip
+    def __init__(
+        self, model: nn.Module, config: SeekConfig, tokens: int, batch: int, device: str
+    ) -> None:
+        self.model = on_meta(model, torch.float32).train()
+        self.tokens, self.batch, self.device = tokens, batch, device
+        self.inputs = batch_of(self.model, tokens, batch)
+        self.in_parts = False
+        self.captured = capture(_step(self.model, _estimated(config)), self.inputs)
 
-    return peak
+    def __call__(self, config: SeekConfig) -> int:
+        """The peak of a step with a configuration."""
+        _, arguments, made = self.captured
+        step = made(_estimated(config))
+        self.in_parts = not isinstance(step.program.parts, str)
+        run = _Run(self.device, None)
+        run.selective(self.model, step, arguments, self.inputs)
+        return StepMemory(**run.tracker.result()).peak_bytes
+
+
+def _estimated(config: SeekConfig) -> SeekConfig:
+    """The configuration whose step is followed: a ratio by mass counts as its upper bound."""
+    ratio = config.ratio if config.mass_share is None else config.ratio_bounds[1]
+    return dataclasses.replace(config, ratio=ratio, backend="eager")
 
 
 def _check(
@@ -210,9 +221,8 @@ def _check(
         )
     if config.memory_budget_bytes is not None:
         problems.append(
-            f"memory_budget_bytes={config.memory_budget_bytes!r} picks the ratio of a step, and an "
-            "estimate is of a ratio that is given: leave the budget out, and ask fits() of the "
-            "result"
+            f"memory_budget_bytes={config.memory_budget_bytes!r} picks how a step is run, and an "
+            "estimate is of what is given: leave the budget out, and ask fits() of the result"
         )
     if config.backend != "eager":
         problems.append(
@@ -353,8 +363,9 @@ class _Run:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         grouped = ("cpu", "meta") if self.device == "cpu" else ("cpu",)  # what meta stands for
+        aligned = () if self.device == "cpu" else ("meta",)
         kernels = Kernels(self.device)
-        with kernel(kernels.attend, grouped), self.tracker, kernels:
+        with kernel(kernels.attend, grouped, aligned), self.tracker, kernels:
             yield
 
     def _finish(

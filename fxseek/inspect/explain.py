@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxseek import _torch
+from fxseek.capture.backend import Made
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import InputError
 from fxseek.passes.facts import example, module_path, tensors_of, where
@@ -101,10 +102,11 @@ def _mib(count: int) -> str:
 class _Captured(BaseException):
     """Carries a captured program out of the call that captured it; nothing is run."""
 
-    def __init__(self, step: Step, inputs: Sequence[Any]) -> None:
+    def __init__(self, step: Step, inputs: Sequence[Any], made: Made) -> None:
         super().__init__()
         self.step = step
         self.inputs = inputs
+        self.made = made
 
 
 def explain(model: nn.Module, /, **batch: Any) -> Explanation:
@@ -121,15 +123,19 @@ def explain(model: nn.Module, /, **batch: Any) -> Explanation:
     step = step_of(model)
     if step is None:
         raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
-    return _explain(*capture(step, batch))
+    compiled, inputs, _ = capture(step, batch)
+    return _explain(compiled, inputs)
 
 
-def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Step, Sequence[Any]]:
-    """The compiled training step for this batch, and its inputs; nothing is run."""
+def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Step, Sequence[Any], Made]:
+    """The compiled training step for this batch, its inputs, and a function that makes it again.
 
-    def wrap(step: Step) -> Callable[..., Any]:
+    That takes another configuration. Nothing is run.
+    """
+
+    def wrap(step: Step, made: Made) -> Callable[..., Any]:
         def stop(*inputs: Any) -> Any:
-            raise _Captured(step, inputs)
+            raise _Captured(step, inputs, made)
 
         return stop
 
@@ -142,7 +148,7 @@ def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Step, Sequence[Any]]
         with torch.enable_grad():
             trial(**batch)
     except _Captured as captured:
-        return captured.step, captured.inputs
+        return captured.step, captured.inputs, captured.made
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -257,7 +263,7 @@ def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], i
         positions = torch.zeros(batch, kept, dtype=torch.int64, device=primary.device)
         selection = Selection(positions, torch.ones(batch, kept, device=primary.device))
         step.module.get_submodule("prefill")(env)
-        step.module.get_submodule("gather")(env, positions)
+        step.module.get_submodule("gather")(env, selection)
         _, saved_bytes = step.module.get_submodule("learn")(env, selection)
     return tokens, (fewest, kept), batch, saved_bytes
 

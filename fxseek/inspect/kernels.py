@@ -113,9 +113,13 @@ def _attend_hopper(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Half precision by cuDNN: with a mask, and with keys and values for groups of heads."""
+    """Half precision by cuDNN: with a mask, and with keys and values for groups of heads.
+
+    A causal flag that is aligned with the last of more keys is for flash alone.
+    """
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.dim() != 4 or not half or query.shape[-1] > 256 or query.shape[-1] % 8:
+    aligned = is_causal and query.shape[-2] != key.shape[-2]
+    if query.dim() != 4 or not half or aligned or query.shape[-1] > 256 or query.shape[-1] % 8:
         return _attend_cuda(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     mask = _additive(attn_mask, query)
     if mask is not None:

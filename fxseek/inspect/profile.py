@@ -91,7 +91,7 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
             f"backend={step.config.backend!r}: the tensors inside of compiled stages cannot be "
             'followed. Compile the model with backend="eager" to profile it'
         )
-    compiled, inputs = capture(step, batch)
+    compiled, inputs, _ = capture(step, batch)
     run = _Run(model, compiled, tuple(inputs), step.recorder.step, step.calls.padding_mask(batch))
     tensors = [x for x in batch.values() if isinstance(x, Tensor)]
     tracker = Tracker(tensors[0].device.type)

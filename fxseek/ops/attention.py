@@ -1,4 +1,4 @@
-"""Attention of some tokens or all, and masks that are made row by row.
+"""Attention of some tokens or all.
 
 Shapes: `kept` is LongTensor[batch or 1, rows], query positions; rows of a mask are
 Bool[batch or 1, heads or 1, rows, keys].
@@ -7,227 +7,116 @@ Bool[batch or 1, heads or 1, rows, keys].
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
-from fxseek.errors import InputError
-from fxseek.ops.rows import Rows, gather_rows, placed
+from fxseek.ops import masks
+from fxseek.ops.masks import MaskRows
 from fxseek.ops.sweep import Cat, slices_of, sweep
 
 __all__ = [
-    "HIDDEN",
-    "Mask",
-    "MaskMaker",
-    "MaskRows",
+    "CausalRows",
     "attend",
     "attend_all",
     "attend_folded",
     "attend_in_chunks",
+    "attend_last",
     "attend_rows",
+    "causal_rows",
     "kernel",
-    "looks_ahead",
-    "queries_of",
-    "read_tokens",
     "shared_mask",
 ]
 
-_COMPARED_ROWS = 256
-"""Rows of a mask that are compared with the causal mask's at a time."""
 
-_CHUNK_BYTES = 64 << 20
-"""The largest part of a mask, as float32 entries of one head, given to an attention at once."""
+class CausalRows(NamedTuple):
+    """The rows of the causal mask at positions `kept`.
 
-
-def read_tokens(mask: Tensor) -> Tensor:
-    """Which tokens a mask lets the model read, the others being padding: Bool[batch or 1, tokens].
-
-    Shapes: [batch, tokens], or [batch or 1, heads or 1, tokens, tokens], where a token is read if
-    any query reads it. An entry that is 0 is not read; in an additive mask, which has negative
-    entries, it is the only one that is.
-    """
-    read = mask != 0
-    if mask.is_floating_point():
-        read = read ^ (mask < 0).any()
-    return read if mask.dim() == 2 else read.flatten(1, 2).any(1)
-
-
-def queries_of(x: Tensor, kept: Tensor) -> Tensor:
-    """A mask's ingredient [..., tokens, any] at some queries: [batch or 1, any, rows, any]."""
-    x = x[(None,) * (4 - x.dim())]
-    batch = max(x.shape[0], kept.shape[0])
-    kept = kept[:, None, :, None].expand(batch, x.shape[1], -1, x.shape[3])
-    return torch.take_along_dim(x.expand(batch, -1, -1, -1), kept, 2)
-
-
-class MaskRows:
-    """A boolean mask [batch or 1, heads or 1, tokens, keys] that is never whole."""
-
-    def __init__(self, make: Callable[..., Tensor], leaves: tuple[Any, ...], square: bool) -> None:
-        self._make = make
-        self._leaves = leaves
-        self._square = square
-        self._versions = _torch.versions(leaves)
-        self._causal: bool | None = None
-
-    @classmethod
-    def of(cls, mask: Tensor) -> MaskRows:
-        """By rows, a mask [..., tokens, keys] that is whole already."""
-        return cls(
-            lambda kept, whole: queries_of(whole, kept), (mask,), mask.shape[-1] == mask.shape[-2]
-        )
-
-    def large(self, kept: Tensor) -> bool:
-        """Whether the rows of these queries are more than an attention is given at once."""
-        batch, _, _, keys = self.rows(kept[:, :1]).shape
-        return 4 * batch * kept.shape[1] * keys > _CHUNK_BYTES
-
-    def part(self, queries: slice, device: torch.device) -> Tensor:
-        """The rows of consecutive queries."""
-        return self.rows(torch.arange(queries.start, queries.stop, device=device)[None])
-
-    def rows(self, kept: Tensor) -> Tensor:
-        """The rows of these query positions.
-
-        Raises:
-            InputError: what they are made of was written to since, between forward and backward.
-        """
-        if _torch.versions(self._leaves) != self._versions:
-            raise InputError(
-                "what the attention mask is made of was written to in place between forward and "
-                "backward, which makes its rows again. Write to a copy of the attention mask."
-            )
-        return self._make(kept, *self._leaves)
-
-    def causal(self, tokens: int, device: torch.device) -> bool:
-        """Whether the mask is the causal one in every entry. Waits for the device, once.
-
-        A fake tensor has no values to look at: it stands for rows without padding.
-        """
-        if self._causal is None:
-            self._causal = self._square and self._is_causal(tokens, device)
-        return self._causal
-
-    def _is_causal(self, tokens: int, device: torch.device) -> bool:
-        columns = torch.arange(tokens, device=device)
-        if _torch.is_fake(columns):
-            return True
-        corners = self.rows(columns[None, [0, -1]])
-        if bool(corners[..., 0, 1:].any()) or not bool(corners[..., 1, :].all()):
-            return False
-        same = torch.ones((), dtype=torch.bool, device=device)
-        for start in range(0, tokens, _COMPARED_ROWS):
-            chunk = columns[start : start + _COMPARED_ROWS]
-            same &= (self.rows(chunk[None]) == (columns <= chunk[:, None])).all()
-        return bool(same)
-
-
-class MaskMaker(nn.Module):
-    """Binds what a mask is made of in a step."""
-
-    def __init__(self, make: Callable[..., Tensor], square: bool) -> None:
-        super().__init__()
-        self.make = make
-        self.square = square
-
-    def forward(self, *leaves: Any) -> MaskRows:
-        """The mask, by rows."""
-        return MaskRows(self.make, leaves, self.square)
-
-
-HIDDEN = -1000.0
-"""The largest value of an additive mask that hides a key: e to that power is 0 everywhere."""
-
-
-class Mask(NamedTuple):
-    """A mask that hides where it is False, or far below 0; `inverted`: where it is True.
-
-    `fused`: that of a fused attention, where a query whose keys are all hidden by a boolean mask
-    reads none. Elsewhere it reads all of them alike.
-
-    Shapes: [..., tokens, keys], with the tokens at `at`, or by rows; the last keys are those of the
-    tokens.
+    `consecutive`: these positions where they are consecutive, and the same in all rows.
     """
 
-    value: Tensor | MaskRows
-    at: Rows
-    inverted: bool = False
-    fused: bool = False
+    kept: Tensor
+    consecutive: range | None
 
     @property
-    def shuts(self) -> bool:
-        """Whether a query may read nothing."""
-        boolean = isinstance(self.value, MaskRows) or self.value.dtype == torch.bool
-        return self.fused and boolean
+    def may_be_flag(self) -> bool:
+        """Whether an attention may need no mask."""
+        at = self.consecutive
+        return at is not None and (at.start == 0 or self.kept.device.type in _aligned)
 
-    def reads(self, queries: Tensor) -> Tensor:
-        """Which keys the queries at these positions may read: Bool[..., rows, keys]."""
-        if isinstance(self.value, MaskRows):
-            rows = self.value.rows(queries)
-        else:
-            rows = gather_rows(self.value, queries, self.at)
-        read = rows if rows.dtype == torch.bool else rows > HIDDEN
-        return ~read if self.inverted else read
+    def made(self, keys: int) -> Tensor:
+        """The rows: Bool[batch or 1, 1, rows, keys]."""
+        return self.kept[:, None, :, None] >= torch.arange(keys, device=self.kept.device)
+
+    def is_flag(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool
+    ) -> bool:
+        """Whether an attention needs no mask.
+
+        Given the keys up to the last query only, that of the first tokens needs torch's causal flag
+        alone; that of others a kernel that aligns the flag with the last key.
+        """
+        if self.consecutive is None:
+            return False
+        first = self.consecutive.start == 0
+        return first or _takes_flag(query, key, value, dropout_p, enable_gqa)
 
 
-def looks_ahead(masks: Sequence[Mask], kept: Tensor, filled: Tensor | None, tokens: int) -> bool:
-    """Whether masks let some of the queries at `kept` read tokens behind them.
-
-    All of `masks` are those of one attention. Queries that are `filled` don't count. Waits for the
-    device. Of fake tensors none does.
-
-    Shapes: kept, filled [batch, kept].
-    """
-    if _torch.is_fake(kept):
-        return False
-    found = torch.zeros((), dtype=torch.bool, device=kept.device)
-    for chunk in slices_of(kept.shape[1], _COMPARED_ROWS):
-        queries = kept[:, chunk]
-        parts = [(mask.reads(queries), mask.at) for mask in masks]
-        parts = [(x, at) for x, at in parts if x.shape[-1] >= tokens]
-        if not parts:
-            return True
-        read = functools.reduce(torch.logical_and, (x for x, _ in parts))
-        first, at = parts[0]
-        at = at.shift(read.dim() - first.dim())
-        keys = torch.arange(read.shape[-1], device=kept.device) - (read.shape[-1] - tokens)
-        if not all(mask.shuts for mask in masks):
-            read = read | ~read.any(-1, keepdim=True)
-        read = read & (keys > placed(queries, read, at))
-        if filled is not None:
-            read = read & ~placed(filled[:, chunk], read, at)
-        found |= read.any()
-    return bool(found)
+def causal_rows(kept: Tensor, consecutive: range | None) -> CausalRows:
+    """The causal mask's rows, for a graph."""
+    return CausalRows(kept, consecutive)
 
 
 _attend: Callable[..., Tensor] | None = None
 _grouped: tuple[str, ...] = ("cpu",)
+_aligned: tuple[str, ...] = ("cuda",)
 
 
 @contextlib.contextmanager
-def kernel(attend: Callable[..., Tensor], grouped: tuple[str, ...]) -> Iterator[None]:
+def kernel(
+    attend: Callable[..., Tensor], grouped: tuple[str, ...], aligned: tuple[str, ...]
+) -> Iterator[None]:
     """Attention by another function meanwhile, for tensors that stand for those of a device.
 
-    `grouped`: devices with a fused kernel for a mask together with grouped heads.
+    `grouped`: devices with a fused kernel for a mask together with grouped heads; `aligned`: those
+    with one that aligns a causal flag with the last key, in half precision.
     """
-    global _attend, _grouped
-    before = _attend, _grouped
-    _attend, _grouped = attend, grouped
+    global _attend, _grouped, _aligned
+    before = _attend, _grouped, _aligned
+    _attend, _grouped, _aligned = attend, grouped, aligned
     try:
         yield
     finally:
-        _attend, _grouped = before
+        _attend, _grouped, _aligned = before
+
+
+def _takes_flag(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool
+) -> bool:
+    """Whether a kernel aligns a causal flag with the last key, and is taken for such operands."""
+    if query.is_cuda:
+        params = SDPAParams(query, key, value, None, dropout_p, False, enable_gqa)
+        return query.shape[-1] % 8 == 0 and can_use_flash_attention(params)
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.device.type in _aligned and half and query.shape[-1] <= 256
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """`scaled_dot_product_attention` as it is at each call, or the `kernel` in its place."""
     return (_attend or F.scaled_dot_product_attention)(query, key, value, **options)
+
+
+def attend_last(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Causal attention whose last query has the last key's position."""
+    if _attend is not None or query.shape[-2] == key.shape[-2]:
+        return attend(query, key, value, is_causal=True, **options)
+    return _torch.attend_aligned(query, key, value, options["dropout_p"], options["scale"])
 
 
 def attend_all(
@@ -245,7 +134,7 @@ def attend_all(
     if isinstance(attn_mask, Tensor):
         attn_mask = MaskRows.of(attn_mask)
     tokens = query.shape[-2]
-    if attn_mask.causal(tokens, query.device):
+    if attn_mask.causal(query.device):
         return attend(query, key, value, **{**options, "is_causal": True})
     at = torch.arange(tokens, device=query.device)[None]
     return attend_in_chunks(attend, query, key, value, at, attn_mask, **options)
@@ -265,7 +154,7 @@ def attend_in_chunks(
     The mask of a chunk is made for it, and in backward anew, with the attention.
     """
     count = kept.shape[1]
-    most = max(1, _CHUNK_BYTES // (4 * key.shape[-2] * max(1, query.shape[0])))
+    most = max(1, masks.CHUNK_BYTES // (4 * key.shape[-2] * max(1, query.shape[0])))
 
     def part(query: Tensor, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
         rows = _cut_to(mask.rows(kept), key)
@@ -290,7 +179,7 @@ def attend_rows(
     value: Tensor,
     kept: Tensor,
     *,
-    mask: Tensor | MaskRows | None = None,
+    mask: Tensor | MaskRows | CausalRows | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -301,8 +190,16 @@ def attend_rows(
 
     Shapes: query [..., kept, width]; key, value [..., keys, width]; mask broadcastable to
     [..., kept, keys], or made by rows, on chunks of queries. The causal flag becomes the kept rows
-    of the causal mask (aligned at the top left, as torch's own flag is).
+    of the causal mask (aligned at the top left, as torch's own flag is). Of consecutive queries
+    these become the flag again, where a kernel takes it for them.
     """
+    if isinstance(mask, CausalRows):
+        if mask.consecutive and mask.is_flag(query, key, value, dropout_p, enable_gqa):
+            end = mask.consecutive.stop
+            key, value = (_up_to(x, end) for x in (key, value))
+            options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+            return attend_last(query, key, value, **options)
+        mask = mask.made(key.shape[-2])
     if is_causal:
         causal = kept.unsqueeze(-1) >= torch.arange(key.shape[-2], device=key.device)
         if batch_dim is None:
@@ -326,6 +223,11 @@ def attend_rows(
     return attention(query, key, value, attn_mask=mask, **options)
 
 
+def _up_to(x: Tensor, end: int) -> Tensor:
+    """The first `end` keys or values."""
+    return x if x.shape[-2] == end else x[..., :end, :]
+
+
 def _cut_to(mask: Tensor, key: Tensor) -> Tensor:
     """A mask [..., keys or more] for as many keys as there are."""
     keys = key.shape[-2]
@@ -342,8 +244,8 @@ def _folds(query: Tensor, enable_gqa: bool) -> bool:
 
 
 def shared_mask(
-    mask: Tensor | MaskRows, query: Tensor, key: Tensor, *, enable_gqa: bool = False
-) -> Tensor | MaskRows:
+    mask: Tensor | MaskRows | CausalRows, query: Tensor, key: Tensor, *, enable_gqa: bool = False
+) -> Tensor | MaskRows | CausalRows:
     """A boolean mask as the kernels of all layers want it.
 
     They make an additive one of their own in each call, and autograd keeps every one of them. Each
@@ -351,6 +253,10 @@ def shared_mask(
     """
     if isinstance(mask, MaskRows):
         return mask
+    if isinstance(mask, CausalRows):
+        if mask.is_flag(query, key, key, 0.0, enable_gqa):
+            return mask
+        mask = mask.made(key.shape[-2])
     mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     return _folded(mask, query, key.shape[1]) if _folds(query, enable_gqa) else mask
 

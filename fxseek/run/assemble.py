@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -47,12 +47,6 @@ class Step:
     def env(self, arguments: Sequence[Any]) -> Env:
         """The values of a step with these inputs of the captured graph."""
         return Env(arguments, self.places)
-
-    def with_ratio(self, ratio: float) -> Step:
-        """The same step for another ratio."""
-        program = replace(self.program, config=replace(self.program.config, ratio=ratio))
-        stages = {**dict(self.module.named_children()), "select": Select(program.config)}
-        return Step(program, fx.GraphModule(stages, self.module.graph, class_name="SelectiveStep"))
 
     def run(self, arguments: Sequence[Any], index: int, padding_mask: Tensor | None) -> Ran:
         """One step, the `index`-th. `padding_mask`: Bool[batch or 1, tokens], False at padding."""
@@ -100,8 +94,7 @@ def _assemble(program: Program) -> Step:
     named(graph.call_module("prefill", (env,)), "values")
     scores = named(graph.call_module("score", (env, index, padding_mask)), "scores")
     selection = named(graph.call_module("select", (scores, index)), "selection")
-    kept = named(graph.call_function(getattr, (selection, "kept")), "kept")
-    named(graph.call_module("gather", (env, kept)), "rows")
+    named(graph.call_module("gather", (env, selection)), "rows")
     learned = named(graph.call_module("learn", (env, selection)), "learned")
     outputs = named(graph.call_function(operator.getitem, (learned, 0)), "outputs")
     saved = named(graph.call_function(operator.getitem, (learned, 1)), "saved_bytes")

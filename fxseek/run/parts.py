@@ -19,7 +19,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from fxseek import _torch
 from fxseek.errors import GraphError, InputError
-from fxseek.ops.attention import Mask, looks_ahead
+from fxseek.ops.masks import Mask, looks_ahead
 from fxseek.ops.parts import Joint, Part
 from fxseek.ops.rows import gather_rows
 from fxseek.ops.sweep import CatRows, few, rows_of_chunk, slices_of, sweep
@@ -135,8 +135,8 @@ class _Step:
         kept, stops = self.selection.kept, [part.stop for part in self.slots]
         if _torch.is_fake(kept):
             ends = [-(-self.tokens * stop // count) for stop in stops]
-        elif count == self.tokens and self.selection.filled is None:
-            ends = stops
+        elif self.selection.consecutive is not None:
+            return stops
         else:  # filled slots are behind the others, whatever their positions are
             ends = (kept.cummax(1).values[:, [stop - 1 for stop in stops]].amax(0) + 1).tolist()
         return [min(-(-end // _ALIGNED) * _ALIGNED, self.tokens) for end in ends]
@@ -229,13 +229,14 @@ class _Step:
         """The exits of a part."""
         learn, slots, chosen = self.learn, part.slots, self.selection
         filled = part.left_out(slots)
-        selection = Selection(part.positions, chosen.weights[:, slots], filled)
+        consecutive = None if chosen.consecutive is None else chosen.consecutive[slots]
+        selection = Selection(part.positions, chosen.weights[:, slots], filled, consecutive)
         env = Env((), {})
         env.values.update(values)
         for joint in joints.values():
             joint.rewind()
         with torch.no_grad():
-            learn.gather(env, selection.kept)
+            learn.gather(env, selection)
         arguments = [
             joints[item]
             if isinstance(item, Joined)

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
-from fxseek.ops.attention import MaskRows, read_tokens
 from fxseek.ops.loss import Scratch, divisor, mass_of, mean_of_parts
+from fxseek.ops.masks import MaskRows, read_tokens
 from fxseek.ops.rows import Rows, gather_rows
 from fxseek.ops.sweep import Collector, Put, Sum, chunks_of, slices_of, sweep
 from fxseek.passes.score_plan import (
@@ -163,7 +163,7 @@ class _FusedColumns:
         mask = None if plan.mask is None else values[plan.mask]
         if plan.square and isinstance(mask, Tensor):
             mask = MaskRows.of(mask)
-        flagged = isinstance(mask, MaskRows) and mask.causal(valid.shape[1], valid.device)
+        flagged = isinstance(mask, MaskRows) and mask.causal(valid.device)
         sums = attention_column_sums(
             values[plan.query],
             values[plan.key],

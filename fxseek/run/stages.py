@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from fxseek import selecting
 from fxseek.config import SeekConfig
-from fxseek.ops.attention import MaskRows
+from fxseek.ops.attention import CausalRows
+from fxseek.ops.masks import MaskRows
 from fxseek.ops.offload import HostTensor, link
 from fxseek.ops.rows import gather_rows, owned
 from fxseek.passes.ir import Gathered, Piece
@@ -75,7 +76,8 @@ class Select(nn.Module):
         if config.ratio == 1.0:
             batch, tokens = scores.valid.shape
             kept = torch.arange(tokens, device=scores.valid.device).repeat(batch, 1)
-            return Selection(kept, torch.ones_like(kept, dtype=torch.float32))
+            weights = torch.ones_like(kept, dtype=torch.float32)
+            return Selection(kept, weights, consecutive=range(tokens))
         share = config.mass_share
         k, counts = self._fixed(scores) if share is None else self._by_mass(scores, share)
         common = {
@@ -145,18 +147,29 @@ class Gather(nn.Module):
         self.reads = tuple(reads)
         self.masks = masks
 
-    def forward(self, env: Env, kept: Tensor) -> None:
+    def forward(self, env: Env, selection: Selection) -> None:
         """One gather per read."""
+        kept = selection.kept
         with torch.no_grad():
             for item in self.reads:
                 value = env.read(item.node)
                 if isinstance(value, MaskRows):
-                    chunks = item in self.masks and value.large(kept)
-                    env.rows[item] = value if chunks else value.rows(kept)
+                    env.rows[item] = self._mask(item, value, selection)
                     continue
                 for _ in range(item.unsqueezed):
                     value = value.unsqueeze(0)
                 env.rows[item] = gather_rows(value, kept, item.rows)
+
+    def _mask(self, item: Gathered, mask: MaskRows, selection: Selection) -> Any:
+        """The rows of a mask: as such, or as what attentions make them of."""
+        kept = selection.kept
+        if item in self.masks:
+            causal = CausalRows(kept, selection.consecutive)
+            if causal.may_be_flag and mask.causal(kept.device):
+                return causal
+            if mask.large(kept):
+                return mask
+        return mask.rows(kept)
 
 
 class Learn(nn.Module):

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fxseek.ops.attention import MaskRows
+from fxseek.ops.masks import MaskRows
 from fxseek.ops.sweep import few, slices_of
 
 __all__ = ["accumulate_columns", "attention_column_sums", "gradient_magnitude", "wide"]

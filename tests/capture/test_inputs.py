@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fxseek
 from fxseek.errors import GraphError, InputError
-from fxseek.ops.attention import read_tokens
+from fxseek.ops.masks import read_tokens
 
 VOCAB, TOKENS = 37, 23
 

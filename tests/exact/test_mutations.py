@@ -16,8 +16,8 @@ from oracle import model_of as oracle_model
 from torch import Tensor, fx, nn
 
 import fxseek
-from fxseek.ops.attention import MaskRows
 from fxseek.ops.loss import cross_entropy_parts
+from fxseek.ops.masks import MaskRows
 from fxseek.ops.rows import Rows, gather_rows, scatter_rows
 from fxseek.passes.ditch import _Ditch
 from fxseek.passes.rules import RowsOf

@@ -1,83 +1,159 @@
-"""A ratio from a memory budget."""
+"""What a memory budget picks: how a step is run, and never what it learns."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import re
+from typing import Any
+
 import pytest
+import torch
 from models import batch, tiny_llama
 
 import fxseek
 from fxseek.capture.step import step_of
-from fxseek.inspect.budget import ratio_within
-from fxseek.inspect.estimate import peak_of_ratios
+from fxseek.inspect import budget as budgets
+from fxseek.inspect.budget import within_budget
+from fxseek.inspect.estimate import Peaks
 
-BOUNDS = (0.05, 0.9)
-SIZES = {"hidden_size": 24, "intermediate_size": 40}
-WIDE = {**SIZES, "num_hidden_layers": 3, "vocab_size": 37}
+TOKENS, ROWS = 56, 2
+SIZES = (28, 14, 7)
+MODEL = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1}
+
+
+def model() -> torch.nn.Module:
+    return tiny_llama("sdpa", **MODEL).double().train()
+
+
+def config(budget: int | str, **options: Any) -> fxseek.SeekConfig:
+    options = {"chunk_bytes": 1 << 12, "memory_budget_bytes": budget, **options}
+    return fxseek.SeekConfig(options.pop("ratio", 1.0), **options)
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "_SIZES", SIZES)
+    monkeypatch.setattr(budgets, "_PREFILL", 16)
+    monkeypatch.setattr(budgets, "_MULTIPLE", 8)
 
 
 @pytest.fixture(scope="module")
-def peaks() -> tuple[int, int]:
-    config = fxseek.SeekConfig(BOUNDS[1], ratio_bounds=BOUNDS, chunk_bytes=1 << 12)
-    peak = peak_of_ratios(tiny_llama("sdpa", **WIDE), config, 61, 3, device="cpu")
-    return peak(BOUNDS[0]), peak(BOUNDS[1])
+def peaks() -> Peaks:
+    return Peaks(model(), config(1), TOKENS, ROWS, "cpu")
 
 
-def config_for(budget: int) -> fxseek.SeekConfig:
-    return fxseek.SeekConfig(
-        0.1, ratio_bounds=BOUNDS, memory_budget_bytes=budget, chunk_bytes=1 << 12
-    )
+def ways(given: fxseek.SeekConfig) -> list[fxseek.SeekConfig]:
+    return [way for group in budgets._ladder(given, TOKENS, SIZES) for way in group]
 
 
-def test_the_largest_ratio_that_fits(peaks: tuple[int, int]):
-    least, most = peaks
-    assert least < most
-    config = config_for((least + most) // 2)
-    model = tiny_llama("sdpa", **WIDE).train()
-    ratio = ratio_within(model, config, 61, 3)
-    assert BOUNDS[0] < ratio < BOUNDS[1]
-    peak = peak_of_ratios(model, config_for(most), 61, 3, device="cpu")
-    assert peak(ratio) <= (least + most) // 2 < peak(min(BOUNDS[1], ratio + 0.1))
+def test_what_costs_less_time_comes_first():
+    shown = [(x.learn_chunk, x.prefill_chunk, x.recompute, x.kv) for x in ways(config(1))]
+    assert shown == [
+        (None, None, "selective", "device"),
+        *((size, None, "selective", "device") for size in SIZES),
+        *((size, 16, "selective", "device") for size in SIZES),
+        *((size, 16, "block", "device") for size in SIZES),
+        *((size, 16, "block", "offload") for size in SIZES),
+    ]
+    encoder = budgets._ladder(config(1), TOKENS, ())
+    assert [(x.learn_chunk, x.prefill_chunk, x.recompute) for (x,) in encoder] == [
+        (None, None, "selective"), (None, 16, "selective"), (None, 16, "block"),
+        (None, 16, "block"),
+    ]  # fmt: skip
 
 
-def test_a_step_takes_it_and_larger_batches_pick_anew(peaks: tuple[int, int]):
-    least, most = peaks
-    model = fxseek.compile(tiny_llama("sdpa", **WIDE).train(), config_for((least + most) // 2))
-    model(**batch(37, batch=2, tokens=31)).loss.backward()
-    assert fxseek.report(model).selected.shape[1] == -(-31 * 9 // 10)
-    model(**batch(37, batch=3, tokens=61)).loss.backward()
-    kept = fxseek.report(model).selected.shape[1]
-    assert kept < -(-61 * 9 // 10)
-    step = step_of(model)
-    assert step is not None and BOUNDS[0] < step.config.ratio < BOUNDS[1]  # type: ignore[operator]
-    model(**batch(37, batch=2, tokens=31)).loss.backward()
-    assert fxseek.report(model).selected.shape[1] < -(-31 * 9 // 10)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"recompute": "none"},
+        {"recompute": "block", "learn_chunk": 5},
+        {"prefill_chunk": 7, "ratio": 0.3},
+        {"backend": "inductor"},
+    ],
+    ids=str,
+)
+def test_what_is_given_stays(given: dict[str, Any]):
+    for way in ways(config(1, **given)):
+        assert all(getattr(way, name) == value for name, value in given.items())
+        assert way.ratio == given.get("ratio", 1.0)
 
 
-def test_before_the_first_step(peaks: tuple[int, int]):
+def test_the_first_way_that_fits(peaks: Peaks):
+    """Of each group of part sizes, the largest; the budgets are the ways' own peaks."""
+    given = config(1)
+    some = [way for way in ways(given) if way.kv == "device" and way.prefill_chunk is None]
+    by_peak = {way: peaks(way) for way in some}
+    assert [*by_peak.values()] == sorted(by_peak.values(), reverse=True)
+    for asked in (some[0], some[2]):
+        found = within_budget(model(), config(by_peak[asked]), TOKENS, ROWS)
+        assert found == dataclasses.replace(asked, memory_budget_bytes=by_peak[asked])
+
+
+def test_a_step_learns_the_same(peaks: Peaks, caplog: pytest.LogCaptureFixture):
+    """And a larger batch picks anew, a smaller one does not."""
+    budget = peaks(config(1, ratio=0.4)) - 1
+    inputs = batch(37, batch=ROWS, tokens=TOKENS)
+    plain = fxseek.compile(model(), 0.4, chunk_bytes=1 << 12)
+    plain(**inputs).loss.backward()
+    bound = fxseek.compile(model(), config(budget, ratio=0.4))
+    small = batch(37, batch=1, tokens=12)
+    bound(**small)
+    step = step_of(bound)
+    assert step is not None and step.config.learn_chunk is None
+    with caplog.at_level(logging.INFO, "fxseek"):
+        bound(**inputs).loss.backward()
+    assert step.config.ratio == 0.4
+    assert step.config.learn_chunk or step.config.recompute == "block"
+    assert "estimated to peak at" in caplog.text
+    chosen = step.config
+    wanted, found = ({n: p.grad for n, p in x.named_parameters()} for x in (plain, bound))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    bound(**small)
+    assert step.config is chosen
+
+
+def test_before_the_first_step(peaks: Peaks):
     """What is explained and measured is the step that the budget will allow."""
-    model = fxseek.compile(tiny_llama("sdpa", **WIDE).train(), config_for(peaks[1]))
-    inputs = batch(37, batch=3, tokens=61)
-    kept = fxseek.explain(model, **inputs).kept
-    assert fxseek.profile(model, **inputs).kept == kept
-    model(**inputs).loss.backward()
-    assert fxseek.report(model).selected.shape[1] == kept == -(-61 * 9 // 10)
+    budget = peaks(config(1, learn_chunk=14))
+    compiled = fxseek.compile(model(), config(budget))
+    inputs = batch(37, batch=ROWS, tokens=TOKENS)
+    assert fxseek.profile(compiled, **inputs).peak_bytes <= 1.02 * budget
 
 
-def test_out_of_reach(peaks: tuple[int, int]):
-    model = fxseek.compile(tiny_llama("sdpa", **WIDE).train(), config_for(peaks[0] // 2))
-    inputs = batch(37, batch=3, tokens=61)
-    with pytest.raises(fxseek.ConfigError, match=r"cannot be reached.*recompute=.block"):
-        model(**inputs)
-    fxseek.uncompile(model)
-    model(**inputs).loss.backward()
+def test_out_of_reach(peaks: Peaks):
+    least = peaks(ways(config(1))[-1])
+    given = config(least - 1)
+    compiled = fxseek.compile(model(), given)
+    inputs = batch(37, batch=ROWS, tokens=TOKENS)
+    with pytest.raises(fxseek.ConfigError, match=r"cannot be reached.*What would fit") as raised:
+        compiled(**inputs)
+    text = str(raised.value)
+    length = re.search(r"What would fit: .*rows of (\d+) tokens", text)
+    assert length is not None
+    fits = int(length[1])
+    assert TOKENS // 2 < fits < TOKENS
+    within_budget(model(), given, fits, ROWS)
+    fxseek.uncompile(compiled)
+    compiled(**inputs).loss.backward()
 
 
-@pytest.mark.parametrize("options", [{"memory_budget_bytes": 0}, {"memory_budget_bytes": 1.5}])
-def test_bad_budgets(options: dict[str, float]):
+def test_no_room_for_the_weights():
+    with pytest.raises(fxseek.ConfigError, match="weights and gradients alone"):
+        within_budget(model(), config(1 << 10), TOKENS, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("20GiB", 20 << 30), ("1.5 KiB", 1536), ("24 GB", 24 * 10**9), ("7mib", 7 << 20), ("9B", 9)],
+)
+def test_budgets_with_a_unit(text: str, count: int):
+    assert fxseek.SeekConfig(0.1, memory_budget_bytes=text).memory_budget_bytes == count
+
+
+@pytest.mark.parametrize("budget", [0, 1.5, "20", "GiB", "-1GiB", "0GiB", "20 apples", True])
+def test_bad_budgets(budget: Any):
     with pytest.raises(fxseek.ConfigError, match="memory_budget_bytes"):
-        fxseek.SeekConfig(0.1, **options)  # type: ignore[arg-type]
-
-
-def test_two_that_pick_the_ratio():
-    with pytest.raises(fxseek.ConfigError, match="leave one out"):
-        fxseek.SeekConfig("mass:0.9", memory_budget_bytes=1 << 30)
+        fxseek.SeekConfig(0.1, memory_budget_bytes=budget)
+    with pytest.raises(fxseek.ConfigError, match="memory_budget_bytes"):
+        fxseek.SeekConfig.make(0.1, memory_budget_bytes=budget, unknown=1)

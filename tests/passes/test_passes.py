@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fxseek.ops.attention import MaskMaker
+from fxseek.ops.masks import MaskMaker
 from fxseek.passes.ditch import ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import KEPT, Rows, Sizes, moved_rows

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 import fxseek
 from fxseek.config import SeekConfig
-from fxseek.ops.attention import MaskRows, attend_all, attend_folded
+from fxseek.ops.attention import attend_all, attend_folded
+from fxseek.ops.masks import MaskRows
 from fxseek.scores.measures import gradient_magnitude
 
 VOCAB, TOKENS, HEADS = 211, 67, 3
@@ -185,8 +186,8 @@ def test_a_block_keeps_its_inputs_alone():
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_no_stage_makes_a_mask_of_all_tokens(padding: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fxseek.ops.attention._CHUNK_BYTES", 4 * TOKENS * 2 * 8)
-    monkeypatch.setattr("fxseek.ops.attention._COMPARED_ROWS", 8)
+    monkeypatch.setattr("fxseek.ops.masks.CHUNK_BYTES", 4 * TOKENS * 2 * 8)
+    monkeypatch.setattr("fxseek.ops.masks._COMPARED_ROWS", 8)
     model = fxseek.compile(tiny_llama().train(), 0.2, chunk_bytes=1 << 12)
     inputs = batch(37, tokens=TOKENS, padding=padding)
     model(**inputs)["loss"].backward()
@@ -394,7 +395,7 @@ def test_the_head_holds_a_chunk_of_logits():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["causal", "padded", "window"])
 def test_attention_on_chunks_of_queries(kind: str, groups: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fxseek.ops.attention._CHUNK_BYTES", 4 * 7 * 11 * 2)
+    monkeypatch.setattr("fxseek.ops.masks.CHUNK_BYTES", 4 * 7 * 11 * 2)
     at = torch.arange(11)
     mask = (at[None] <= at[:, None]).expand(2, 1, 11, 11).clone()
     if kind == "padded":
@@ -406,7 +407,7 @@ def test_attention_on_chunks_of_queries(kind: str, groups: int, monkeypatch: pyt
     k, v = (torch.randn(2, 2, 11, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     wanted = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     rows = MaskRows.of(mask)
-    assert rows.causal(11, q.device) == (kind == "causal")
+    assert rows.causal(q.device) == (kind == "causal")
     found = attend_all(q, k, v, rows, enable_gqa=True)
     torch.testing.assert_close(found, wanted)
     upstream = torch.randn_like(wanted)
@@ -426,7 +427,7 @@ def test_learn_on_chunks_of_queries(
     family: str, recompute: Any, groups: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Queries of selected tokens 3 at a time, with the rows of the mask made for them."""
-    monkeypatch.setattr("fxseek.ops.attention._CHUNK_BYTES", 4 * TOKENS * 2 * 3)
+    monkeypatch.setattr("fxseek.ops.masks.CHUNK_BYTES", 4 * TOKENS * 2 * 3)
     if groups:
         monkeypatch.setattr("fxseek.ops.attention._grouped", ())
     with double_throughout():
@@ -492,7 +493,7 @@ def test_a_mask_written_to_before_backward(monkeypatch: pytest.MonkeyPatch):
     """Backward would make other rows of it; where they are kept, the write does no harm."""
     gradients = []
     for size in (64 << 20, 4 * TOKENS * 2 * 3):
-        monkeypatch.setattr("fxseek.ops.attention._CHUNK_BYTES", size)
+        monkeypatch.setattr("fxseek.ops.masks.CHUNK_BYTES", size)
         model = fxseek.compile(Viewing(CONFIG).double().train(), 0.2, score="random")
         inputs = batch(VOCAB, tokens=TOKENS, padding="left")
         inputs["attention_mask"] = inputs["attention_mask"].bool()

@@ -1,0 +1,131 @@
+"""Attention of consecutive queries: the causal flag in the place of a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from models import batch, tiny_llama, without_casts
+from torch import Tensor, nn
+
+import fxseek
+from fxseek.ops import attention
+from fxseek.ops.attention import CausalRows, attend_rows, shared_mask
+
+KEYS = 11
+
+
+def operands(queries: int, heads: int) -> list[Tensor]:
+    shapes = (2, heads, queries, 8), (2, 2, KEYS, 8), (2, 2, KEYS, 6)
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.fixture
+def aligned(monkeypatch: pytest.MonkeyPatch, masks: list[Any]) -> None:
+    """The CPU as a device with a kernel that aligns the flag with the last key."""
+
+    def attend_aligned(
+        query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None
+    ) -> Tensor:
+        queries, keys = query.shape[-2], key.shape[-2]
+        masks.append("flag")
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, scale=scale, enable_gqa=True
+        )
+
+    monkeypatch.setattr(attention, "_aligned", ("cpu",))
+    monkeypatch.setattr(attention, "_takes_flag", lambda *_: True)
+    monkeypatch.setattr("fxseek._torch.attend_aligned", attend_aligned)
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The mask of each attention that runs, "flag" for the causal flag."""
+    seen: list[Any] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.append("flag" if options.get("is_causal") else options.get("attn_mask"))
+        return nn.functional.scaled_dot_product_attention(query, key, value, **options)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    return seen
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("at", [range(4), range(3, 8), range(10, 11), range(KEYS)], ids=str)
+def test_a_flag_for_consecutive_queries(
+    at: range, share: bool, heads: int, aligned: None, masks: list[Any]
+):
+    query, key, value = operands(len(at), heads)
+    kept = torch.tensor(at).expand(2, -1)
+    given: dict[str, Any] = {"scale": 0.3, "enable_gqa": heads > 2}
+    rows: Any = CausalRows(kept, at)
+    if share:
+        rows = shared_mask(rows, query, key, enable_gqa=heads > 2)
+    found = attend_rows(query, key, value, kept, mask=rows, **given)
+    assert masks == ["flag"]
+    wanted = attend_rows(query, key, value, kept, is_causal=True, batch_dim=0, **given)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    slope = torch.randn_like(found)
+    pairs = (torch.autograd.grad(x, (query, key, value), slope) for x in (found, wanted))
+    torch.testing.assert_close(*pairs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("at", [None, range(3, 7)], ids=str)
+def test_a_mask_where_no_kernel_takes_the_flag(at: range | None, masks: list[Any]):
+    """Queries that are not consecutive, or not the first ones on the CPU."""
+    query, key, value = operands(4, 6)
+    kept = torch.tensor([[0, 2, 5, 6], [1, 2, 3, 10]] if at is None else [list(at)] * 2)
+    rows = shared_mask(CausalRows(kept, at), query, key, enable_gqa=True)
+    assert isinstance(rows, Tensor)
+    found = attend_rows(query, key, value, kept, mask=rows, enable_gqa=True)
+    wanted = attend_rows(query, key, value, kept, is_causal=True, batch_dim=0, enable_gqa=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert "flag" not in map(str, masks)
+
+
+# ---- in a step -----------------------------------------------------------------------------------
+
+
+def step(
+    options: dict[str, Any] | None, inputs: dict[str, Tensor], made: Callable[[], nn.Module]
+) -> dict[str, Tensor]:
+    """The gradients of a step; of ordinary training without options."""
+    torch.manual_seed(0)
+    model = without_casts(made().double()).train()
+    if options is not None:
+        fxseek.compile(model, 1.0, **options)
+    model(**inputs).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_every_position_needs_no_mask(
+    chunk: int | None, masked: bool, recompute: str, aligned: None, masks: list[Any]
+):
+    inputs = batch(37, batch=2, tokens=23)
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    wanted = step(None, inputs, tiny_llama)
+    found = step({"learn_chunk": chunk, "recompute": recompute}, inputs, tiny_llama)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert set(masks) == {"flag"}
+
+
+@pytest.mark.parametrize("kind", ["padded", "window"])
+def test_other_masks_stay(kind: str, aligned: None, masks: list[Any]):
+    made = FAMILIES["mistral"].make if kind == "window" else tiny_llama
+    inputs = batch(37, batch=2, tokens=23, padding="left" if kind == "padded" else "none")
+    wanted = step(None, inputs, made)
+    found = step({"learn_chunk": 7}, inputs, made)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert masks
+    assert not any(isinstance(mask, str) for mask in masks)
