@@ -21,7 +21,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ from gpu_page import Point
 # name: model, tuning
 RUNS = (
     "Llama-3.2-1B lora",
-    "Llama-3.1-8B lora",
     "Llama-3.1-8B qlora",
+    "Llama-3.1-8B lora",
     "Qwen3-8B lora",
     "Llama-3.2-3B lora",
 )
@@ -53,14 +53,16 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "ordinary": None,
     "checkpointing": None,
     "1.0": {"ratio": 1.0},
+    "1.0 offload": {"ratio": 1.0, **OFFLOAD},
     "0.5": {"ratio": 0.5},
     "0.1": {"ratio": 0.1},
-    "1.0 offload": {"ratio": 1.0, **OFFLOAD},
     "0.5 offload": {"ratio": 0.5, **OFFLOAD},
     "0.1 offload": {"ratio": 0.1, **OFFLOAD},
 }
 WARM_TOKENS = 1024
 QUICK = 2.0  # seconds: a step that takes less is run again, and the second is timed
+SLOWER = 4.0  # times the seconds that a row of twice the length may take
+LEAST = 10.0  # seconds that a way needs to begin
 
 
 def config_of(name: str) -> PretrainedConfig:
@@ -160,72 +162,67 @@ class Trial:
             torch.cuda.empty_cache()
 
 
-def measured(
-    trial: Trial, lengths: Iterator[int], slowest: float, until: float
-) -> Iterator[tuple[int, float, int, bool]]:
-    """Tokens, seconds, peak, and whether memory sufficed, of growing lengths."""
-    trial.step(min(WARM_TOKENS, next(lengths)))  # captures, and the optimiser's state is made
-    for tokens in lengths:
-        now = time.monotonic()
-        if now > until:
+def lengths_left(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator[int]:
+    """Lengths to measure after those of a model and a way that are known."""
+    tokens = arguments.tokens
+    for point in points:
+        if point.seconds is None or SLOWER * point.seconds > arguments.slowest:
             return
-        try:
-            seconds, peak = trial.step(tokens)
-            if seconds < QUICK:
-                seconds, peak = trial.step(tokens)
-        except torch.OutOfMemoryError:
-            yield tokens, 0.0, 0, False
-            return
-        yield tokens, seconds, peak, True
-        # Attention's share grows with the square of the length.
-        if 4 * seconds > min(slowest, until - time.monotonic()):
-            return
-
-
-def lengths_from(first: int, most: int) -> Iterator[int]:
-    """The first length for the warm-up, then it and its doubles."""
-    yield first
-    while first <= most:
-        yield first
-        first *= 2
+        tokens = max(tokens, 2 * point.tokens)
+    while tokens <= arguments.most:
+        yield tokens
+        tokens *= 2
 
 
 def run(arguments: argparse.Namespace, out: Path) -> None:
     """Measure what is not in the file yet, as long as there is time."""
     device = torch.device(arguments.device)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    known = [point for point in gpu_page.read(out) if point.card == card]
     until = time.monotonic() + 60 * arguments.minutes
-    todo = [
-        (name, [way for way in arguments.ways if not any(p.at == (name, way) for p in known)])
-        for name in arguments.models
-    ]
-    todo = [(name, ways) for name, ways in todo if ways]
-    for index, (name, ways) in enumerate(todo):
-        now = time.monotonic()
-        share = now + (until - now) / (len(todo) - index)
-        if until - now < 20:
-            return
-        kind, _, tuning = name.partition(" ")
-        model = model_of(kind, tuning or "lora", device)
-        for number, way in enumerate(ways):
-            now = time.monotonic()
-            last = now + (share - now) / (len(ways) - number)
-            options = {
-                "learn_chunk": arguments.learn_chunk, "prefill_chunk": arguments.prefill_chunk,
-                "chunk_bytes": arguments.chunk_bytes,
-            }  # fmt: skip
+    options = {
+        "learn_chunk": arguments.learn_chunk, "prefill_chunk": arguments.prefill_chunk,
+        "chunk_bytes": arguments.chunk_bytes,
+    }  # fmt: skip
+    known = [point for point in gpu_page.read(out) if point.card == card]
+    for name in arguments.models:
+        model = None
+        for way in arguments.ways:
+            mine = [point for point in known if (point.model, point.way) == (name, way)]
+            lengths = list(lengths_left(mine, arguments))
+            if not lengths:
+                continue
+            if time.monotonic() > until - LEAST:
+                print("the time is up: run it again to go on", flush=True)
+                return
+            kind, _, tuning = name.partition(" ")
+            model = model_of(kind, tuning or "lora", device) if model is None else model
             trial = Trial(prepared(way, model, options), device)
-            lengths = lengths_from(arguments.tokens, arguments.most)
-            for tokens, seconds, peak, fits in measured(trial, lengths, arguments.slowest, last):
+            for tokens, seconds, peak in measured(trial, lengths, arguments.slowest, until):
                 point = Point(
-                    card, torch.__version__, name, way, tokens, seconds if fits else None, peak,
+                    card, torch.__version__, name, way, tokens, seconds, peak,
                     {} if WAYS[way] is None else options,
                 )  # fmt: skip
                 gpu_page.write(out, point)
                 print(point, flush=True)
             trial.let_go()
-        del model
+
+
+def measured(
+    trial: Trial, lengths: Sequence[int], slowest: float, until: float
+) -> Iterator[tuple[int, float | None, int]]:
+    """Tokens, seconds and peak bytes of growing lengths; no seconds where memory runs out."""
+    seconds, tokens = 0.0, lengths[0]
+    try:
+        trial.step(min(WARM_TOKENS, lengths[0]))  # captures, and makes the optimiser's state
+        for tokens in lengths:
+            if SLOWER * seconds > min(slowest, until - time.monotonic()):
+                return
+            seconds, peak = trial.step(tokens)
+            if seconds < QUICK:
+                seconds, peak = trial.step(tokens)
+            yield tokens, seconds, peak
+    except torch.OutOfMemoryError:
+        yield tokens, None, 0
 
 
 def estimate(out: Path) -> None:
@@ -259,7 +256,7 @@ def main() -> int:
     parser.add_argument("--prefill-chunk", type=int, default=4096)
     parser.add_argument("--chunk-bytes", type=int, default=256 << 20)
     parser.add_argument("--minutes", type=float, default=7.5, help="for all (%(default)s)")
-    parser.add_argument("--slowest", type=float, default=60.0, help="seconds (%(default)s)")
+    parser.add_argument("--slowest", type=float, default=100.0, help="seconds (%(default)s)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"))
     parser.add_argument("--estimate", action="store_true")

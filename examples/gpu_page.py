@@ -38,11 +38,6 @@ class Point:
     options: dict[str, Any]
     estimate: int = 0
 
-    @property
-    def at(self) -> tuple[str, str]:
-        """The model and the way."""
-        return self.model, self.way
-
     def __str__(self) -> str:
         where = f"{self.model}, {self.way}, {self.tokens} tokens"
         if self.seconds is None:

@@ -30,9 +30,10 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     by default Dynamo takes it that nobody does. An integer of a module that changes from step to
     step, such as a counter, becomes an input of the graph; by default each value is captured anew.
     The settings live in private config modules. transformers adds `warning_once` to
-    `logging.Logger`; Dynamo breaks on Logger methods unless they are listed. In a `first` call,
-    which captures, the garbage collector rests: it finds next to nothing in Dynamo's millions of
-    objects and takes a sixth of the time.
+    `logging.Logger`; Dynamo breaks on Logger methods unless they are listed. Torch 2.11 then fails
+    to write that setting to a log of its own, and says so at length. In a `first` call, which
+    captures, the garbage collector rests: it finds next to nothing in Dynamo's millions of objects
+    and takes a sixth of the time.
     """
     from torch.fx.experimental import _config as fx_config
 
@@ -41,6 +42,8 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     added = warning_once is not None and warning_once not in functions
     if added:
         functions.add(warning_once)
+    metrics = logging.getLogger("torch._dynamo.metrics_context")
+    told, metrics.disabled = metrics.disabled, True
     resting = first and gc.isenabled()
     if resting:
         gc.disable()
@@ -59,6 +62,7 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     finally:
         if resting:
             gc.enable()
+        metrics.disabled = told
         if added:
             functions.discard(warning_once)
 

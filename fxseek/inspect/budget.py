@@ -47,8 +47,8 @@ def within_budget(model: nn.Module, config: SeekConfig, tokens: int, batch: int)
     owned = _owned(model)
     if owned > budget:
         raise ConfigError(
-            f"{_told(budget)} cannot be reached: weights and gradients alone are {formatted(owned)}. "
-            "Train fewer parameters, or quantise the others."
+            f"{_told(budget)} cannot be reached: weights and gradients alone are "
+            f"{formatted(owned)}. Train fewer parameters, or quantise the others."
         )
     peaks = Peaks(model, config, tokens, batch, _device_of(model))
     *_, lean = _ladder(config, tokens, _SIZES)

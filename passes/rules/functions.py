@@ -117,11 +117,15 @@ def autograd_function(call: Call) -> Plan | None:
         return None
 
     run = _bound(forward, call.sizes, rows)
-    if run is None or not run.walk(ancestors([forward.output_node()])):
+    if run is None:
         return None
     results, saved = _pair(forward)
-    known = [run.rows.get(result) for result in results]
-    if not all(isinstance(result, Rows) for result in known):
+    unread = _unread(node, results, run.facts)
+    wanted = [*saved, *(result for i, result in enumerate(results) if i not in unread)]
+    if not run.walk(ancestors(x for x in wanted if isinstance(x, fx.Node))):
+        return None
+    known = [None if i in unread else run.rows.get(result) for i, result in enumerate(results)]
+    if not all(isinstance(x, Rows) for i, x in enumerate(known) if i not in unread):
         return None
 
     known += [run.rows.get(value) if isinstance(value, fx.Node) else None for value in saved]
@@ -183,6 +187,18 @@ def _pair(forward: fx.Graph) -> tuple[list[Any], list[Any]]:
     """What a forward graph returns: results, and what backward reads."""
     results, saved = forward.output_node().args[0]  # type: ignore[misc]
     return list(results) if isinstance(results, (list, tuple)) else [results], list(saved)  # type: ignore[arg-type]
+
+
+def _unread(function: fx.Node, results: list[Any], facts: Facts) -> set[int]:
+    """Which results nothing reads and have no tokens: torch 2.11 has local variables among them."""
+    users = list(function.users)
+    if not all(user.target is operator.getitem for user in users):
+        return set()
+    read: set[Any] = {index for _, index in (user.args for user in users)}
+    own = {i for i, x in enumerate(results) if isinstance(x, fx.Node) and is_tensor(x)}
+    return {i for i in range(len(results)) if i not in read}.difference(
+        i for i in own if facts.token_sized(results[i])
+    )
 
 
 def _bound(graph: fx.Graph, sizes: Sizes, rows: list[Any]) -> _Walk | None:

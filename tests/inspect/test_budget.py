@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, tiny_llama
+from models import batch, tiny_llama, without_casts
 
 import fxseek
 from fxseek.capture.step import step_of
@@ -23,7 +23,7 @@ MODEL = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1}
 
 
 def model() -> torch.nn.Module:
-    return tiny_llama("sdpa", **MODEL).double().train()
+    return without_casts(tiny_llama("sdpa", **MODEL).double()).train()
 
 
 def config(budget: int | str, **options: Any) -> fxseek.SeekConfig:

@@ -129,3 +129,28 @@ def test_other_masks_stay(kind: str, aligned: None, masks: list[Any]):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     assert masks
     assert not any(isinstance(mask, str) for mask in masks)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kv", ["device", "offload"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype: torch.dtype, kv: str):
+    """In float32 the gradients are ordinary training's; in bfloat16 as near as its own are."""
+
+    def gradients(dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+        model = tiny_llama(**sizes).to("cuda", dtype).train()
+        if options:
+            fxseek.compile(model, 1.0, **options)
+        inputs = {name: x.cuda() for name, x in batch(37, tokens=61).items()}
+        model(**inputs).loss.backward()
+        return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+    recompute = "block" if kv == "offload" else "selective"
+    found = gradients(dtype, learn_chunk=16, kv=kv, recompute=recompute)
+    exact, plain = gradients(torch.float32), gradients(dtype)
+    for name, wanted in exact.items():
+        size = wanted.norm()
+        own = float((plain[name] - wanted).norm() / size)
+        assert float((found[name] - wanted).norm() / size) < max(2 * own, 1e-4), name
