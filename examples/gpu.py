@@ -53,6 +53,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "ordinary": None,
     "checkpointing": None,
     "1.0": {"ratio": 1.0},
+    "1.0 lean": {"ratio": 1.0, "learn_chunk": 1024},
     "1.0 offload": {"ratio": 1.0, **OFFLOAD},
     "0.5": {"ratio": 0.5},
     "0.1": {"ratio": 0.1},
@@ -120,7 +121,7 @@ def prepared(way: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return baselines.ChunkedLoss(model)
     chosen = WAYS[way]
-    return model if chosen is None else fxseek.compile(model, **chosen, **options)
+    return model if chosen is None else fxseek.compile(model, **{**options, **chosen})
 
 
 class Trial:
@@ -234,7 +235,7 @@ def estimate(out: Path) -> None:
         kind, _, tuning = point.model.partition(" ")
         chosen = WAYS[point.way]
         found = fxseek.estimate(
-            config_of(kind), point.tokens, 1, **(chosen or {}), **point.options,
+            config_of(kind), point.tokens, 1, **{**point.options, **(chosen or {})},
             tuning=tuning or "lora", ordinary=chosen is None, device=gpu_page.kernels_of(point),
         )  # fmt: skip
         points[index] = dataclasses.replace(point, estimate=found.peak_bytes)
@@ -252,7 +253,7 @@ def main() -> int:
     parser.add_argument("--ways", type=names, default=list(WAYS), help=", ".join(WAYS))
     parser.add_argument("--tokens", type=tokens_of, default=4096, help="the first length")
     parser.add_argument("--most", type=tokens_of, default=1 << 20, help="the greatest length")
-    parser.add_argument("--learn-chunk", type=int, default=1024)
+    parser.add_argument("--learn-chunk", type=int, default=4096)
     parser.add_argument("--prefill-chunk", type=int, default=4096)
     parser.add_argument("--chunk-bytes", type=int, default=256 << 20)
     parser.add_argument("--minutes", type=float, default=7.5, help="for all (%(default)s)")

@@ -13,14 +13,15 @@ from common import ExampleError
 GIB = 2**30
 COLOURS = {"ordinary": "#000000", "checkpointing": "#666666", "1.0": "#d95f02", "0.5": "#7570b3",
            "0.1": "#1b9e77"}  # fmt: skip
+DASHES = {"": "-", "lean": ":", "offload": "--"}
 HEAD = """# On a GPU
 
 `python examples/gpu.py` measures this page: models with random weights in the shapes of published
 ones, bfloat16, one row of random tokens, every token labelled, a step with fused AdamW. LoRA has
 rank 16 on all linear layers but the head; "qlora" stores these in NF4. "checkpointing" is gradient
 checkpointing of every layer, with the head and the loss on 256 tokens at a time; "1.0", "0.5" and
-"0.1" are fxseek at that ratio; "offload" adds `recompute="block", kv="offload"`. The peak is that
-of torch's allocator, weights included.
+"0.1" are fxseek at that ratio; "lean" has parts of 1024 tokens, "offload" adds
+`recompute="block", kv="offload"`. The peak is that of torch's allocator, weights included.
 """
 
 
@@ -139,10 +140,10 @@ def plot(points: Sequence[Point], file: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fxseek", "font.size": 8}):
         figure, (times, peaks) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
         for way in dict.fromkeys(point.way for point in points):
-            ratio, _, offload = way.partition(" ")
+            ratio, _, kind = way.partition(" ")
             done = [point for point in points if point.way == way and point.seconds is not None]
             style = {
-                "color": COLOURS[ratio], "linestyle": "--" if offload else "-", "marker": "o",
+                "color": COLOURS[ratio], "linestyle": DASHES[kind], "marker": "o",
                 "markersize": 3, "label": way,
             }  # fmt: skip
             tokens = [point.tokens for point in done]

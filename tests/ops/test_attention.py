@@ -139,7 +139,7 @@ def test_on_a_gpu(dtype: torch.dtype, kv: str):
 
     def gradients(dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+        sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
         model = tiny_llama(**sizes).to("cuda", dtype).train()
         if options:
             fxseek.compile(model, 1.0, **options)
