@@ -60,6 +60,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "0.5 offload": {"ratio": 0.5, **OFFLOAD},
     "0.1 offload": {"ratio": 0.1, **OFFLOAD},
 }
+DATA = Path(__file__).parent.parent / "docs" / "gpu.jsonl"
 WARM_TOKENS = 1024
 QUICK = 2.0  # seconds: a step that takes less is run again, and the second is timed
 SLOWER = 4.0  # times the seconds that a row of twice the length may take
@@ -259,7 +260,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=7.5, help="for all (%(default)s)")
     parser.add_argument("--slowest", type=float, default=100.0, help="seconds (%(default)s)")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"))
+    parser.add_argument("--out", type=Path, default=DATA)
     parser.add_argument("--estimate", action="store_true")
     parser.add_argument(
         "--page", type=Path, help="write tables and plots there, and measure nothing"

@@ -194,11 +194,12 @@ def _unread(function: fx.Node, results: list[Any], facts: Facts) -> set[int]:
     users = list(function.users)
     if not all(user.target is operator.getitem for user in users):
         return set()
-    read: set[Any] = {index for _, index in (user.args for user in users)}
-    own = {i for i, x in enumerate(results) if isinstance(x, fx.Node) and is_tensor(x)}
-    return {i for i in range(len(results)) if i not in read}.difference(
-        i for i in own if facts.token_sized(results[i])
-    )
+    read: list[Any] = [user.args[1] for user in users]
+    return {
+        i
+        for i, x in enumerate(results)
+        if i not in read and not (isinstance(x, fx.Node) and is_tensor(x) and facts.token_sized(x))
+    }
 
 
 def _bound(graph: fx.Graph, sizes: Sizes, rows: list[Any]) -> _Walk | None:
