@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 
 venv: $(STAMP) ## Make .venv with everything installed
 
-demo: $(STAMP) ## Fine-tune a real language model four ways and compare them
+demo: $(STAMP) ## Fine-tune a real language model in six ways and compare them
 	$(BIN)/python examples/demo.py $(ARGS)
 
 bench: $(STAMP) ## Measure step time and memory; write docs/benchmarks.md and its plots (hours)

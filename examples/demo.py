@@ -1,12 +1,13 @@
-"""Fine-tune a real language model four ways and compare them: memory, time, and held-out loss.
+"""Fine-tune a real language model in six ways and compare them: memory, time, held-out loss.
 
     python examples/demo.py
     python examples/demo.py --data my.jsonl --model Qwen/Qwen2.5-0.5B --full
 
-The ways are ordinary fine-tuning, and fxseek on a share of the tokens that is drawn at random,
-chosen by TokenSeek (the best-scoring), or sampled by TokenSeek's scores. Each starts from the same
-weights and sees the same batches in the same order, in a process of its own, so that their memory
-can be compared. Without --data the text is the documentation of installed libraries.
+The ways are ordinary fine-tuning, gradient checkpointing, fxseek on every token (which learns the
+same), and fxseek on a share of the tokens that is drawn at random, chosen by TokenSeek (the
+best-scoring), or sampled by TokenSeek's scores. Each starts from the same weights and sees the same
+batches in the same order, in a process of its own, so that their memory can be compared. Without
+--data the text is the documentation of installed libraries.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ from tqdm import tqdm
 import common
 from common import ExampleError, ModelSource, Row
 
-# The options of fxseek.compile for each way; None is ordinary fine-tuning. Only the answers carry
+# The options of fxseek.compile for each way; None is a way without fxseek. Only the answers carry
 # labels, so a selection among all tokens would spend a part of itself on prompt tokens that teach
 # nothing: supervised_only keeps it to the answers (sampling does so by itself).
 METHODS: dict[str, dict[str, Any] | None] = {
     "ordinary": None,
+    "checkpointing": None,
+    "every": {"ratio": 1.0, "learn_chunk": 128},
     "random": {"score": "random", "supervised_only": True},
     "topk": {"score": "tokenseek", "select": "topk", "supervised_only": True},
     "sample": {"score": "tokenseek", "select": "sample"},
 }
 NAMES = {
-    "ordinary": "ordinary (every token)",
+    "ordinary": "ordinary",
+    "checkpointing": "gradient checkpointing",
+    "every": "fxseek, every token",
     "random": "fxseek, random tokens",
     "topk": "fxseek, TokenSeek top-k",
     "sample": "fxseek, TokenSeek sampled",
@@ -180,7 +185,10 @@ def run(job: Job) -> Result:
     if options is not None:
         import fxseek
 
-        fxseek.compile(model, job.ratio, seed=job.seed, **options)
+        fxseek.compile(model, **{"ratio": job.ratio, "seed": job.seed, **options})
+    elif job.method == "checkpointing":
+        enable: Any = model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = held_out_loss(model, job)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -249,12 +257,12 @@ def show(results: Sequence[Result], options: argparse.Namespace) -> None:
         for result in results
     ]
     what = "every parameter" if options.full else "LoRA adapters"
-    print(f"\nTraining {what} on {options.ratio:.0%} of the tokens ({options.device}):\n")
+    print(f"\nTraining {what} ({options.device}); selections are {options.ratio:.0%} of a row:\n")
     print(common.table(header, rows))
     print(
         "\nsaved: what one forward keeps for its backward, parameters aside; peak: the most memory "
         "that training used above the loaded model's; loss: nats per held-out answer token, of the "
-        "ordinary model. fxseek picks among answer tokens only, for only they carry labels."
+        "ordinary model. Selections are among answer tokens, for only they carry labels."
     )
 
 

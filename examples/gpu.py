@@ -248,7 +248,25 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    common.quiet()
+    try:
+        if options.page is not None:
+            gpu_page.page(gpu_page.read(options.out), options.page)
+        elif options.estimate:
+            estimate(options.out)
+        elif options.device == "cuda" and not torch.cuda.is_available():
+            raise ExampleError("torch sees no GPU: run this on a machine with one, or --device cpu")
+        else:
+            run(options, options.out)
+    except ExampleError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--models", type=names, default=list(RUNS), help='such as "Qwen3-8B qlora"')
     parser.add_argument("--ways", type=names, default=list(WAYS), help=", ".join(WAYS))
@@ -265,24 +283,11 @@ def main() -> int:
     parser.add_argument(
         "--page", type=Path, help="write tables and plots there, and measure nothing"
     )
-    arguments = parser.parse_args()
-    common.quiet()
-    try:
-        unknown = [way for way in arguments.ways if way not in WAYS]
-        if unknown:
-            raise ExampleError(f"--ways has {unknown[0]!r}, and knows {', '.join(WAYS)}")
-        if arguments.page is not None:
-            gpu_page.page(gpu_page.read(arguments.out), arguments.page)
-        elif arguments.estimate:
-            estimate(arguments.out)
-        elif arguments.device == "cuda" and not torch.cuda.is_available():
-            raise ExampleError("torch sees no GPU: run this on a machine with one, or --device cpu")
-        else:
-            run(arguments, arguments.out)
-    except ExampleError as error:
-        print(f"gpu.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(arguments)
+    unknown = [way for way in options.ways if way not in WAYS]
+    if unknown:
+        parser.error(f"--ways has {', '.join(unknown)}; the ways are {', '.join(WAYS)}")
+    return options
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -24,6 +25,8 @@ import benchmark_page
 import benchmark_plots
 import common
 import demo
+import gpu
+import gpu_page
 import peak
 import ways
 from benchmark_page import Measured
@@ -537,6 +540,36 @@ def test_tables_line_up() -> None:
     lines = common.table(["", "MiB"], [["a", "1"], ["longer", "12345"]]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1] == "| ------ | ----: |"
+
+
+def test_the_gpu_benchmark_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes on where it stopped, and its page shows what it measured beside the estimates."""
+    out, page = tmp_path / "points.jsonl", tmp_path / "gpu.md"
+    sizes = ["--tokens", "16", "--most", "32", "--learn-chunk", "8", "--prefill-chunk", "16"]
+    always = ["--device", "cpu", "--models", "tiny lora", "--out", str(out), *sizes]
+    for ways in ("ordinary,1.0", "ordinary,checkpointing,1.0"):
+        assert gpu.main([*always, "--ways", ways]) == 0
+    points = gpu_page.read(out)
+    assert [(point.way, point.tokens) for point in points] == [
+        (way, tokens) for way in ("ordinary", "1.0", "checkpointing") for tokens in (16, 32)
+    ]
+    gpu_page.rewrite(out, points[:3])
+    assert gpu.main(["--out", str(out), "--estimate"]) == 0
+    points = gpu_page.read(out)
+    assert all(point.estimate > 0 for point in points)
+    full = dataclasses.replace(points[0], tokens=64, seconds=None)
+    gpu_page.write(out, full)
+    assert gpu.main(["--out", str(out), "--page", str(page)]) == 0
+    (row,) = re.findall(r"^\| ordinary .*$", page.read_text(), re.MULTILINE)
+    assert row.endswith("| out of memory |")
+    assert (tmp_path / "gpu-cpu-tiny-lora.svg").exists()
+    capsys.readouterr()
+    assert gpu.main(["--out", str(tmp_path / "none.jsonl"), "--page", str(page)]) == 2
+    out.write_text("{}\n")
+    assert gpu.main(["--out", str(out), "--page", str(page)]) == 2
+    assert "line 1 is no point" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu.parse(["--ways", "2.0"])
 
 
 @pytest.mark.parametrize(
