@@ -151,7 +151,8 @@ def plot(points: Sequence[Point], file: Path) -> None:
             peaks.plot(tokens, [point.peak / GIB for point in done], **style)
         for axes, label in ((times, "seconds of a step"), (peaks, "peak GiB, weights included")):
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
+            if all(point.peak for point in points if point.seconds):  # the CPU has no allocator
+                axes.set_yscale("log", base=2)
             axes.set_xlabel("tokens of the row")
             axes.set_ylabel(label)
         peaks.legend(fontsize=7)

@@ -547,8 +547,8 @@ def test_the_gpu_benchmark_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixt
     out, page = tmp_path / "points.jsonl", tmp_path / "gpu.md"
     sizes = ["--tokens", "16", "--most", "32", "--learn-chunk", "8", "--prefill-chunk", "16"]
     always = ["--device", "cpu", "--models", "tiny lora", "--out", str(out), *sizes]
-    for ways in ("ordinary,1.0", "ordinary,checkpointing,1.0"):
-        assert gpu.main([*always, "--ways", ways]) == 0
+    for some in ("ordinary,1.0", "ordinary,checkpointing,1.0"):
+        assert gpu.main([*always, "--ways", some]) == 0
     points = gpu_page.read(out)
     assert [(point.way, point.tokens) for point in points] == [
         (way, tokens) for way in ("ordinary", "1.0", "checkpointing") for tokens in (16, 32)
