@@ -52,9 +52,10 @@ def find_outputs(graph: fx.Graph, facts: Facts, kind: str, written: int) -> Outp
     wanted: list[tuple[str, fx.Node]] = []
 
     def want(node: fx.Node) -> Any:
-        if is_tensor(node) and facts.token_sized(node) and facts.rows.get(node) is not None:
-            if kind == "loss":
-                return None
+        sized = is_tensor(node) and facts.token_sized(node)
+        if sized and kind == "loss" and (facts.rows.get(node) is not None or needs_grad(node)):
+            return None
+        if sized and facts.rows.get(node) is not None:
             wanted.append(("rows" if kind == "selected" else "full", node))
         else:
             wanted.append(("value", node))

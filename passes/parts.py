@@ -143,10 +143,15 @@ def _not_cut(
         if node in seen or node.op == "placeholder":
             continue
         seen.add(node)
-        if node in carrying and node in facts.stream and node not in after:
+        if node in carrying and node not in after and _has_tokens(node, carrying, facts):
             return f"{_called(node)} at {where(node)} carries gradient past the loss"
         queue.extend(node.all_input_nodes)
     return None
+
+
+def _has_tokens(node: fx.Node, carrying: set[fx.Node], facts: Facts) -> bool:
+    """Whether gradient of a value reaches values of tokens."""
+    return any(facts.rows.get(x) is not None for x in ancestors([node]) if x in carrying)
 
 
 class _Mixing:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NoReturn
 
+from torch import Tensor, nn
+
 from fxseek.errors import InputError
 
 __all__ = ["Uncomputed", "cleared"]
@@ -69,4 +71,19 @@ def cleared(value: Any, seen: list[Uncomputed]) -> Any:
             part = getattr(value, field.name)
             if (other := cleared(part, seen)) is not part:
                 object.__setattr__(value, field.name, other)
+    elif _holds(value, seen, set()):
+        return None
     return value
+
+
+def _holds(value: Any, seen: list[Uncomputed], met: set[int]) -> bool:
+    """Whether an object keeps an `Uncomputed`, as a cache of keys and values does."""
+    if isinstance(value, Uncomputed):
+        seen.append(value)
+        return True
+    if id(value) in met or isinstance(value, (Tensor, nn.Module, type)):
+        return False
+    met.add(id(value))
+    kept = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    parts = value if isinstance(value, (list, tuple)) else kept.values()
+    return sum(_holds(part, seen, met) for part in parts) > 0

@@ -15,6 +15,7 @@ from families import DENSE, EXPERTS, VOCAB
 from models import batch, double_throughout, without_casts
 from sweeps import sampled
 from torch import Tensor
+from tuners import TUNERS
 
 import fxseek
 from fxseek.capture.recorders import install_recorders
@@ -147,3 +148,14 @@ def test_another_failure_installs_nothing(monkeypatch):
     monkeypatch.delitem(sys.modules, "transformers.utils.output_capturing")
     assert not install_recorders(model, RuntimeError("no stack"))
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_a_cache_of_keys_and_values_is_not_computed(caplog: pytest.LogCaptureFixture):
+    """Prefix tuning's: an output of all tokens that the model returns in an object of its own."""
+    model = TUNERS["prefix"].make()
+    assert model(**batch(37)).past_key_values is not None
+    fxseek.compile(model, 0.5)
+    output = model(**batch(37))
+    assert output.past_key_values is None
+    output.loss.backward()
+    assert "a hook or the model keeps" not in caplog.text

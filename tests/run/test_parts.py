@@ -148,8 +148,7 @@ def test_tuners(name):
     other, found = gradients(model, arguments, 0.5, learn_chunk=4)
     torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-    if not name.startswith(("adalora", "prefix")):
-        assert isinstance(parts_of(model), Parts), parts_of(model)
+    assert isinstance(parts_of(model), Parts), parts_of(model)
 
 
 @settings(max_examples=4, phases=UNSHRUNK)
