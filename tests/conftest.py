@@ -16,6 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from sweeps import thin_out
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Capturing a model takes seconds, so a deadline for one example would only measure the machine.
 # Derandomised: a failure is found by everyone or by no one; `--hypothesis-profile=explore` draws
@@ -37,6 +39,7 @@ def _seeded_and_uncompiled() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+    FakeTensorMode.cache_clear()  # it grows by thousands of entries a test, for every gc.collect()
 
 
 def pytest_collection_finish() -> None:
@@ -55,8 +58,10 @@ def smollm2_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks deselect
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked cuda where there is no device."""
+    """Leave much of the long grids to the sweep; skip what is marked cuda without a device."""
+    thin_out(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -261,7 +261,9 @@ def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], i
     fewest, kept = (count_kept(bound, tokens) for bound in bounds)
     with mode:
         positions = torch.zeros(batch, kept, dtype=torch.int64, device=primary.device)
-        selection = Selection(positions, torch.ones(batch, kept, device=primary.device))
+        weights = torch.ones(batch, kept, device=primary.device)
+        every = range(tokens) if ratio == 1.0 else None
+        selection = Selection(positions, weights, consecutive=every)
         step.module.get_submodule("prefill")(env)
         step.module.get_submodule("gather")(env, selection)
         _, saved_bytes = step.module.get_submodule("learn")(env, selection)

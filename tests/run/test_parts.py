@@ -151,7 +151,7 @@ def test_tuners(name):
     assert isinstance(parts_of(model), Parts), parts_of(model)
 
 
-@settings(max_examples=4, phases=UNSHRUNK)
+@settings(max_examples=2, phases=UNSHRUNK)
 @given(data=st.data())
 def test_any_decoder_batch_ratio_and_chunk(data):
     config = data.draw(tiny_configs(), label="config")
