@@ -10,6 +10,7 @@ import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from fractions import Fraction
 from typing import Any
 
 from fxseek.errors import ConfigError
@@ -91,10 +92,9 @@ class SeekConfig:
             are those of one part. Where a model cannot be learned in parts, the log says why. None
             for one part. Default None.
         memory_budget_bytes: Peak bytes of a training step (weights, gradients and activations,
-            without optimiser state), or such as ``"20GiB"``. What keeps a step below it and costs
-            the least time is picked of ``learn_chunk``, ``prefill_chunk``, ``recompute`` and
-            ``kv``, where they have their default: nothing that changes what is learned. Default
-            None.
+            without optimiser state), or such as ``"20GiB"``. To stay below it, fxseek picks
+            ``learn_chunk``, ``prefill_chunk``, ``recompute`` and ``kv``, those that are left at
+            their default, and nothing that changes what is learned. Default None.
         outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None),
             ``"selected"`` (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at
             the selected ones). Default ``"loss"``.
@@ -370,7 +370,7 @@ def _bytes(value: object) -> int | None:
         return None
     units = {name.lower(): size for name, size in _UNITS.items()}
     size = units.get(found[2].lower())
-    return None if size is None else int(float(found[1]) * size)
+    return None if size is None else int(Fraction(found[1]) * size)
 
 
 def _ratio(value: object) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxseek import _torch
 from fxseek.ops.attention import attend_rows, causal_rows, shared_mask
 from fxseek.ops.rows import gather_rows
 from fxseek.passes.facts import example
@@ -130,12 +131,18 @@ def mask_by_flags(stage: Piece) -> Piece:
 
 
 def _batched(attention: fx.Node) -> bool:
-    """Whether the operands are [batch, heads, tokens, width]."""
+    """Whether the operands are [batch, heads, tokens, width], with as many keys as queries."""
     captured = origin(attention)
     assert captured is not None
-    rank = len(example(argument(captured, 0, "query")).shape)
+    query, key = (example(argument(captured, i, name)) for i, name in enumerate(("query", "key")))
     batch_dim: Any = attention.kwargs.get("batch_dim")
-    return batch_dim == 0 and rank == 4
+    alike = len(query.shape) == 4 and _size(query) == _size(key)
+    return batch_dim == 0 and alike
+
+
+def _size(operand: torch.Tensor) -> Any:
+    """How many tokens an operand of an attention has."""
+    return _torch.size_expression(operand.shape[-2])
 
 
 def share_masks(stage: Piece) -> Piece:
@@ -148,7 +155,7 @@ def share_masks(stage: Piece) -> Piece:
 
     After::
 
-        mask = shared_mask(mask_rows, q1, k1)
+        mask = shared_mask(mask_rows, q1, k1, v1)
         o1 = attend_rows(q1, k1, v1, kept, mask=mask); o2 = attend_rows(..., mask=mask)
     """
     made: dict[Any, Any] = {}
@@ -166,7 +173,7 @@ def share_masks(stage: Piece) -> Piece:
         if key not in made:
             with stage.graph.inserting_before(node):
                 made[key] = stage.graph.call_function(
-                    shared_mask, (mask, *node.args[:2]), {"enable_gqa": grouped}
+                    shared_mask, (mask, *node.args[:3]), {"enable_gqa": grouped}
                 )
         node.update_kwarg("mask", made[key])
     return stage

@@ -68,7 +68,8 @@ class SeekStep:
         self._buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         """Each module's buffers as they were at a capture, until its first step is done."""
         self._told: set[str] = set()
-        self._largest = 0
+        self._fitted = (0, 0)
+        """The most rows, and the most tokens of one, that a memory budget was asked for."""
         self._prepare()
 
     def _prepare(self) -> None:
@@ -148,25 +149,31 @@ class SeekStep:
             log.warning("fxseek: %s", message)
 
     def _fit_budget(self, batch: dict[str, Any]) -> None:
-        """Pick how the first batch is run, and one that is larger than all before."""
-        config = self.config_for(batch)
-        if config is self.config:
+        """Pick how the first batch is run, and one with more rows or longer ones than before."""
+        if self.config.budget is None:
             return
-        primary = batch[self.calls.primary_names(batch)[0]]
-        self._largest = primary.shape[0] * primary.shape[config.token_dim]
+        config = self.config_for(batch)
+        self._fitted = self._largest(batch)
         if config != self.config:
             self.config = config
             self._prepare()
 
     def config_for(self, batch: dict[str, Any]) -> SeekConfig:
         """The configuration, with what a memory budget asks for with such a batch."""
-        names = self.calls.primary_names(batch)
-        if self.config.memory_budget_bytes is None or self.fit is None or not names:
+        if self.config.budget is None or self.fit is None:
             return self.config
-        rows, tokens = batch[names[0]].shape[0], batch[names[0]].shape[self.config.token_dim]
-        if rows * tokens <= self._largest:
+        rows, tokens = largest = self._largest(batch)
+        if largest == self._fitted:
             return self.config
         return self.fit(self.model, self.given, tokens, rows)
+
+    def _largest(self, batch: dict[str, Any]) -> tuple[int, int]:
+        """The most rows, and the most tokens of one, of this batch and those before."""
+        rows, tokens = self._fitted
+        for name in self.calls.primary_names(batch)[:1]:
+            rows = max(rows, batch[name].shape[0])
+            tokens = max(tokens, batch[name].shape[self.config.token_dim])
+        return rows, tokens
 
     def _run(self, batch: dict[str, Any]) -> Any:
         try:
@@ -211,7 +218,8 @@ class SeekStep:
     def _cleared(self, result: Any) -> Any:
         """The model's output with None for activations; says so where somebody else keeps one."""
         met: list[Uncomputed] = []
-        result = cleared(result, met)
+        loss, outputs = result
+        result = loss, cleared(outputs, met)
         if len({id(x) for x in met}) < len(self.recorder.uncomputed):
             self._refuse_kept_buffer()
             self._tell(

@@ -51,39 +51,53 @@ for _name in (
     setattr(Uncomputed, f"__{_name}__", Uncomputed._refuse)
 
 
-def cleared(value: Any, seen: list[Uncomputed]) -> Any:
-    """A model's output with None for each `Uncomputed`; those that were met are added to `seen`."""
+def cleared(value: Any, seen: list[Uncomputed], *, inside: bool = False) -> Any:
+    """A model's output with None for each `Uncomputed`; those that were met are added to `seen`.
+
+    An object `inside` an output that keeps one, as a cache of keys and values does, is None too.
+    """
     if isinstance(value, Uncomputed):
         seen.append(value)
         return None
     if isinstance(value, dict):
         for key, part in value.items():
-            if (other := cleared(part, seen)) is not part:
+            if (other := cleared(part, seen, inside=True)) is not part:
                 value[key] = other
     elif isinstance(value, list):
-        value[:] = [cleared(part, seen) for part in value]
+        value[:] = [cleared(part, seen, inside=True) for part in value]
     elif isinstance(value, tuple):
-        parts = [cleared(part, seen) for part in value]
+        parts = [cleared(part, seen, inside=True) for part in value]
         if any(new is not old for new, old in zip(parts, value, strict=True)):
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            part = getattr(value, field.name)
-            if (other := cleared(part, seen)) is not part:
-                object.__setattr__(value, field.name, other)
-    elif _holds(value, seen, set()):
+    elif names := _names(value, inside):
+        for name in names:
+            part = getattr(value, name)
+            if (other := cleared(part, seen, inside=True)) is not part:
+                object.__setattr__(value, name, other)
+    elif _holds(value, seen):
         return None
     return value
 
 
-def _holds(value: Any, seen: list[Uncomputed], met: set[int]) -> bool:
-    """Whether an object keeps an `Uncomputed`, as a cache of keys and values does."""
-    if isinstance(value, Uncomputed):
-        seen.append(value)
-        return True
-    if id(value) in met or isinstance(value, (Tensor, nn.Module, type)):
-        return False
-    met.add(id(value))
-    kept = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    parts = value if isinstance(value, (list, tuple)) else kept.values()
-    return sum(_holds(part, seen, met) for part in parts) > 0
+def _names(value: Any, inside: bool) -> list[str]:
+    """The attributes that are outputs: those of a dataclass, and of an output of any class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [field.name for field in dataclasses.fields(value)]
+    return [] if inside else list(getattr(value, "__dict__", {}))
+
+
+def _holds(value: Any, seen: list[Uncomputed]) -> bool:
+    """Whether an object keeps an `Uncomputed`, however deep."""
+    before, met, queue = len(seen), set[int](), [value]
+    while queue:
+        part = queue.pop()
+        if isinstance(part, Uncomputed):
+            seen.append(part)
+        elif id(part) not in met and not isinstance(part, (Tensor, nn.Module, type)):
+            met.add(id(part))
+            if isinstance(part, (list, tuple, set)):
+                queue.extend(part)
+            else:
+                kept = part if isinstance(part, dict) else getattr(part, "__dict__", {})
+                queue.extend(kept.values())
+    return len(seen) > before

@@ -14,13 +14,17 @@ from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.inspect.estimate import Peaks
 from fxseek.inspect.memory import formatted, module_tensors
+from fxseek.selecting import count_kept
 
 __all__ = ["within_budget"]
 
 log = logging.getLogger("fxseek")
 
-_SIZES = (2048, 1024, 512, 256, 128)
+_SIZES = (4096, 2048, 1024, 512, 256, 128)
 """Sizes of parts to choose from."""
+
+_SMALL = 1024
+"""Smaller parts leave an accelerator waiting for launches: other ways come first there."""
 
 _PREFILL = 2048
 """The size of the prefill's chunks where they are needed."""
@@ -33,11 +37,12 @@ _MULTIPLE, _TRIES = 64, 4
 
 
 def within_budget(model: nn.Module, config: SeekConfig, tokens: int, batch: int) -> SeekConfig:
-    """The configuration with what keeps a step in its memory budget and costs the least time.
+    """The configuration with what keeps a step in its memory budget.
 
     Of `learn_chunk`, `prefill_chunk`, `recompute` and `kv` it sets those that have their default,
-    and nothing else. The peak is that of `fxseek.estimate`: weights, gradients and activations,
-    without optimiser state. The model is copied without its weights and left as it is.
+    and nothing else; what usually takes less time comes first. The peak is that of
+    `fxseek.estimate`: weights, gradients and activations, without optimiser state. The model is
+    copied without its weights and left as it is.
 
     Raises:
         ConfigError: no way fits; the message says which ratio or which length would.
@@ -50,51 +55,70 @@ def within_budget(model: nn.Module, config: SeekConfig, tokens: int, batch: int)
             f"{_told(budget)} cannot be reached: weights and gradients alone are "
             f"{formatted(owned)}. Train fewer parameters, or quantise the others."
         )
-    peaks = Peaks(model, config, tokens, batch, _device_of(model))
-    *_, lean = _ladder(config, tokens, _SIZES)
-    least = peaks(lean[-1])
+    device = _device_of(model)
+    peaks = Peaks(model, config, tokens, batch, device)
+    step = f"a step of {batch} {'row' if batch == 1 else 'rows'} of {tokens} tokens"
+    least, lean = peaks(config), config
+    if least > budget:
+        for ways in _ladder(config, _sizes(peaks, config), tokens, device):
+            way, peak = _largest(peaks, ways, budget)
+            if peak < least:
+                least, lean = peak, way
+            if peak <= budget:
+                break
     if least > budget:
         raise ConfigError(
-            f"{_told(budget)} cannot be reached: a step of {batch} rows of {tokens} tokens at "
-            f"ratio {config.ratio} needs {formatted(least)} with {_changes(config, lean[-1])}. "
-            f"What would fit: {_what_fits(model, lean[-1], peaks, least)}."
+            f"{_told(budget)} cannot be reached: {step} at ratio {config.ratio} needs "
+            f"{formatted(least)}, with {_changes(config, lean)}. "
+            f"What would fit: {_what_fits(model, lean, peaks, least)}."
         )
-    for ways in _ladder(config, tokens, _SIZES if peaks.in_parts else ()):
-        way, peak = _least_time(peaks, ways, budget)
-        if peak <= budget:
-            log.info(
-                "fxseek: %s for %s: a step of %d rows of %d tokens is estimated to peak at %s",
-                _changes(config, way), _told(budget), batch, tokens, formatted(peak),
-            )  # fmt: skip
-            return way
-    return lean[-1]
+    log.info(
+        "fxseek: %s for %s: %s is estimated to peak at %s",
+        _changes(config, lean), _told(budget), step, formatted(least),
+    )  # fmt: skip
+    return lean
 
 
-def _ladder(config: SeekConfig, tokens: int, sizes: Sequence[int]) -> Iterator[list[SeekConfig]]:
-    """Ways to run a step, in groups, what takes less time first; within one, the largest peak.
+def _sizes(peaks: Peaks, config: SeekConfig) -> list[int]:
+    """The sizes of parts to try; none for a model that is not learned in parts."""
+    ratio = config.ratio if isinstance(config.ratio, float) else config.ratio_bounds[1]
+    kept = count_kept(ratio, peaks.tokens)
+    sizes = [size for size in _SIZES if size < kept]
+    if not sizes or config.backend != "eager" or config.learn_chunk is not None:
+        return []
+    peaks(dataclasses.replace(config, learn_chunk=sizes[-1]))
+    return sizes if peaks.in_parts else []
 
-    `sizes`: those of parts; none for a model that cannot be learned in parts.
-    """
+
+def _ladder(
+    config: SeekConfig, sizes: Sequence[int], tokens: int, device: str
+) -> Iterator[list[SeekConfig]]:
+    """Ways to run a step, in groups, what takes less time first; within one, the largest peak."""
     free = {name for name in _OPTIONS if getattr(config, name) == getattr(SeekConfig, name)}
 
-    def group(**options: Any) -> list[SeekConfig]:
+    sizes = sizes if "learn_chunk" in free else ()
+
+    def group(some: Sequence[int], **options: Any) -> list[SeekConfig]:
         options = {name: value for name, value in options.items() if name in free}
-        some = [size for size in sizes if size < tokens] if "learn_chunk" in free else []
-        if config.backend != "eager" or not some:
+        if not sizes:
             return [dataclasses.replace(config, **options)]
         return [dataclasses.replace(config, **options, learn_chunk=size) for size in some]
 
+    large = [size for size in sizes if device == "cpu" or size >= _SMALL]
+    small = [size for size in sizes if size not in large]
     prefill = {"prefill_chunk": _PREFILL} if tokens > _PREFILL else {}
     block = {**prefill, "recompute": "block"}
-    groups = [[config], group(), group(**prefill), group(**block)]
-    if config.backend == "eager" and ("recompute" in free or config.recompute == "block"):
-        groups.append(group(**block, kv="offload"))
+    groups = [group(large), group(large, **prefill), group(large, **block)]
+    groups += [group(small), group(small, **prefill), group(small, **block)]
+    eager = config.backend == "eager" and device != "cpu"  # where the host is the device
+    if eager and ("recompute" in free or config.recompute == "block"):
+        groups += [group(large, **block, kv="offload"), group(small, **block, kv="offload")]
     for index, ways in enumerate(groups):
-        if ways not in groups[:index]:
+        if ways and ways != [config] and ways not in groups[:index]:
             yield ways
 
 
-def _least_time(peaks: Peaks, ways: Sequence[SeekConfig], budget: int) -> tuple[SeekConfig, int]:
+def _largest(peaks: Peaks, ways: Sequence[SeekConfig], budget: int) -> tuple[SeekConfig, int]:
     """The first of some ways that fits, or the last, which needs least; and its peak."""
     low, high = 0, len(ways) - 1  # ways[high] fits, if any does
     peak = peaks(ways[high])
@@ -114,11 +138,11 @@ def _what_fits(model: nn.Module, lean: SeekConfig, peaks: Peaks, least: int) -> 
     """Which ratio, and which length, would fit."""
     budget, tokens = lean.budget, peaks.tokens
     assert budget is not None
-    found = []
+    found: list[str] = []
     ratio = lean.ratio if isinstance(lean.ratio, float) else lean.ratio_bounds[1]
     for share in (0.1, 0.25, 0.5):
         if share >= ratio or peaks(dataclasses.replace(lean, ratio=share)) > budget:
-            break
+            break  # a number in the place of "mass:0.9" too
         found = [f"ratio={share}"]
     known = {tokens: least}
     length = tokens // 2

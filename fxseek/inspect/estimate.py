@@ -189,7 +189,8 @@ class Peaks:
 def _estimated(config: SeekConfig) -> SeekConfig:
     """The configuration whose step is followed: a ratio by mass counts as its upper bound."""
     ratio = config.ratio if config.mass_share is None else config.ratio_bounds[1]
-    return dataclasses.replace(config, ratio=ratio, backend="eager")
+    chunk = config.learn_chunk if config.backend == "eager" else None
+    return dataclasses.replace(config, ratio=ratio, backend="eager", learn_chunk=chunk)
 
 
 def _check(

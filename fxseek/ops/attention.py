@@ -38,11 +38,13 @@ __all__ = [
 class CausalRows(NamedTuple):
     """The rows of the causal mask at positions `kept`.
 
-    `consecutive`: these positions where they are consecutive, and the same in all rows.
+    `consecutive`: these positions where they are consecutive, and the same in all rows; `whole`:
+    the mask where it is one of the model's, and not a flag.
     """
 
     kept: Tensor
     consecutive: range | None
+    whole: MaskRows | None = None
 
     @property
     def may_be_flag(self) -> bool:
@@ -50,9 +52,15 @@ class CausalRows(NamedTuple):
         at = self.consecutive
         return at is not None and (at.start == 0 or self.kept.device.type in _aligned)
 
-    def made(self, keys: int) -> Tensor:
-        """The rows: Bool[batch or 1, 1, rows, keys]."""
-        return self.kept[:, None, :, None] >= torch.arange(keys, device=self.kept.device)
+    def made(self, keys: int) -> Tensor | MaskRows:
+        """The rows for so many keys: Bool[batch or 1, heads or 1, rows, keys]; large ones later."""
+
+        def make(kept: Tensor) -> Tensor:
+            return kept[:, None, :, None] >= torch.arange(keys, device=kept.device)
+
+        kept = self.kept if self.consecutive is None else self.kept[:1]
+        mask = self.whole or MaskRows(make, (), square=False)
+        return mask if mask.large(kept) else mask.rows(kept)
 
     def is_flag(
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool
@@ -62,7 +70,7 @@ class CausalRows(NamedTuple):
         Given the keys up to the last query only, that of the first tokens needs torch's causal flag
         alone; that of others a kernel that aligns the flag with the last key.
         """
-        if self.consecutive is None:
+        if self.consecutive is None or key.shape[-2] < self.consecutive.stop:
             return False
         first = self.consecutive.start == 0
         return first or _takes_flag(query, key, value, dropout_p, enable_gqa)
@@ -100,11 +108,14 @@ def _takes_flag(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool
 ) -> bool:
     """Whether a kernel aligns a causal flag with the last key, and is taken for such operands."""
+    width = query.shape[-1]
+    if width % 8 or width != value.shape[-1]:
+        return False
     if query.is_cuda:
         params = SDPAParams(query, key, value, None, dropout_p, False, enable_gqa)
-        return query.shape[-1] % 8 == 0 and can_use_flash_attention(params)
+        return can_use_flash_attention(params)
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.device.type in _aligned and half and query.shape[-1] <= 256
+    return query.device.type in _aligned and half and width <= 256
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -244,19 +255,24 @@ def _folds(query: Tensor, enable_gqa: bool) -> bool:
 
 
 def shared_mask(
-    mask: Tensor | MaskRows | CausalRows, query: Tensor, key: Tensor, *, enable_gqa: bool = False
+    mask: Tensor | MaskRows | CausalRows,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    enable_gqa: bool = False,
 ) -> Tensor | MaskRows | CausalRows:
     """A boolean mask as the kernels of all layers want it.
 
     They make an additive one of their own in each call, and autograd keeps every one of them. Each
     makes its own of one by rows.
     """
-    if isinstance(mask, MaskRows):
-        return mask
     if isinstance(mask, CausalRows):
-        if mask.is_flag(query, key, key, 0.0, enable_gqa):
+        if mask.is_flag(query, key, value, 0.0, enable_gqa):
             return mask
         mask = mask.made(key.shape[-2])
+    if isinstance(mask, MaskRows):
+        return mask
     mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     return _folded(mask, query, key.shape[1]) if _folds(query, enable_gqa) else mask
 

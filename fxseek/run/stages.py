@@ -164,7 +164,7 @@ class Gather(nn.Module):
         """The rows of a mask: as such, or as what attentions make them of."""
         kept = selection.kept
         if item in self.masks:
-            causal = CausalRows(kept, selection.consecutive)
+            causal = CausalRows(kept, selection.consecutive, mask)
             if causal.may_be_flag and mask.causal(kept.device):
                 return causal
             if mask.large(kept):

@@ -190,7 +190,7 @@ def _pair(forward: fx.Graph) -> tuple[list[Any], list[Any]]:
 
 
 def _unread(function: fx.Node, results: list[Any], facts: Facts) -> set[int]:
-    """Which results nothing reads and have no tokens: torch 2.11 has local variables among them."""
+    """Results without tokens that nothing reads: torch 2.11 has local variables among them."""
     users = list(function.users)
     if not all(user.target is operator.getitem for user in users):
         return set()

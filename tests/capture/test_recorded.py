@@ -150,6 +150,25 @@ def test_another_failure_installs_nothing(monkeypatch):
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
+class Plain:
+    """An output of a class that says nothing of its fields."""
+
+    def __init__(self, output: Any) -> None:
+        self.loss, self.logits, self.more = output.loss, output.logits, [output.logits]
+
+
+def test_an_output_of_any_class():
+    """None for what is not computed; the object stays, and the loss in it."""
+    model = decoder()
+    forward = model.forward
+    model.forward = lambda **inputs: Plain(forward(**inputs))
+    fxseek.compile(model, 0.5)
+    output = model(**batch(VOCAB))
+    assert isinstance(output, Plain)
+    assert output.logits is None and output.more == [None]
+    output.loss.backward()
+
+
 def test_a_cache_of_keys_and_values_is_not_computed(caplog: pytest.LogCaptureFixture):
     """Prefix tuning's: an output of all tokens that the model returns in an object of its own."""
     model = TUNERS["prefix"].make()

@@ -35,6 +35,7 @@ def config(budget: int | str, **options: Any) -> fxseek.SeekConfig:
 def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "_SIZES", SIZES)
     monkeypatch.setattr(budgets, "_PREFILL", 16)
+    monkeypatch.setattr(budgets, "_SMALL", 28)
     monkeypatch.setattr(budgets, "_MULTIPLE", 8)
 
 
@@ -43,23 +44,27 @@ def peaks() -> Peaks:
     return Peaks(model(), config(1), TOKENS, ROWS, "cpu")
 
 
-def ways(given: fxseek.SeekConfig) -> list[fxseek.SeekConfig]:
-    return [way for group in budgets._ladder(given, TOKENS, SIZES) for way in group]
+def ways(given: fxseek.SeekConfig, device: str = "cpu") -> list[fxseek.SeekConfig]:
+    return [way for group in budgets._ladder(given, SIZES, TOKENS, device) for way in group]
 
 
-def test_what_costs_less_time_comes_first():
-    shown = [(x.learn_chunk, x.prefill_chunk, x.recompute, x.kv) for x in ways(config(1))]
-    assert shown == [
-        (None, None, "selective", "device"),
-        *((size, None, "selective", "device") for size in SIZES),
-        *((size, 16, "selective", "device") for size in SIZES),
-        *((size, 16, "block", "device") for size in SIZES),
-        *((size, 16, "block", "offload") for size in SIZES),
+def shown(given: fxseek.SeekConfig, device: str = "cpu") -> list[tuple[Any, ...]]:
+    return [(x.learn_chunk, x.prefill_chunk, x.recompute, x.kv) for x in ways(given, device)]
+
+
+def test_what_usually_costs_less_time_comes_first():
+    assert shown(config(1)) == [
+        (size, prefill, recompute, "device")
+        for prefill, recompute in ((None, "selective"), (16, "selective"), (16, "block"))
+        for size in SIZES
     ]
-    encoder = budgets._ladder(config(1), TOKENS, ())
-    assert [(x.learn_chunk, x.prefill_chunk, x.recompute) for (x,) in encoder] == [
-        (None, None, "selective"), (None, 16, "selective"), (None, 16, "block"),
-        (None, 16, "block"),
+    gpu = shown(config(1), "cuda")
+    assert gpu.index((28, 16, "block", "device")) < gpu.index((14, None, "selective", "device"))
+    assert gpu[-3:] == [(size, 16, "block", "offload") for size in SIZES]
+    encoder = budgets._ladder(config(1), (), TOKENS, "cuda")
+    assert [(x.learn_chunk, x.prefill_chunk, x.recompute, x.kv) for (x,) in encoder] == [
+        (None, 16, "selective", "device"), (None, 16, "block", "device"),
+        (None, 16, "block", "offload"),
     ]  # fmt: skip
 
 
@@ -74,7 +79,7 @@ def test_what_costs_less_time_comes_first():
     ids=str,
 )
 def test_what_is_given_stays(given: dict[str, Any]):
-    for way in ways(config(1, **given)):
+    for way in ways(config(1, **given), "cuda"):
         assert all(getattr(way, name) == value for name, value in given.items())
         assert way.ratio == given.get("ratio", 1.0)
 
@@ -82,7 +87,7 @@ def test_what_is_given_stays(given: dict[str, Any]):
 def test_the_first_way_that_fits(peaks: Peaks):
     """Of each group of part sizes, the largest; the budgets are the ways' own peaks."""
     given = config(1)
-    some = [way for way in ways(given) if way.kv == "device" and way.prefill_chunk is None]
+    some = [given, *(dataclasses.replace(given, learn_chunk=size) for size in SIZES)]
     by_peak = {way: peaks(way) for way in some}
     assert [*by_peak.values()] == sorted(by_peak.values(), reverse=True)
     for asked in (some[0], some[2]):
@@ -90,21 +95,36 @@ def test_the_first_way_that_fits(peaks: Peaks):
         assert found == dataclasses.replace(asked, memory_budget_bytes=by_peak[asked])
 
 
+def test_it_is_asked_for_more_rows_and_for_longer_ones(monkeypatch: pytest.MonkeyPatch):
+    """Always for the most of both: parts have tokens of a row, however many rows there are."""
+    asked: list[tuple[int, int]] = []
+
+    def fit(model: Any, given: fxseek.SeekConfig, tokens: int, rows: int) -> fxseek.SeekConfig:
+        asked.append((rows, tokens))
+        return given
+
+    monkeypatch.setattr("fxseek.api.within_budget", fit)
+    compiled = fxseek.compile(model(), config("20GiB"))
+    for rows, tokens in ((2, 8), (2, 8), (1, 4), (4, 4), (3, 8), (1, 9)):
+        compiled(**batch(37, batch=rows, tokens=tokens))
+    assert asked == [(2, 8), (4, 8), (4, 9)]
+
+
 def test_a_step_learns_the_same(peaks: Peaks, caplog: pytest.LogCaptureFixture):
     """And a larger batch picks anew, a smaller one does not."""
-    budget = peaks(config(1, ratio=0.4)) - 1
+    budget = peaks(config(1)) - 1
     inputs = batch(37, batch=ROWS, tokens=TOKENS)
-    plain = fxseek.compile(model(), 0.4, chunk_bytes=1 << 12)
+    plain = fxseek.compile(model(), 1.0, chunk_bytes=1 << 12)
     plain(**inputs).loss.backward()
-    bound = fxseek.compile(model(), config(budget, ratio=0.4))
+    bound = fxseek.compile(model(), config(budget))
     small = batch(37, batch=1, tokens=12)
     bound(**small)
     step = step_of(bound)
     assert step is not None and step.config.learn_chunk is None
     with caplog.at_level(logging.INFO, "fxseek"):
         bound(**inputs).loss.backward()
-    assert step.config.ratio == 0.4
-    assert step.config.learn_chunk or step.config.recompute == "block"
+    assert step.config.ratio == 1.0
+    assert step.config.learn_chunk == 28
     assert "estimated to peak at" in caplog.text
     chosen = step.config
     wanted, found = ({n: p.grad for n, p in x.named_parameters()} for x in (plain, bound))
@@ -122,7 +142,8 @@ def test_before_the_first_step(peaks: Peaks):
 
 
 def test_out_of_reach(peaks: Peaks):
-    least = peaks(ways(config(1))[-1])
+    groups = budgets._ladder(config(1), SIZES, TOKENS, "cpu")
+    least = min(map(peaks, [config(1), *(group[-1] for group in groups)]))
     given = config(least - 1)
     compiled = fxseek.compile(model(), given)
     inputs = batch(37, batch=ROWS, tokens=TOKENS)
@@ -145,7 +166,14 @@ def test_no_room_for_the_weights():
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("20GiB", 20 << 30), ("1.5 KiB", 1536), ("24 GB", 24 * 10**9), ("7mib", 7 << 20), ("9B", 9)],
+    [
+        ("9" * 400 + "KiB", int("9" * 400) * 1024),
+        ("20GiB", 20 << 30),
+        ("1.5 KiB", 1536),
+        ("24 GB", 24 * 10**9),
+        ("7mib", 7 << 20),
+        ("9B", 9),
+    ],
 )
 def test_budgets_with_a_unit(text: str, count: int):
     assert fxseek.SeekConfig(0.1, memory_budget_bytes=text).memory_budget_bytes == count

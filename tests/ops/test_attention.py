@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES
 from models import batch, tiny_llama, without_casts
+from oracle import Body, Model, assert_exact, model_of
 from torch import Tensor, nn
 
 import fxseek
@@ -67,7 +69,7 @@ def test_a_flag_for_consecutive_queries(
     given: dict[str, Any] = {"scale": 0.3, "enable_gqa": heads > 2}
     rows: Any = CausalRows(kept, at)
     if share:
-        rows = shared_mask(rows, query, key, enable_gqa=heads > 2)
+        rows = shared_mask(rows, query, key, value, enable_gqa=heads > 2)
     found = attend_rows(query, key, value, kept, mask=rows, **given)
     assert masks == ["flag"]
     wanted = attend_rows(query, key, value, kept, is_causal=True, batch_dim=0, **given)
@@ -82,12 +84,44 @@ def test_a_mask_where_no_kernel_takes_the_flag(at: range | None, masks: list[Any
     """Queries that are not consecutive, or not the first ones on the CPU."""
     query, key, value = operands(4, 6)
     kept = torch.tensor([[0, 2, 5, 6], [1, 2, 3, 10]] if at is None else [list(at)] * 2)
-    rows = shared_mask(CausalRows(kept, at), query, key, enable_gqa=True)
+    rows = shared_mask(CausalRows(kept, at), query, key, value, enable_gqa=True)
     assert isinstance(rows, Tensor)
     found = attend_rows(query, key, value, kept, mask=rows, enable_gqa=True)
     wanted = attend_rows(query, key, value, kept, is_causal=True, batch_dim=0, enable_gqa=True)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert "flag" not in map(str, masks)
+
+
+def test_large_masks_are_made_on_chunks(monkeypatch: pytest.MonkeyPatch, masks: list[Any]):
+    """Where no kernel takes the flag, as in float32 on a GPU."""
+    monkeypatch.setattr("fxseek.ops.masks.CHUNK_BYTES", 4 * KEYS * 2 * 2)
+    query, key, value = operands(6, 6)
+    kept = torch.arange(3, 9).expand(2, -1)
+    rows = CausalRows(kept, range(3, 9))
+    assert shared_mask(rows, query, key, value, enable_gqa=True) is not rows
+    found = attend_rows(query, key, value, kept, mask=rows, enable_gqa=True)
+    assert {mask.shape[-2] for mask in masks} == {2}
+    wanted = attend_rows(query, key, value, kept, is_causal=True, batch_dim=0, enable_gqa=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def attends_to(keys: int) -> Body:
+    """Two attentions under the flag, of which the second has so many keys more, or fewer."""
+
+    def body(m: Model, x: Tensor) -> Tensor:
+        y = x[:, None]
+        x = x + F.scaled_dot_product_attention(y, y, y, is_causal=True)[:, 0] * m.scale
+        y = x[:, None]
+        z = y[:, :, :keys] if keys < 0 else torch.cat((y, y[:, :, :keys]), 2)
+        return x + F.scaled_dot_product_attention(y, z, z, is_causal=True)[:, 0]
+
+    return body
+
+
+@pytest.mark.parametrize("keys", [-2, 3])
+def test_other_numbers_of_keys(keys: int):
+    for ratio in (0.4, 1.0):
+        assert_exact(model_of(attends_to(keys)), ratio=ratio)
 
 
 # ---- in a step -----------------------------------------------------------------------------------

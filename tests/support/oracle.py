@@ -167,10 +167,12 @@ def inputs_of(batch: int = BATCH) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def assert_exact(model: Model, *, batch: int = BATCH, packed: bool = True, **options: Any) -> None:
+def assert_exact(
+    model: Model, *, batch: int = BATCH, packed: bool = True, ratio: float = 0.4, **options: Any
+) -> None:
     """One compiled step has the loss and gradients of masked full backprop."""
     inputs = inputs_of(batch)
-    fxseek.compile(model, 0.4, **{"score": "random", "select": "sample", **options})
+    fxseek.compile(model, ratio, **{"score": "random", "select": "sample", **options})
     loss = model(**inputs)["loss"]
     assert_exact_step(
         model, loss, lambda: model.logits(inputs["input_ids"]), inputs["labels"], packed=packed

@@ -71,8 +71,9 @@ def thin_out(items: Iterable[pytest.Item]) -> None:
 
 def _places(item: pytest.Item) -> Iterator[int]:
     """Where a case stands along each axis of its grid."""
-    case: Any = getattr(item, "callspec", None)
-    for axis in () if case is None else item.iter_markers("parametrize"):
+    axes: Any = item.iter_markers("parametrize") if hasattr(item, "callspec") else ()
+    for axis in axes:
+        case: Any = vars(item)["callspec"]
         names = axis.args[0] if axis.args else axis.kwargs["argnames"]
         first = names.split(",")[0].strip() if isinstance(names, str) else names[0]
         yield case.indices[first]
