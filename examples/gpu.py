@@ -181,15 +181,19 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
     device = torch.device(arguments.device)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     until = time.monotonic() + 60 * arguments.minutes
-    options = {
+    given = {
         "learn_chunk": arguments.learn_chunk, "prefill_chunk": arguments.prefill_chunk,
         "chunk_bytes": arguments.chunk_bytes,
     }  # fmt: skip
-    known = [point for point in gpu_page.read(out) if point.card == card]
+    here = card, torch.__version__
+    known = [point for point in gpu_page.read(out) if (point.card, point.torch) == here]
     for name in arguments.models:
         model = None
         for way in arguments.ways:
-            mine = [point for point in known if (point.model, point.way) == (name, way)]
+            chosen = WAYS[way]
+            options = {} if chosen is None else {**given, **chosen}
+            options.pop("ratio", None)
+            mine = [x for x in known if (x.model, x.way, x.options) == (name, way, options)]
             lengths = list(lengths_left(mine, arguments))
             if not lengths:
                 continue
@@ -200,10 +204,7 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
             model = model_of(kind, tuning or "lora", device) if model is None else model
             trial = Trial(prepared(way, model, options), device)
             for tokens, seconds, peak in measured(trial, lengths, arguments.slowest, until):
-                point = Point(
-                    card, torch.__version__, name, way, tokens, seconds, peak,
-                    {} if WAYS[way] is None else options,
-                )  # fmt: skip
+                point = Point(*here, name, way, tokens, seconds, peak, options)
                 gpu_page.write(out, point)
                 print(point, flush=True)
             trial.let_go()

@@ -20,8 +20,10 @@ HEAD = """# On a GPU
 ones, bfloat16, one row of random tokens, every token labelled, a step with fused AdamW. LoRA has
 rank 16 on all linear layers but the head; "qlora" stores these in NF4. "checkpointing" is gradient
 checkpointing of every layer, with the head and the loss on 256 tokens at a time; "1.0", "0.5" and
-"0.1" are fxseek at that ratio; "lean" has parts of 1024 tokens, "offload" adds
-`recompute="block", kv="offload"`. The peak is that of torch's allocator, weights included.
+"0.1" are fxseek at that ratio with TokenSeek; "lean" has smaller parts, "offload" adds
+`recompute="block", kv="offload"`. The peak is that of torch's allocator, weights included; in
+brackets is what `fxseek.estimate` says. A step that takes less than 2 s is timed at its second run,
+a longer one at its first, so that memory is taken from the driver meanwhile.
 """
 
 
@@ -97,13 +99,10 @@ def page(points: Sequence[Point], file: Path) -> None:
         sections.append(f"## {card}, torch {version}\n")
         for model in dict.fromkeys(point.model for point in mine):
             some = [point for point in mine if point.model == model]
-            name = f"{file.stem}-{card}-{model}".lower().replace(" ", "-") + ".svg"
+            name = f"{file.stem}-{card}-{version}-{model}".lower().replace(" ", "-") + ".svg"
             plot(some, file.parent / name)
-            options = next((point.options for point in some if point.options), {})
-            given = ", ".join(f"{key}={value}" for key, value in options.items())
             sections += [
                 f"### {model}\n",
-                f"fxseek with `{given}`.\n",
                 "\n".join(table(some)) + "\n",
                 f"![Seconds and peak GiB of a step, by tokens]({name})\n",
             ]
@@ -117,10 +116,17 @@ def table(points: Sequence[Point]) -> list[str]:
         "| seconds; peak in GiB (estimate) | " + " | ".join(f"{n:,}" for n in lengths) + " |",
         "|---|" + "---:|" * len(lengths),
     ]
-    for way in dict.fromkeys(point.way for point in points):
-        cells = {point.tokens: cell(point) for point in points if point.way == way}
-        lines.append(f"| {way} | " + " | ".join(cells.get(n, "") for n in lengths) + " |")
+    for way, given in dict.fromkeys((point.way, settings(point)) for point in points):
+        mine = [point for point in points if (point.way, settings(point)) == (way, given)]
+        cells = {point.tokens: cell(point) for point in mine}
+        lines.append(f"| {way}{given} | " + " | ".join(cells.get(n, "") for n in lengths) + " |")
     return lines
+
+
+def settings(point: Point) -> str:
+    """The size of its parts, where it has any."""
+    chunk = point.options.get("learn_chunk")
+    return f", parts of {chunk}" if chunk else ""
 
 
 def cell(point: Point) -> str:
