@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ __all__ = ["SeekStep", "step_of"]
 log = logging.getLogger("fxseek")
 
 Fit = Callable[[nn.Module, SeekConfig, int, int], SeekConfig]
+
+_NUMBERS = itertools.count()
 
 # What a step of one model may be captured for: dtypes, adapters, one row or many, ...
 _CAPTURES = 64
@@ -92,6 +95,11 @@ class SeekStep:
             # a function of ours: Dynamo would break a bare call up at the model's own hooks
             outputs = call(*args, **kwargs)
             return None if loss is None else _scalar(loss(outputs, kwargs)), outputs
+
+        # Dynamo remembers by the name of a function which sizes and numbers have changed: other
+        # models' would be taken for variables, attention's scale among them.
+        code = with_loss.__code__
+        with_loss.__code__ = code.replace(co_name=f"{code.co_name}_{next(_NUMBERS)}")
 
         def capture(gm: fx.GraphModule, examples: Any) -> Callable[..., Any]:
             self._buffers = [(module, dict(module._buffers)) for module in model.modules()]

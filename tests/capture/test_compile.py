@@ -20,6 +20,7 @@ import fxseek
 from fxseek.capture.step import step_of
 from fxseek.inspect.compare import compare
 from fxseek.inspect.reference import masked_backprop
+from fxseek.passes.rules import operation
 
 GROUPED = TinyConfig(heads=4, kv_heads=2)
 
@@ -190,12 +191,22 @@ def test_explain_runs_no_step_and_names_the_stages(model, inputs):
 
 
 def test_explain_of_a_second_model():
-    """Dynamo makes a tensor of a Python float (here attention's scale) that changes."""
+    """Dynamo makes a tensor of a Python float (here attention's scale) that changes.
+
+    That of another model is no change: each model is captured as if it were the only one.
+    """
     for width in (6, 8):
         model = fxseek.compile(tiny_llama(head_dim=width), 0.3)
         inputs = batch(37, tokens=11)
         model(**inputs).loss.backward()
         assert fxseek.explain(model, **inputs).predicted_saved_bytes > 0
+        attentions = [
+            node
+            for step in step_of(model).recorder.steps  # type: ignore[union-attr]
+            for node in step.program.graph.nodes
+            if operation(node) == "scaled_dot_product_attention"
+        ]
+        assert {node.kwargs["scale"] for node in attentions} == {width**-0.5}
 
 
 @pytest.mark.parametrize("kind", ["loss", "selected", "full"])
