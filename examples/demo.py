@@ -103,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--full", action="store_true", help="train every parameter, not LoRA adapters")
     add("--methods", default=",".join(METHODS), help="some of %(default)s")
     add("--ratio", type=float, default=0.1, help="share of tokens to train on (%(default)s)")
-    add("--steps", type=int, default=24, help="training steps of each way (%(default)s)")
+    add("--steps", type=int, default=16, help="training steps of each way (%(default)s)")
     add("--batch", type=int, default=1, help="rows of a step (%(default)s)")
     add("--tokens", type=int, default=512, help="the longest row (%(default)s)")
     add("--held-out", type=int, default=16, help="rows to judge by (%(default)s)")
