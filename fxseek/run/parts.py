@@ -133,10 +133,10 @@ class _Step:
         if not known:
             return [None] * len(self.slots)
         kept, stops = self.selection.kept, [part.stop for part in self.slots]
+        if self.selection.consecutive is not None:
+            return stops
         if _torch.is_fake(kept):
             ends = [-(-self.tokens * stop // count) for stop in stops]
-        elif self.selection.consecutive is not None:
-            return stops
         else:  # filled slots are behind the others, whatever their positions are
             ends = (kept.cummax(1).values[:, [stop - 1 for stop in stops]].amax(0) + 1).tolist()
         return [min(-(-end // _ALIGNED) * _ALIGNED, self.tokens) for end in ends]
