@@ -8,7 +8,6 @@ import json
 import os
 import re
 import runpy
-from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -41,12 +40,10 @@ CHAT = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def collected() -> Iterator[None]:
-    """The programs collect garbage often; what other tests have left is not looked through."""
+def collected() -> None:
+    """The programs collect garbage often: what other tests have left is looked through once."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
