@@ -22,6 +22,7 @@ from fxseek.inspect.check import GradientCheck, check_gradients
 from fxseek.inspect.estimate import Estimate, estimate
 from fxseek.inspect.explain import Explanation, Fallback, explain
 from fxseek.inspect.profile import Profile, profile
+from fxseek.inspect.quality import GradientQuality, gradient_quality
 from fxseek.scores import ScoreInputs
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "FxseekError",
     "GradientCheck",
     "GradientMismatch",
+    "GradientQuality",
     "GraphError",
     "InputError",
     "Profile",
@@ -50,6 +52,7 @@ __all__ = [
     "compile",
     "estimate",
     "explain",
+    "gradient_quality",
     "profile",
     "report",
     "resume",

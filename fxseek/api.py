@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -19,7 +20,9 @@ __all__ = ["compile", "report", "resume", "uncompile"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compile(model: Model, ratio: float | str | SeekConfig = 0.1, **options: Any) -> Model:
+def compile(
+    model: Model, ratio: float | str | Callable[[int], float] | SeekConfig = 0.1, **options: Any
+) -> Model:
     """Make a model's training step keep the activations of selected tokens only.
 
     In training mode, with grad enabled and labels given, a call of the model runs the
@@ -29,7 +32,8 @@ def compile(model: Model, ratio: float | str | SeekConfig = 0.1, **options: Any)
     Args:
         model: any module that Dynamo captures as one graph; returned itself, not wrapped.
         ratio: share of tokens that are back-propagated through, in (0, 1]; ``"mass:0.9"`` for as
-            few of each row as hold 90 % of its score mass; or a `SeekConfig`.
+            few of each row as hold 90 % of its score mass; ``"labelled"`` for those that have a
+            label; ``"0.1->0.5"`` or a function of the step; or a `SeekConfig`.
         options: fields of `SeekConfig`: score, select, alpha, beta, backend, ...
 
     Raises:
@@ -96,9 +100,10 @@ def report(model: nn.Module | None = None) -> StepReport:
 def resume(model: nn.Module, step: int) -> None:
     """Let the next training step of a compiled model be number `step`.
 
-    Random scores and samples are drawn from the seed and the number of the step, counted per
-    forward. After a restart, a loop that has run `step` of them goes on where it was:
-    ``fxseek.report(model).step + 1`` at the time of saving. `SeekCallback` does it in a Trainer.
+    Random scores, samples and spans are drawn from the seed and the number of the step, counted per
+    forward, which a ratio may follow too. After a restart, a loop that has run `step` of them goes
+    on where it was: ``fxseek.report(model).step + 1`` at the time of saving. `SeekCallback` does it
+    in a Trainer.
 
     Raises:
         InputError: the model is not compiled by fxseek, or `step` is not a number of steps.

@@ -5,21 +5,32 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
-import numbers
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
+from fxseek.checks import (
+    UNITS,
+    bounds,
+    bytes_of,
+    choice,
+    integer,
+    is_zero,
+    listing,
+    share,
+    shown,
+    weight,
+)
 from fxseek.errors import ConfigError
-from fxseek.scores import SCORERS
+from fxseek.ratios import Fixed, Labelled, Linear, Mass, Ratio, problems_of, ratio_of
+from fxseek.scores import NORMALISATIONS, SCORERS
 
 __all__ = [
     "BACKENDS",
     "GRADIENT_NORMS",
     "KVS",
+    "NORMALISATIONS",
     "OUTPUTS",
     "RECOMPUTES",
     "SELECTS",
@@ -33,14 +44,9 @@ RECOMPUTES = ("none", "selective", "block")
 KVS = ("device", "offload")
 OUTPUTS = ("loss", "selected", "full")
 
-_CALLABLES = ("score", "loss")
-_OPTIONAL = ("prefill_chunk", "learn_chunk", "memory_budget_bytes")
+_CALLABLES = ("ratio", "score", "loss")
+_OPTIONAL = ("prefill_chunk", "learn_chunk", "memory_budget_bytes", "ratio_steps")
 _MAX_SEED = 2**63 - 1
-_MASS = "mass:"
-_RATIOS = (
-    "0.1 trains on a tenth of the tokens, 1.0 on all of them, 'mass:0.9' on the best that hold "
-    "90 % of a row's score mass"
-)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,11 @@ class SeekConfig:
             computed. Or ``"mass:0.9"``: as few tokens as hold 90 % of the row's
             score mass, best first, within ``ratio_bounds`` (docs/scoring.md); rows then keep
             different numbers, and a step waits for the device to learn the largest. Not with
-            ``score="random"``, which gives all tokens the same mass. Default 0.1.
+            ``score="random"``, which gives all tokens the same mass. Or ``"labelled"``: the
+            positions that have a label and no others, without a score, for data where a part of
+            each row is labelled, such as completions. Or a ratio that follows training:
+            ``"0.1->0.5"``, linear over ``ratio_steps``, or a function of the step. Default 0.1,
+            the paper's.
         score: What makes a token worth keeping: ``"tokenseek"`` (context and gradient combined),
             ``"context"`` (attention received in the last layer; no backward pass),
             ``"gradient"`` (of the loss, at the input of the last block), ``"random"``, or a
@@ -67,10 +77,18 @@ class SeekConfig:
         alpha: Weight of the context score in ``"tokenseek"``; at least 0. Default 1.0.
         beta: Weight of the gradient score in ``"tokenseek"``; at least 0. Default 1.0. Only the
             ratio of alpha to beta changes the ranking.
+        normalise: What puts the two scores of ``"tokenseek"`` on one scale, row by row:
+            ``"minmax"``, the paper's (the logarithm of the context score, the gradient's from 0 to
+            1); ``"rank"`` (each score's rank, from 0 to 1) or ``"zscore"`` (both with mean 0 and
+            deviation 1), so that equal weights mean equal influence. Default ``"minmax"``.
         gradient_norm: How a token's gradient vector becomes one number: ``"l1"``, ``"l2"`` or
             ``"sum"`` (signed). Default ``"l1"``.
         supervised_only: Labelled positions first; others only fill a row that has too few.
             Default False.
+        span: Tokens that are selected together: runs of so many consecutive ones, cut at a random
+            place of each row and step. A span ends with its document, and where labels decide
+            (``supervised_only``, ``select="sample"``) with its labelled stretch. 1 selects tokens
+            one by one. Default 1.
         uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
             in (0, 1]. Default 0.5.
         seed: Seed of random scores and of sampling, a non-negative integer. Default 0.
@@ -106,20 +124,25 @@ class SeekConfig:
         ratio_bounds: Smallest and largest share of a row's own tokens that a ratio such as
             ``"mass:0.9"`` may come to, ``0 < low <= high <= 1``; a fixed ratio does not read it.
             Default (0.01, 0.5).
+        ratio_steps: Steps over which a ratio such as ``"0.1->0.5"`` goes from one to the other:
+            calls of the model in training, each micro-batch one. None for those that a
+            `SeekCallback` is told by its Trainer. Default None.
 
     Raises:
         ConfigError: A value is of the wrong type or out of range; the message names each
             argument, the value given, and what is accepted.
     """
 
-    ratio: float | str = 0.1
+    ratio: float | str | Callable[[int], float] = 0.1
     _: KW_ONLY
     score: str | Callable[..., Any] = "tokenseek"
     select: str = "topk"
     alpha: float = 1.0
     beta: float = 1.0
+    normalise: str = "minmax"
     gradient_norm: str = "l1"
     supervised_only: bool = False
+    span: int = 1
     uniform: float = 0.5
     seed: int = 0
     backend: str = "eager"
@@ -133,19 +156,18 @@ class SeekConfig:
     loss: Callable[..., Any] | None = None
     token_dim: int = 1
     ratio_bounds: tuple[float, float] = (0.01, 0.5)
+    ratio_steps: int | None = None
 
     def __post_init__(self) -> None:
         problems = _problems(self)
         if problems:
-            raise ConfigError(_listing(problems))
+            raise ConfigError(listing(problems))
         object.__setattr__(self, "memory_budget_bytes", self.budget)
-        share = self.mass_share
-        plain = float(self.ratio) if share is None else f"{_MASS}{share}"
-        object.__setattr__(self, "ratio", plain)
+        object.__setattr__(self, "ratio", self.parsed_ratio.plain())
         object.__setattr__(self, "ratio_bounds", tuple(map(float, self.ratio_bounds)))
         for name in ("alpha", "beta", "uniform"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("seed", "chunk_bytes", "token_dim", *_OPTIONAL):
+        for name in ("span", "seed", "chunk_bytes", "token_dim", *_OPTIONAL):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
 
@@ -153,15 +175,61 @@ class SeekConfig:
     def budget(self) -> int | None:
         """``memory_budget_bytes`` as a number."""
         given = self.memory_budget_bytes
-        return _bytes(given) if isinstance(given, str) else given
+        return bytes_of(given) if isinstance(given, str) else given
+
+    @cached_property
+    def parsed_ratio(self) -> Ratio:
+        """What ``ratio`` says."""
+        found = ratio_of(self.ratio)
+        assert found is not None
+        return found
 
     @property
     def mass_share(self) -> float | None:
         """Share of the score mass that each row keeps: 0.9 of ``"mass:0.9"``; else None."""
-        return _mass_share(self.ratio)
+        found = self.parsed_ratio
+        return found.share if isinstance(found, Mass) else None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether tokens are scored: not where all are kept, or all that have a label."""
+        return not (self.ratio == 1.0 or isinstance(self.parsed_ratio, Labelled))
+
+    @property
+    def draws_spans(self) -> bool:
+        """Whether spans are cut at random places."""
+        return self.span > 1 and self.is_scored
+
+    @property
+    def ratio_range(self) -> tuple[float, float]:
+        """The least and the largest share of a row's tokens that a step may keep."""
+        match self.parsed_ratio:
+            case Fixed(ratio):
+                return ratio, ratio
+            case Mass():
+                return self.ratio_bounds
+            case Linear(first, last):
+                return min(first, last), max(first, last)
+            case _:
+                return self.ratio_bounds[0], 1.0
+
+    def ratio_at(self, step: int, steps: int | None = None) -> float | None:
+        """The share that a step keeps; None where it follows from the rows.
+
+        Args:
+            step: how many calls of the model in training came before it.
+            steps: how many there will be, where ``ratio_steps`` does not say.
+
+        Raises:
+            ConfigError: a function returned something else than a share, or nobody says how many
+                steps there will be.
+        """
+        return self.parsed_ratio.at(step, self.ratio_steps or steps)
 
     @classmethod
-    def make(cls, ratio: float | str | SeekConfig = 0.1, **options: Any) -> SeekConfig:
+    def make(
+        cls, ratio: float | str | Callable[[int], float] | SeekConfig = 0.1, **options: Any
+    ) -> SeekConfig:
         """The configuration that ``fxseek.compile(model, ratio, **options)`` asks for.
 
         ``ratio`` may itself be a ``SeekConfig``; options then replace its fields.
@@ -181,15 +249,15 @@ class SeekConfig:
         """All fields as plain values, ready for JSON.
 
         Raises:
-            ConfigError: ``score`` or ``loss`` is a callable, which has no plain form.
+            ConfigError: ``ratio``, ``score`` or ``loss`` is a callable, which has no plain form.
         """
         values = {field.name: getattr(self, field.name) for field in _fields()}
         callables = [name for name in _CALLABLES if callable(values[name])]
         if callables:
             raise ConfigError(
-                _listing(
+                listing(
                     [
-                        f"{name}={_shown(values[name])} is a callable and cannot be saved; save "
+                        f"{name}={shown(values[name])} is a callable and cannot be saved; save "
                         f"the configuration with {name}={_default(name)!r} and pass the callable "
                         f"again when you load it: "
                         f"dataclasses.replace(SeekConfig.from_dict(saved), {name}=your_callable)"
@@ -211,7 +279,7 @@ class SeekConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(
                 f"SeekConfig.from_dict needs a mapping of field names to values, "
-                f"got {_shown(values)}; pass what SeekConfig.to_dict() returned"
+                f"got {shown(values)}; pass what SeekConfig.to_dict() returned"
             )
         return cls._checked(values, _unknown(values, "key"))
 
@@ -234,7 +302,7 @@ class SeekConfig:
             values = json.loads(text)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"SeekConfig.from_json needs JSON text, got {_shown(text)} ({error}); "
+                f"SeekConfig.from_json needs JSON text, got {shown(text)} ({error}); "
                 f"pass what SeekConfig.to_json() returned"
             ) from error
         return cls.from_dict(values)
@@ -249,7 +317,7 @@ class SeekConfig:
         for field in _fields():
             given = field.name in values and field.name in names
             object.__setattr__(probe, field.name, values[field.name] if given else field.default)
-        raise ConfigError(_listing(unknown + _problems(probe)))
+        raise ConfigError(listing(unknown + _problems(probe)))
 
 
 def _fields() -> tuple[dataclasses.Field[Any], ...]:
@@ -269,179 +337,67 @@ def _unknown(values: Mapping[Any, Any], kind: str) -> list[str]:
             continue
         close = difflib.get_close_matches(str(name), names, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-        lines.append(f"unknown {kind} {name!r} (value {_shown(values[name])}); {remedy}")
+        lines.append(f"unknown {kind} {name!r} (value {shown(values[name])}); {remedy}")
     return lines
 
 
 def _problems(config: SeekConfig) -> list[str]:
     """Every reason why ``config`` cannot be used, one line each; empty when it can."""
     lines = [
-        *_choice("score", config.score, tuple(SCORERS), callable_too=True),
-        *_choice("select", config.select, SELECTS),
-        *_choice("gradient_norm", config.gradient_norm, GRADIENT_NORMS),
-        *_choice("backend", config.backend, BACKENDS),
-        *_choice("recompute", config.recompute, RECOMPUTES),
-        *_choice("kv", config.kv, KVS),
-        *_choice("outputs", config.outputs, OUTPUTS),
-        *_ratio(config.ratio),
-        *_bounds("ratio_bounds", config.ratio_bounds),
-        *_share("uniform", config.uniform, "0.5 is half uniform, 1.0 ignores the scores"),
-        *_weight("alpha", config.alpha),
-        *_weight("beta", config.beta),
-        *_integer("seed", config.seed, 0, _MAX_SEED),
-        *_integer("chunk_bytes", config.chunk_bytes, 1, None),
-        *_integer("token_dim", config.token_dim, 1, None),
+        *choice("score", config.score, tuple(SCORERS), callable_too=True),
+        *choice("select", config.select, SELECTS),
+        *choice("gradient_norm", config.gradient_norm, GRADIENT_NORMS),
+        *choice("backend", config.backend, BACKENDS),
+        *choice("recompute", config.recompute, RECOMPUTES),
+        *choice("kv", config.kv, KVS),
+        *choice("outputs", config.outputs, OUTPUTS),
+        *problems_of(config.ratio),
+        *bounds("ratio_bounds", config.ratio_bounds),
+        *share("uniform", config.uniform, "0.5 is half uniform, 1.0 ignores the scores"),
+        *weight("alpha", config.alpha),
+        *weight("beta", config.beta),
+        *choice("normalise", config.normalise, tuple(NORMALISATIONS)),
+        *integer("span", config.span, 1, None),
+        *integer("seed", config.seed, 0, _MAX_SEED),
+        *integer("chunk_bytes", config.chunk_bytes, 1, None),
+        *integer("token_dim", config.token_dim, 1, None),
     ]
     for name in _OPTIONAL:
         value = getattr(config, name)
         if name == "memory_budget_bytes" and isinstance(value, str):
-            value = _bytes(value)
+            value = bytes_of(value)
             if not value:
                 lines.append(
-                    f"{name}={_shown(getattr(config, name))} is no number of bytes; pass an "
-                    f"integer, or a number and one of {', '.join(_UNITS)}, such as '20GiB'"
+                    f"{name}={shown(getattr(config, name))} is no number of bytes; pass an "
+                    f"integer, or a number and one of {', '.join(UNITS)}, such as '20GiB'"
                 )
         elif value is not None:
-            lines += _integer(name, value, 1, None)
+            lines += integer(name, value, 1, None)
     if config.kv == "offload" and (config.recompute, config.backend) != ("block", "eager"):
         lines.append(
-            f"kv='offload' with recompute={_shown(config.recompute)} and "
-            f"backend={_shown(config.backend)}: autograd would keep the copies on the device; "
+            f"kv='offload' with recompute={shown(config.recompute)} and "
+            f"backend={shown(config.backend)}: autograd would keep the copies on the device; "
             f"use recompute='block' and backend='eager'"
         )
     if not isinstance(config.supervised_only, bool):
         lines.append(
-            f"supervised_only={_shown(config.supervised_only)} is not a bool; pass True to select "
+            f"supervised_only={shown(config.supervised_only)} is not a bool; pass True to select "
             f"only positions that have a label, or False"
         )
     if config.loss is not None and not callable(config.loss):
         lines.append(
-            f"loss={_shown(config.loss)} is not callable; pass a function "
+            f"loss={shown(config.loss)} is not callable; pass a function "
             f"loss(outputs, batch) -> scalar tensor, or None to use the model's own loss"
         )
-    if config.score == "tokenseek" and _is_zero(config.alpha) and _is_zero(config.beta):
+    if config.score == "tokenseek" and is_zero(config.alpha) and is_zero(config.beta):
         lines.append(
-            f"alpha={_shown(config.alpha)} and beta={_shown(config.beta)} leave "
+            f"alpha={shown(config.alpha)} and beta={shown(config.beta)} leave "
             f"score='tokenseek' nothing to rank by; make one of them positive, "
             f"or use score='random'"
         )
-    if config.score == "random" and _mass_share(config.ratio) is not None:
+    if config.score == "random" and isinstance(ratio_of(config.ratio), Mass):
         lines.append(
-            f"ratio={_shown(config.ratio)} with score='random' keeps a fixed share, as random "
+            f"ratio={shown(config.ratio)} with score='random' keeps a fixed share, as random "
             f"scores have equal mass; pass that share as a number, such as 0.1, or another score"
         )
     return lines
-
-
-def _choice(
-    name: str, value: object, accepted: tuple[str, ...], *, callable_too: bool = False
-) -> list[str]:
-    if (callable_too and callable(value)) or (isinstance(value, str) and value in accepted):
-        return []
-    close = difflib.get_close_matches(value, accepted, n=1) if isinstance(value, str) else []
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    also = " or a callable" if callable_too else ""
-    choices = ", ".join(repr(choice) for choice in accepted)
-    return [f"{name}={_shown(value)} is not accepted; {hint}use one of {choices}{also}"]
-
-
-def _mass_share(ratio: object) -> float | None:
-    """The share in (0, 1] that ``"mass:<share>"`` names; None for all else."""
-    if not isinstance(ratio, str) or not ratio.startswith(_MASS):
-        return None
-    try:
-        share = float(ratio.removeprefix(_MASS))
-    except ValueError:
-        return None
-    return share if 0 < share <= 1 else None
-
-
-_UNITS = {
-    "B": 1,
-    **{f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", 1)},
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)},
-}
-
-
-def _bytes(value: object) -> int | None:
-    """The number of bytes that a text such as ``"20GiB"`` names; None for all else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", str(value), re.IGNORECASE)
-    if not isinstance(value, str) or found is None:
-        return None
-    units = {name.lower(): size for name, size in _UNITS.items()}
-    size = units.get(found[2].lower())
-    return None if size is None else int(Fraction(found[1]) * size)
-
-
-def _ratio(value: object) -> list[str]:
-    if not isinstance(value, str):
-        return _share("ratio", value, _RATIOS)
-    if _mass_share(value) is not None:
-        return []
-    kind, _, share = value.strip().lower().rpartition(":")
-    meant = _MASS + share if kind == "mass" else share
-    hint = ""
-    if _mass_share(meant) is not None:
-        hint = f"did you mean {meant!r}? "
-    elif _mass_share(_MASS + meant) is not None:
-        hint = f"did you mean the number {meant}? "
-    return [
-        f"ratio={_shown(value)} is not accepted; {hint}pass a float in (0, 1], or 'mass:' and a "
-        f"number in (0, 1]: {_RATIOS}"
-    ]
-
-
-def _bounds(name: str, value: object) -> list[str]:
-    accepted = "pass two floats (low, high) with 0 < low <= high <= 1, such as (0.01, 0.5)"
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        return [f"{name}={_shown(value)} is not a pair; {accepted}"]
-    if any(not isinstance(x, numbers.Real) or isinstance(x, bool) for x in value):
-        return [f"{name}={_shown(value)} are not two numbers; {accepted}"]
-    if not 0 < float(value[0]) <= float(value[1]) <= 1:
-        return [f"{name}={_shown(value)} are out of range or order; {accepted}"]
-    return []
-
-
-def _share(name: str, value: object, examples: str) -> list[str]:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return [f"{name}={_shown(value)} is not a number; pass a float in (0, 1]: {examples}"]
-    if not 0 < float(value) <= 1:
-        return [f"{name}={_shown(value)} is outside (0, 1]; pass a share of the whole: {examples}"]
-    return []
-
-
-def _weight(name: str, value: object) -> list[str]:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return [f"{name}={_shown(value)} is not a number; pass a finite float that is 0 or more"]
-    if not (math.isfinite(value) and float(value) >= 0):
-        return [
-            f"{name}={_shown(value)} is negative or not finite; pass a finite float "
-            f"that is 0 or more"
-        ]
-    return []
-
-
-def _integer(name: str, value: object, low: int, high: int | None) -> list[str]:
-    span = f"of at least {low}" if high is None else f"from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        return [f"{name}={_shown(value)} is not an integer; pass an integer {span}"]
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        return [f"{name}={_shown(value)} is out of range; pass an integer {span}"]
-    return []
-
-
-def _is_zero(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0
-
-
-def _shown(value: object) -> str:
-    """``value`` for an error message, at most about eighty characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _listing(problems: list[str], what: str = "invalid fxseek configuration") -> str:
-    if len(problems) == 1:
-        return f"{what}: {problems[0]}"
-    return f"{what}, {len(problems)} problems:\n" + "\n".join(f"  - {line}" for line in problems)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from fxseek import _torch
 from fxseek.errors import ConfigError, InputError
+from fxseek.spans import over_spans
 
 __all__ = [
     "Selection",
     "count_holding",
     "count_kept",
     "count_kept_of_rows",
+    "select_labelled",
     "select_sample",
     "select_topk",
 ]
@@ -36,13 +38,14 @@ class Selection:
     ``filled`` Bool [batch, k], True at the end of a row that keeps fewer than k positions and is
     filled up with positions that it does not keep (weight 0), None where no row can be.
     ``consecutive``: the kept positions where they are known to be consecutive, and the same in all
-    rows.
+    rows. ``spans``: Long [batch, tokens], the span that each position was selected with.
     """
 
     kept: Tensor
     weights: Tensor
     filled: Tensor | None = None
     consecutive: range | None = None
+    spans: Tensor | None = None
 
     @property
     def selected(self) -> Tensor:
@@ -97,16 +100,20 @@ def count_holding(
     supervised: Tensor | None = None,
     supervised_only: bool = False,
     required: Tensor | None = None,
+    spans: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """How many of each row's best positions hold ``share`` of its mass.
 
     The ranking is that of `select_topk`: required positions come first, and the others follow by
     mass. With ``supervised_only`` the mass is that of labelled positions; this also counts the
     draws of `select_sample`, which are fixed before the draw. Positions that lack one part in 10⁹
-    of the share hold it. A row without mass needs one position.
+    of the share hold it. A row without mass needs one position. With ``spans`` the others follow
+    span by span, by the mean of their ``scores`` where given, else of their mass.
 
-    Shapes: mass [batch, tokens], finite and nonnegative; valid, supervised Bool [batch, tokens];
-    required Long [batch, any] → Long [batch], each from 1 to tokens.
+    Shapes: mass, scores [batch, tokens], mass finite and nonnegative; valid, supervised Bool
+    [batch, tokens]; required Long [batch, any]; spans Long [batch, tokens] → Long [batch], each
+    from 1 to tokens.
     """
     population = valid
     if supervised_only and supervised is not None:
@@ -115,7 +122,10 @@ def count_holding(
     parts = mass.to(dtype).masked_fill(~population, 0.0)
     highest = parts.amax(-1, keepdim=True)
     units = torch.where(highest > 0, parts / highest * _UNITS, 0.0).round().long()
-    ranking = _ranking(units, _with_required(torch.zeros_like(units), required))
+    ranked = units
+    if spans is not None:
+        ranked = over_spans(units.to(dtype) if scores is None else scores, spans, "mean")
+    ranking = _ranking(ranked, _with_required(torch.zeros_like(units), required))
     held = units.gather(-1, ranking).cumsum(-1)
     needed = held[:, -1:].to(dtype) * (share * (1 - 1e-9))
     return (held[:, :-1].to(dtype) < needed).sum(-1) + 1
@@ -131,6 +141,7 @@ def select_topk(
     supervised_only: bool = False,
     counts: Tensor | None = None,
     required: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Selection:
     """The ``k`` best-scoring positions of each row, all with weight 1.
 
@@ -142,10 +153,11 @@ def select_topk(
 
     ``counts`` are the numbers that the rows keep, where they keep fewer than ``k``; positions
     that they don't keep fill them up, with weight 0, invalid ones before others. ``required``
-    positions come before all others.
+    positions come before all others. ``spans`` (`fxseek.spans.spans_of`) are ranked by the mean of
+    their scores and kept whole, but for the last, of which a row keeps the first positions.
 
     Shapes: scores [batch, tokens], without NaN; valid, supervised Bool [batch, tokens]; counts
-    Long [batch]; required Long [batch, any].
+    Long [batch]; required Long [batch, any]; spans Long [batch, tokens].
 
     Raises:
         ValueError: k is below 1 or above tokens; supervised_only without supervised.
@@ -157,6 +169,8 @@ def select_topk(
         if supervised is None:
             raise ValueError("supervised_only needs to know which positions have a label")
         tier = tier + labelled
+    if spans is not None:
+        scores = over_spans(scores, spans, "mean")
     ranking = _ranking(scores, _with_required(tier, required))
 
     if supervised is not None and not supervised_only:
@@ -170,7 +184,27 @@ def select_topk(
         ranking = ranking.scatter(-1, ends, torch.where(replaces, pair.flip(-1), pair))
     kept, filled = _take(ranking, counts, k, valid)
     weights = torch.ones_like(kept, dtype=torch.float32)
-    return Selection(kept, weights if filled is None else weights.masked_fill(filled, 0.0), filled)
+    if filled is not None:
+        weights = weights.masked_fill(filled, 0.0)
+    return Selection(kept, weights, filled, spans=spans)
+
+
+@torch.no_grad()
+def select_labelled(supervised: Tensor, required: Tensor | None = None) -> Selection:
+    """The positions that have a label, padding or not, and ``required`` ones, all with weight 1.
+
+    The first position of a row that has neither. Waits for the device, to learn the largest number
+    that a row keeps.
+
+    Shapes: supervised Bool [batch, tokens]; required Long [batch, any].
+    """
+    own = supervised if required is None else supervised.scatter(-1, required, True)
+    counts = own.sum(-1).clamp_min(1)
+    k = int(counts.max())
+    if len(counts) == 1:
+        counts = None  # nothing to fill up
+    found = torch.zeros(own.shape, device=own.device)
+    return select_topk(found, k, valid=own, counts=counts)
 
 
 @torch.no_grad()
@@ -184,6 +218,7 @@ def select_sample(
     uniform: float = 0.5,
     counts: Tensor | None = None,
     required: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Selection:
     """``k`` labelled positions of each row, drawn by mass, weighted so that the loss is unbiased.
 
@@ -204,9 +239,15 @@ def select_sample(
 
     The draws come from ``generator``, on the CPU, so that all devices select alike.
 
-    ``counts`` and ``required`` are those of `select_topk`.
+    ``counts`` and ``required`` are those of `select_topk`. With ``spans`` (`fxseek.spans.spans_of`,
+    cut where labels begin and end), a span has the share of all its positions, one draw and one
+    weight. A row keeps the spans of the highest priorities that have ``k`` positions or fewer in
+    all; τ is the priority of the next one, and the expectation is the same: whether a span is kept
+    depends on its own draw and a threshold that the others make. No span may be larger than what
+    its row keeps beside required positions.
 
-    Shapes: mass [batch, tokens], finite and nonnegative; valid, supervised Bool [batch, tokens].
+    Shapes: mass [batch, tokens], finite and nonnegative; valid, supervised Bool [batch, tokens];
+    spans Long [batch, tokens].
 
     Source: Duffield, Lund, Thorup, "Priority sampling for estimation of arbitrary subset sums",
     JACM 54(6), 2007.
@@ -235,9 +276,15 @@ def select_sample(
 
     # 1 - [0, 1) = (0, 1]: no division by zero
     uniforms = 1.0 - torch.rand(mass.shape, generator=generator, dtype=dtype)
-    priority = share / uniforms.to(mass.device, non_blocking=True)
+    uniforms = uniforms.to(mass.device, non_blocking=True)
+    if spans is not None:
+        share, mass = over_spans(share, spans), over_spans(mass, spans)
+        uniforms = uniforms.gather(-1, spans)
+    priority = share / uniforms
     tier = _with_required(valid.long() + labelled, required)
     ranking = _ranking(torch.where(labelled, priority, mass), tier)
+    if spans is not None:
+        counts = _whole_spans(ranking, spans, labelled, _counts(counts, ranking, k))
     kept, filled = _take(ranking, counts, k, valid)
 
     # Unlabelled positions have priority 0, so that τ = 0 in rows that keep all their labels.
@@ -252,7 +299,22 @@ def select_sample(
     weights = (threshold / share.gather(-1, kept)).clamp_min(1.0)
     weights = weights * kept_labelled.sum() / labelled.sum().clamp_min(1)
     weights = weights.masked_fill(~kept_labelled, 1.0).to(torch.float32)
-    return Selection(kept, weights if filled is None else weights.masked_fill(filled, 0.0), filled)
+    if filled is not None:
+        weights = weights.masked_fill(filled, 0.0)
+    return Selection(kept, weights, filled, spans=spans)
+
+
+def _whole_spans(ranking: Tensor, spans: Tensor, labelled: Tensor, size: Tensor) -> Tensor:
+    """The most positions of each ranking, `size` or fewer, that end with a span; Long [batch].
+
+    Unlabelled positions, which nothing is drawn of, end anywhere.
+    """
+    drawn, ranked = labelled.gather(-1, ranking), spans.gather(-1, ranking)
+    ends = ~drawn
+    ends[:, -1] = True
+    ends[:, :-1] |= ranked[:, 1:] != ranked[:, :-1]
+    count = torch.arange(1, ranking.shape[-1] + 1, device=ranking.device)
+    return torch.where(ends & (count <= size), count, 0).amax(-1)
 
 
 def _counts(counts: Tensor | None, ranking: Tensor, k: int) -> Tensor:

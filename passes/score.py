@@ -41,6 +41,7 @@ from fxseek.passes.score_plan import (
 )
 from fxseek.passes.structure import Structure
 from fxseek.passes.tokens import per_token
+from fxseek.ratios import Labelled
 from fxseek.scores import scorer_of
 
 
@@ -50,13 +51,20 @@ def plan_scores(
     """Decide what the score stage reads and runs.
 
     Raises:
-        GraphError: the score needs a loss, an attention or a last block, and the graph has none.
+        GraphError: it needs a loss over tokens, an attention or a last block, and the graph has
+            none.
     """
     scorer, kind = scorer_of(config), config.score
     start = structure.block_input
     stream = None if start is None else Stream(start, _rows_of(facts, start))
     tokens = _token_inputs(graph, facts, structure, config)
     targets = _targets(structure)
+    if isinstance(config.parsed_ratio, Labelled) and targets is None:
+        raise GraphError(
+            "ratio='labelled' keeps the positions that have a label, and the captured graph has no "
+            "cross-entropy over tokens that fxseek knows. Pass a share of the tokens, such as "
+            "ratio=0.1."
+        )
     plan = ScorePlan(tokens, targets, stream if scorer.reads_hidden else None, None, None)
     if not scorer.parts:
         return plan
@@ -111,6 +119,7 @@ def _token_inputs(
     return TokenInputs(
         ids=named.get("input_ids"),  # of an encoder, where there are two
         mask=mask,
+        positions=named.get("position_ids"),
         primary=primary,
         batch_dim=None if sizes.batch is None else 0,
         virtual=sizes.virtual,

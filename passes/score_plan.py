@@ -30,13 +30,15 @@ __all__ = [
 class TokenInputs:
     """The inputs of the captured graph that say how many tokens there are, and which.
 
-    `ids`, `mask`: None where there is none; `primary`: one that counts the tokens; `batch_dim`: its
-    batch dimension, None where the batch is 1; `virtual`: tokens that the model puts in front of
-    those it is given (prompt tuning); `required`: places in a row that it reads one by one.
+    `ids`, `mask`, `positions`: None where there is none; `primary`: one that counts the tokens;
+    `batch_dim`: its batch dimension, None where the batch is 1; `virtual`: tokens that the model
+    puts in front of those it is given (prompt tuning); `required`: places in a row that it reads
+    one by one.
     """
 
     ids: fx.Node | None
     mask: fx.Node | None
+    positions: fx.Node | None
     primary: fx.Node
     batch_dim: int | None
     virtual: int

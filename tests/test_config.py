@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxseek import errors
-from fxseek.config import BACKENDS, GRADIENT_NORMS, OUTPUTS, SELECTS, SeekConfig
+from fxseek.config import BACKENDS, GRADIENT_NORMS, NORMALISATIONS, OUTPUTS, SELECTS, SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.scores import SCORERS
 
@@ -25,8 +25,10 @@ def test_defaults():
         "select": "topk",
         "alpha": 1.0,
         "beta": 1.0,
+        "normalise": "minmax",
         "gradient_norm": "l1",
         "supervised_only": False,
+        "span": 1,
         "uniform": 0.5,
         "seed": 0,
         "backend": "eager",
@@ -40,6 +42,7 @@ def test_defaults():
         "loss": None,
         "token_dim": 1,
         "ratio_bounds": [0.01, 0.5],
+        "ratio_steps": None,
     }
 
 
@@ -81,6 +84,14 @@ BAD = [
     ("ratio", "mass:90%", ["ratio='mass:90%'", "(0, 1]", "'mass:0.9'"]),
     ("ratio", "mass", ["ratio='mass'", "(0, 1]", "'mass:0.9'"]),
     ("ratio", "Mass:0.8", ["ratio='Mass:0.8'", "did you mean 'mass:0.8'?"]),
+    ("ratio", "labeled", ["ratio='labeled'", "did you mean 'labelled'?"]),
+    ("ratio", "Labelled", ["did you mean 'labelled'?"]),
+    ("ratio", "0.1->1.5", ["ratio='0.1->1.5'", "'0.1->0.5'"]),
+    ("ratio", "0.1->", ["ratio='0.1->'", "'0.1->0.5'"]),
+    ("ratio_steps", 0, ["ratio_steps=0", "at least 1"]),
+    ("normalise", "ranks", ["normalise='ranks'", "did you mean 'rank'", "'zscore'"]),
+    ("span", 0, ["span=0", "at least 1"]),
+    ("span", 2.5, ["span=2.5", "not an integer"]),
     ("ratio", None, ["ratio=None", "not a number", "'mass:0.9'"]),
     ("ratio", True, ["ratio=True", "not a number"]),
     ("score", "contxt", ["score='contxt'", "did you mean 'context'", "'random'", "callable"]),
@@ -204,7 +215,21 @@ def test_from_json_rejects_what_is_not_an_object():
         SeekConfig.from_json("[0.1]")
 
 
-@pytest.mark.parametrize("name", ["score", "loss"])
+def test_ratios_that_are_no_number():
+    assert SeekConfig("labelled").ratio == "labelled"
+    assert SeekConfig(" .1 -> 1 ").ratio == "0.1->1.0"
+    falling = SeekConfig("0.5->0.1", ratio_steps=5)
+    assert [falling.ratio_at(step) for step in (0, 2, 4, 9)] == pytest.approx([0.5, 0.3, 0.1, 0.1])
+    assert falling.ratio_range == (0.1, 0.5)
+    assert SeekConfig("0.2->0.4").ratio_at(1, 3) == pytest.approx(0.3)
+    assert SeekConfig("0.2->0.4", ratio_steps=1).ratio_at(0) == 0.2
+    assert SeekConfig("labelled").ratio_at(0) is None
+    assert [SeekConfig(x).is_scored for x in (0.1, "0.1->1.0", 1.0, "labelled")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ratio", "score", "loss"])
 def test_callables_refuse_to_serialise(name):
     config = SeekConfig.from_dict({name: lambda *values: values})
     for convert in (config.to_dict, config.to_json):
@@ -217,7 +242,8 @@ def configs() -> st.SearchStrategy[SeekConfig]:
     share = st.floats(0, 1, exclude_min=True)
     score = st.sampled_from(tuple(SCORERS))
     by_mass = st.tuples(st.builds("mass:{}".format, share), score.filter(lambda x: x != "random"))
-    ratio_and_score = st.tuples(share, score) | by_mass
+    linear = st.builds("{}->{}".format, share, share)
+    ratio_and_score = st.tuples(share | linear | st.just("labelled"), score) | by_mass
     weight = st.floats(0, 1e6, exclude_min=True)
     return st.builds(
         lambda chosen, **options: SeekConfig(chosen[0], score=chosen[1], **options),
@@ -225,7 +251,10 @@ def configs() -> st.SearchStrategy[SeekConfig]:
         select=st.sampled_from(SELECTS),
         alpha=weight,
         beta=weight,
+        normalise=st.sampled_from(tuple(NORMALISATIONS)),
         gradient_norm=st.sampled_from(GRADIENT_NORMS),
+        span=st.integers(1, 99),
+        ratio_steps=st.none() | st.integers(1, 10**9),
         supervised_only=st.booleans(),
         uniform=share,
         seed=st.integers(0, 2**63 - 1),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "_torch"),
     ("ops",),
-    ("selecting", "scores", "config"),
+    ("checks", "ratios", "scores", "spans", "selecting", "config"),
     ("passes",),
     ("program",),
     ("run",),

@@ -21,6 +21,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, GraphError, InputError
 from fxseek.passes.facts import tensors_of
 from fxseek.program import Writes, build, trains
+from fxseek.ratios import Called, Linear
 from fxseek.run.assemble import Ran, Step, assemble
 from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import functions_of
@@ -48,8 +49,11 @@ class StepReport:
     `full_loss`: the loss over all labelled tokens in nats, None where scoring did not compute it.
     `saved_bytes`: bytes that autograd keeps for backward, parameters and buffers excluded, shared
     memory counted once. `tokens`: tokens of a row. `step`: how many steps were run before.
-    `timings`: seconds of each stage (prefill, score, select, gather, learn; the backward is none),
-    where `Recorder.timed` asks for them.
+    `ratio`: the share of each row's tokens that the step was to keep, None where rows decide.
+    `spans`: LongTensor[batch, tokens], the span that each token was selected with (equal numbers
+    are a span), None where tokens are selected one by one. `timings`: seconds of each stage
+    (prefill, score, select, gather, learn; the backward is none), where `Recorder.timed` asks for
+    them.
     """
 
     selected: Tensor
@@ -61,6 +65,8 @@ class StepReport:
     saved_bytes: int
     tokens: int
     step: int
+    ratio: float | None
+    spans: Tensor | None = None
     timings: dict[str, float] | None = None
 
     @property
@@ -83,6 +89,8 @@ class Recorder:
 
     step: int = 0
     timed: bool = False
+    ratio_steps: int | None = None
+    """How many steps there will be, where the configuration does not say."""
     last: StepReport | None = None
     padding_mask: Tensor | None = None
     uncomputed: list[Uncomputed] = field(default_factory=list)
@@ -144,7 +152,8 @@ def make_backend(
 
 def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
     config, writes, dropped = step.program.config, step.program.writes, step.program.dropped
-    drawn = scorer_of(config).draws or config.select == "sample"
+    varies = isinstance(config.parsed_ratio, (Linear, Called))
+    drawn = scorer_of(config).draws or config.select == "sample" or config.draws_spans or varies
 
     def run(*inputs: Any) -> Any:
         index = recorder.step
@@ -154,6 +163,7 @@ def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
                 "model makes it, and would draw other tokens than before. Call the model outside "
                 'of torch.utils.checkpoint; recompute="block" of fxseek.compile keeps less.'
             )
+        ratio = config.ratio_at(index, recorder.ratio_steps)
         timings: dict[str, float] | None = {} if recorder.timed else None
         if writes.parameters:
             with torch.no_grad():
@@ -162,7 +172,7 @@ def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
         for at in writes.written:  # what autograd saves of them must not change
             given[at] = inputs[at].clone()
         with nullcontext() if timings is None else stage_seconds(step.module, timings):
-            ran = step.run(given, index, recorder.padding_mask)
+            ran = step.run(given, index, recorder.padding_mask, ratio)
         outputs = _write(ran.outputs, inputs, writes) if writes.written else ran.outputs
         recorder.step += 1
         recorder.latest = step
@@ -171,7 +181,7 @@ def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
             outputs = list(outputs)
             for at, stand_in in zip(dropped, recorder.uncomputed, strict=True):
                 outputs[at] = stand_in
-        recorder.last = _report(ran, index, timings)
+        recorder.last = _report(ran, index, ratio, timings)
         _LATEST.recorder = weakref.ref(recorder)
         return outputs
 
@@ -217,7 +227,9 @@ def stage_seconds(module: fx.GraphModule, timings: dict[str, float]) -> Iterator
             hook.remove()
 
 
-def _report(ran: Ran, step: int, timings: dict[str, float] | None) -> StepReport:
+def _report(
+    ran: Ran, step: int, ratio: float | None, timings: dict[str, float] | None
+) -> StepReport:
     scores = ran.scores
     return StepReport(
         selected=ran.selection.selected,
@@ -229,6 +241,8 @@ def _report(ran: Ran, step: int, timings: dict[str, float] | None) -> StepReport
         saved_bytes=ran.saved_bytes,
         tokens=scores.valid.shape[1],
         step=step,
+        ratio=ratio,
+        spans=ran.selection.spans,
         timings=timings,
     )
 

@@ -81,8 +81,7 @@ def within_budget(model: nn.Module, config: SeekConfig, tokens: int, batch: int)
 
 def _sizes(peaks: Peaks, config: SeekConfig) -> list[int]:
     """The sizes of parts to try; none for a model that is not learned in parts."""
-    ratio = config.ratio if isinstance(config.ratio, float) else config.ratio_bounds[1]
-    kept = count_kept(ratio, peaks.tokens)
+    kept = count_kept(config.ratio_range[1], peaks.tokens)
     sizes = [size for size in _SIZES if size < kept]
     if not sizes or config.backend != "eager" or config.learn_chunk is not None:
         return []
@@ -139,9 +138,8 @@ def _what_fits(model: nn.Module, lean: SeekConfig, peaks: Peaks, least: int) -> 
     budget, tokens = lean.budget, peaks.tokens
     assert budget is not None
     found: list[str] = []
-    ratio = lean.ratio if isinstance(lean.ratio, float) else lean.ratio_bounds[1]
     for share in (0.1, 0.25, 0.5):
-        if share >= ratio or peaks(dataclasses.replace(lean, ratio=share)) > budget:
+        if share >= lean.ratio_range[1] or peaks(dataclasses.replace(lean, ratio=share)) > budget:
             break  # a number in the place of "mass:0.9" too
         found = [f"ratio={share}"]
     known = {tokens: least}

@@ -93,7 +93,7 @@ def estimate(
     config_or_model: Any,
     tokens: int,
     batch: int = 1,
-    ratio: float | str | SeekConfig = 0.1,
+    ratio: float | str | Callable[[int], float] | SeekConfig = 0.1,
     *,
     tuning: str = "full",
     optimizer: str | Optimiser | None = "adamw",
@@ -111,8 +111,9 @@ def estimate(
             input_ids and labels.
         tokens: tokens of a row. All rows are full, without padding.
         batch: rows.
-        ratio: share of tokens to keep, or a `SeekConfig`. A ratio such as ``"mass:0.9"`` stands for
-            the most that ``ratio_bounds`` lets a row keep.
+        ratio: share of tokens to keep, or a `SeekConfig`. A ratio that varies stands for the most
+            that it lets a row keep: ``"mass:0.9"`` for the upper of ``ratio_bounds``, a schedule
+            for its largest, ``"labelled"`` and a function for all tokens.
         tuning: ``"full"`` trains what requires grad, ``"lora"`` puts adapters on all linear layers
             but the head (peft), ``"qlora"`` also stores those layers in 4 bits (bitsandbytes NF4
             with double quantisation).
@@ -144,7 +145,7 @@ def estimate(
         "trainable": sum(p.numel() for p in trained),
         "device": device,
         "description": f"{_name(config_or_model)}, {tuning}"
-        + (", ordinary training" if ordinary else f", ratio {config.ratio}"),
+        + (", ordinary training" if ordinary else f", ratio {config.ratio_range[1]}"),
     }
     run = _Run(device, optimizer)
     if ordinary:
@@ -193,10 +194,14 @@ class Peaks:
 
 
 def _estimated(config: SeekConfig) -> SeekConfig:
-    """The configuration whose step is followed: a ratio by mass counts as its upper bound."""
-    ratio = config.ratio if config.mass_share is None else config.ratio_bounds[1]
+    """The configuration whose step is followed: a ratio that varies counts as its largest."""
     chunk = config.learn_chunk if config.backend == "eager" else None
-    return dataclasses.replace(config, ratio=ratio, backend="eager", learn_chunk=chunk)
+    ratio: float | str = config.ratio_range[1]
+    if ratio == 1.0 and config.is_scored:
+        ratio = "1.0->1.0"  # of which tokens are scored
+    return dataclasses.replace(
+        config, ratio=ratio, ratio_steps=1, backend="eager", learn_chunk=chunk
+    )
 
 
 def _check(
@@ -326,7 +331,8 @@ class _Run:
             map(fake, module_tensors(model)), map(fake, batch.values()), trained
         )
         with mode, self._running(), following(step, self.tracker):
-            outputs, selection, *_ = step.run(fakes, 0, padding_mask)
+            ratio = step.program.config.ratio_at(0)
+            outputs, selection, *_ = step.run(fakes, 0, padding_mask, ratio)
             self._finish(loss_of(outputs), trained, optimiser)
         return int(selection.kept.shape[1])
 

@@ -20,6 +20,7 @@ from fxseek.passes.parts import Parts
 from fxseek.passes.rules import operation
 from fxseek.passes.score_plan import EndsInLoss
 from fxseek.program import Program
+from fxseek.ratios import Labelled
 from fxseek.run.assemble import Step
 from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import SavedBytes
@@ -50,8 +51,9 @@ class Explanation:
     `stages`: operations of each stage by name. `fallbacks`: operations on the general path.
     `predicted_saved_bytes` and `ordinary_saved_bytes`: what autograd would keep for this
     batch, with and without fxseek (parameters excluded). `program`: the step as a GraphModule.
-    `kept`: tokens of a row that are selected. With a ratio such as ``"mass:0.9"`` the scores will
-    tell: from `fewest_kept` to `kept`, for which the bytes are predicted.
+    `kept`: tokens of a row that are selected. Where the ratio varies, from `fewest_kept` to `kept`,
+    for which the bytes are predicted: with ``"mass:0.9"`` the scores will tell, and with
+    ``"labelled"`` the rows of this batch have so many labels.
     """
 
     tokens: int
@@ -185,6 +187,8 @@ def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
         notes.append(f"learned in parts of {program.config.learn_chunk} tokens{looked}")
     elif parts:
         notes.append(ONE_PART.format(reason=parts))
+    if program.config.draws_spans:
+        notes.append(f"selected in spans of {program.config.span} tokens")
     notes += [f"loss: {note}" for note in structure.notes()]
     fallbacks = tuple(
         Fallback(
@@ -256,18 +260,34 @@ def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], i
     primary = env.read(counted.primary)
     tokens = primary.shape[config.token_dim]
     batch = 1 if counted.batch_dim is None else primary.shape[counted.batch_dim]
-    ratio = config.ratio
-    bounds = config.ratio_bounds if isinstance(ratio, str) else (ratio, ratio)
-    fewest, kept = (count_kept(bound, tokens) for bound in bounds)
+    labels = _labels_of_rows(step.program, inputs)
+    if labels is None:
+        fewest, kept = (count_kept(bound, tokens) for bound in config.ratio_range)
+    else:
+        fewest, kept = (max(1, int(count)) for count in labels.aminmax())
     with mode:
         positions = torch.zeros(batch, kept, dtype=torch.int64, device=primary.device)
         weights = torch.ones(batch, kept, device=primary.device)
-        every = range(tokens) if ratio == 1.0 else None
+        every = range(tokens) if config.ratio == 1.0 else None
         selection = Selection(positions, weights, consecutive=every)
         step.module.get_submodule("prefill")(env)
         step.module.get_submodule("gather")(env, selection)
         _, saved_bytes = step.module.get_submodule("learn")(env, selection)
     return tokens, (fewest, kept), batch, saved_bytes
+
+
+def _labels_of_rows(program: Program, inputs: Sequence[Any]) -> torch.Tensor | None:
+    """How many labels each row of the batch has, where that is what it keeps; Long[batch].
+
+    A causal model, which shifts its labels, may keep one less.
+    """
+    targets = program.score.targets
+    if not isinstance(program.config.parsed_ratio, Labelled) or targets is None:
+        return None
+    for node, value in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if _torch.source_name(node) == "labels" and not value.is_meta and value.dim() == 2:
+            return (value != targets.ignore_index).sum(-1)
+    return None
 
 
 def _predict_ordinary(program: Program, inputs: Sequence[Any]) -> int:

@@ -92,7 +92,10 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
             'followed. Compile the model with backend="eager" to profile it'
         )
     compiled, inputs, _ = capture(step, batch)
-    run = _Run(model, compiled, tuple(inputs), step.recorder.step, step.calls.padding_mask(batch))
+    index = step.recorder.step
+    ratio = step.config.ratio_at(index, step.recorder.ratio_steps)
+    padding_mask = step.calls.padding_mask(batch)
+    run = _Run(model, compiled, (tuple(inputs), index, padding_mask, ratio))
     tensors = [x for x in batch.values() if isinstance(x, Tensor)]
     tracker = Tracker(tensors[0].device.type)
     tracker.hold(module_tensors(model), "parameters")
@@ -121,13 +124,11 @@ class _Run:
         self,
         model: nn.Module,
         step: Step,
-        inputs: tuple[Any, ...],
-        index: int,
-        padding_mask: Tensor | None,
+        arguments: tuple[tuple[Any, ...], int, Tensor | None, float | None],
     ) -> None:
         self.model = model
         self.step = step
-        self.arguments = (inputs, index, padding_mask)
+        self.arguments = arguments
         self.tokens = 0
         self.saved_bytes = 0
 

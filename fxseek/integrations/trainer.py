@@ -16,6 +16,7 @@ from fxseek.api import resume
 from fxseek.capture.backend import StepReport
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import InputError
+from fxseek.ratios import Called, Linear
 
 try:
     import resource
@@ -29,13 +30,15 @@ class SeekCallback(TrainerCallback, ExportableState):
     """Logs what fxseek selects and saves, beside a Trainer's own numbers.
 
     Keys, each a mean over the forwards since the last log: ``fxseek/selected`` (share of the
-    tokens, padding aside), ``fxseek/full_loss`` (nats per labelled token, where scoring computes
-    it), ``fxseek/saved_mib`` (kept by autograd for the backward) and ``fxseek/seconds/<stage>``
-    (with `timings`); and ``fxseek/peak_mib``, the largest memory so far, of the accelerator where
-    there is one, else of the process.
+    tokens, padding aside), ``fxseek/ratio`` (where it follows training), ``fxseek/full_loss``
+    (nats per labelled token, where scoring computes it), ``fxseek/saved_mib`` (kept by autograd
+    for the backward) and ``fxseek/seconds/<stage>`` (with `timings`); and ``fxseek/peak_mib``, the
+    largest memory so far, of the accelerator where there is one, else of the process.
 
-    The number of forwards is part of a checkpoint, so that random scores and samples of a resumed
-    run are those of an uninterrupted one.
+    The number of forwards is part of a checkpoint, so that random scores, samples and a ratio that
+    follows training are in a resumed run those of an uninterrupted one. A ratio such as
+    ``"0.1->0.5"`` goes from one to the other over the forwards of the Trainer's run, unless
+    ``ratio_steps`` says otherwise.
 
     ``Trainer(callbacks=[SeekCallback()])`` reaches the progress bar, the printed log and
     `state.log_history`. Reporters such as TensorBoard are called before a caller's callbacks:
@@ -71,6 +74,7 @@ class SeekCallback(TrainerCallback, ExportableState):
                 "Trainer that is given peft_config wraps the model that it is given, and the "
                 "wrapper is what has to be compiled."
             )
+        step.recorder.ratio_steps = state.max_steps * args.gradient_accumulation_steps
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step and isinstance(saved, dict):
             resume(step.model, saved["attributes"]["_steps"])
@@ -113,6 +117,8 @@ class SeekCallback(TrainerCallback, ExportableState):
             return
         self._steps, self._last = step.recorder.step, report
         self._add("selected", (report.selected >= 0).sum() / report.valid.sum())
+        if isinstance(step.config.parsed_ratio, (Linear, Called)):
+            self._add("ratio", report.ratio)
         if report.full_loss is not None:
             self._add("full_loss", report.full_loss)
         self._add("saved_mib", report.saved_bytes / 2**20)

@@ -48,9 +48,19 @@ class Step:
         """The values of a step with these inputs of the captured graph."""
         return Env(arguments, self.places)
 
-    def run(self, arguments: Sequence[Any], index: int, padding_mask: Tensor | None) -> Ran:
-        """One step, the `index`-th. `padding_mask`: Bool[batch or 1, tokens], False at padding."""
-        return Ran(*self.module(self.env(arguments), index, padding_mask))
+    def run(
+        self,
+        arguments: Sequence[Any],
+        index: int,
+        padding_mask: Tensor | None,
+        ratio: float | None,
+    ) -> Ran:
+        """One step, the `index`-th.
+
+        `padding_mask`: Bool[batch or 1, tokens], False at padding; `ratio`: the share of a row's
+        tokens to keep, None where the rows decide.
+        """
+        return Ran(*self.module(self.env(arguments), index, padding_mask, ratio))
 
 
 def assemble(program: Program) -> Step:
@@ -85,7 +95,8 @@ def _assemble(program: Program) -> Step:
     run = lower(learn, program.schedule, config)
     root.add_module("learn", _learn(program, learn, run))
     graph = fx.Graph()
-    env, index, padding_mask = map(graph.placeholder, ("env", "index", "padding_mask"))
+    given = ("env", "index", "padding_mask", "ratio")
+    env, index, padding_mask, ratio = map(graph.placeholder, given)
 
     def named(node: fx.Node, name: str) -> fx.Node:
         node.name = name
@@ -93,7 +104,7 @@ def _assemble(program: Program) -> Step:
 
     named(graph.call_module("prefill", (env,)), "values")
     scores = named(graph.call_module("score", (env, index, padding_mask)), "scores")
-    selection = named(graph.call_module("select", (scores, index)), "selection")
+    selection = named(graph.call_module("select", (scores, index, ratio)), "selection")
     named(graph.call_module("gather", (env, selection)), "rows")
     learned = named(graph.call_module("learn", (env, selection)), "learned")
     outputs = named(graph.call_function(operator.getitem, (learned, 0)), "outputs")

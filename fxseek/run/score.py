@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.ops.loss import Scratch, divisor, mass_of, mean_of_parts
-from fxseek.ops.masks import MaskRows, read_tokens
+from fxseek.ops.masks import MaskRows
 from fxseek.ops.rows import Rows, gather_rows
 from fxseek.ops.sweep import Collector, Put, Sum, chunks_of, slices_of, sweep
 from fxseek.passes.score_plan import (
@@ -30,6 +30,7 @@ from fxseek.passes.structure import Place
 from fxseek.run.env import Env
 from fxseek.run.head import ChunkedHead
 from fxseek.run.piece import Runner, SweptRegion, at_positions, every_position
+from fxseek.run.row_inputs import beginnings, labels_of, positions_at, valid_tokens
 from fxseek.scores import ScoreInputs, scorer_of
 from fxseek.scores.base import step_generator
 from fxseek.scores.measures import (
@@ -60,6 +61,8 @@ class Scores:
     such as a pooled token, and the virtual ones."""
     virtual: int = 0
     """Tokens that the model put in front (prompt tuning): parameters, kept beside the ratio."""
+    begins: Tensor | None = None
+    """Where a document of a packed row begins; None where no positions are given, or none asks."""
 
 
 class Score(nn.Module):
@@ -79,8 +82,9 @@ class Score(nn.Module):
         `padding_mask`: Bool[batch or 1, tokens], False at padding, is the caller's: a model that
         does not read its attention mask has none in its graph.
         """
-        valid, padded = self._valid(env, padding_mask)
-        targets, supervised = self._labels(env, valid)
+        inputs = self.plan.tokens
+        valid, padded = valid_tokens(inputs, env, padding_mask, self.config.token_dim)
+        targets, supervised = labels_of(self.plan.targets, env, valid)
         parts: dict[str, Tensor] = {}
         full_loss = None
         begun = None if self.gradient is None else self.gradient.begin(env, valid.shape[0])
@@ -101,9 +105,9 @@ class Score(nn.Module):
         )
         scores = self.scorer.scores(given, parts)
         weighed = self.config.select == "sample" or self.config.mass_share is not None
-        virtual = self.plan.tokens.virtual
-        places = (*map(Place, range(virtual)), *self.plan.tokens.required)
-        required = [_position(place, env, valid) for place in places]
+        virtual = inputs.virtual
+        places = (*map(Place, range(virtual)), *inputs.required)
+        required = [positions_at(place, env, valid) for place in places]
         return Scores(
             valid,
             supervised,
@@ -114,36 +118,8 @@ class Score(nn.Module):
             padded,
             torch.cat(required, dim=1) if required else None,
             virtual,
+            beginnings(inputs, env, valid) if self.config.draws_spans else None,
         )
-
-    def _valid(self, env: Env, padding_mask: Tensor | None) -> tuple[Tensor, bool]:
-        """Which tokens are no padding, Bool[batch, tokens], and whether a mask says so."""
-        inputs = self.plan.tokens
-        primary = env.read(inputs.primary)
-        batch = 1 if inputs.batch_dim is None else primary.shape[inputs.batch_dim]
-        tokens = primary.shape[self.config.token_dim]
-        shape = (batch, tokens + inputs.virtual)
-        valid = torch.ones(shape, dtype=torch.bool, device=primary.device)
-        if padding_mask is None and inputs.mask is not None:
-            padding_mask = read_tokens(env.read(inputs.mask))
-        if padding_mask is None or padding_mask.shape[-1] != tokens:
-            return valid, False
-        own = padding_mask.expand(batch, -1)
-        return torch.cat((valid[:, : inputs.virtual], own), dim=1), True
-
-    def _labels(self, env: Env, valid: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The targets, and which positions have one that counts; None without a token loss."""
-        if self.plan.targets is None:
-            return None, None
-        found = self.plan.targets
-        targets = supervised = None
-        if found.target is not None:
-            targets = env.read(found.target).reshape(valid.shape)
-            supervised = targets != found.ignore_index
-        if found.full[2] is not None:
-            counts = env.read(found.full[2]).reshape(valid.shape) != 0
-            supervised = counts if supervised is None else supervised & counts
-        return targets, supervised
 
 
 # ---- context -------------------------------------------------------------------------------------
@@ -440,11 +416,3 @@ def _batch_major(x: Tensor, rows: Rows | None, valid: Tensor) -> Tensor:
     if rows.batch is None:
         return x.movedim(rows.row, 0).reshape(*valid.shape, -1)
     return x.movedim((rows.batch, rows.row), (0, 1))
-
-
-def _position(place: Place, env: Env, valid: Tensor) -> Tensor:
-    """A place in the rows as [batch, any]; negative ones count from the end."""
-    at, (batch, tokens) = place.position, valid.shape
-    found = torch.tensor([at], device=valid.device) if isinstance(at, int) else env.read(at)
-    found = found.reshape(batch, 1) if place.each else found.reshape(1, -1).expand(batch, -1)
-    return torch.where(found < 0, found + tokens, found)

@@ -18,6 +18,7 @@ from fxseek.ops.masks import MaskRows
 from fxseek.ops.offload import HostTensor, link
 from fxseek.ops.rows import gather_rows, owned
 from fxseek.passes.ir import Gathered, Piece
+from fxseek.ratios import Labelled
 from fxseek.run.boxed import Boxed
 from fxseek.run.env import Env
 from fxseek.run.lowering import Run
@@ -25,6 +26,7 @@ from fxseek.run.piece import module_of
 from fxseek.run.score import Scores
 from fxseek.scores.base import step_generator
 from fxseek.selecting import Selection
+from fxseek.spans import spans_of
 
 __all__ = ["Gather", "Learn", "Prefill", "Select"]
 
@@ -63,28 +65,39 @@ class Select(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, scores: Scores, step: int) -> selecting.Selection:
+    def forward(self, scores: Scores, step: int, ratio: float | None) -> selecting.Selection:
         """``ceil(ratio · tokens)`` positions of every row, of its own tokens where it is padded.
 
-        Or, by a ratio such as ``"mass:0.9"``, as few as hold that share of the row's mass, within
-        ``ratio_bounds``. Then a step waits for the device once: the largest count is the size of
-        the learn stage's tensors. Virtual tokens and positions that the model reads by their place
-        are always kept. At ratio 1.0 all positions are, padding too, as in ordinary training: its
-        labels count, such as that of the first token behind padding on the left.
+        Where `ratio` is None the rows decide: by ``"mass:0.9"`` as few as hold that share of the
+        row's mass, within ``ratio_bounds``, or all that have a label. Then a step waits for the
+        device once: the largest count is the size of the learn stage's tensors. Virtual tokens and
+        positions that the model reads by their place are always kept. At ratio 1.0 all positions
+        are, padding too, as in ordinary training: its labels count, such as that of the first token
+        behind padding on the left.
         """
         config = self.config
-        if config.ratio == 1.0:
+        if ratio == 1.0:
             batch, tokens = scores.valid.shape
             kept = torch.arange(tokens, device=scores.valid.device).repeat(batch, 1)
             weights = torch.ones_like(kept, dtype=torch.float32)
             return Selection(kept, weights, consecutive=range(tokens))
-        share = config.mass_share
-        k, counts = self._fixed(scores) if share is None else self._by_mass(scores, share)
+        if isinstance(config.parsed_ratio, Labelled):
+            labelled = scores.supervised
+            if labelled is None:  # probabilities: every position has some
+                labelled = torch.ones_like(scores.valid)
+            return selecting.select_labelled(labelled, scores.required)
+        if ratio is None:
+            spans = self._spans(scores, step, config.ratio_bounds[1])
+            k, counts = self._by_mass(scores, spans)
+        else:
+            spans = self._spans(scores, step, ratio)
+            k, counts = self._fixed(scores, ratio)
         common = {
             "valid": scores.valid,
             "supervised": scores.supervised,
             "counts": counts,
             "required": scores.required,
+            "spans": spans,
         }
         if config.select == "sample":
             generator = step_generator(config.seed, step)
@@ -95,22 +108,49 @@ class Select(nn.Module):
             scores.scores, k, supervised_only=config.supervised_only, **common
         )
 
-    def _fixed(self, scores: Scores) -> tuple[int, Tensor | None]:
+    def _spans(self, scores: Scores, step: int, most: float) -> Tensor | None:
+        """The span of each position; none is longer than what the ratio `most` lets a row keep."""
+        config, valid = self.config, scores.valid
+        if config.span == 1:
+            return None
+        labelled = None
+        if scores.supervised is not None and (config.supervised_only or config.select == "sample"):
+            labelled = scores.supervised & valid
+        _, counts = self._fixed(scores, most, each=True)
+        assert counts is not None
+        if scores.required is not None:
+            counts = counts - scores.required.shape[1]
+        return spans_of(
+            counts.clamp(1, config.span).unsqueeze(-1),
+            valid=valid,
+            labelled=labelled,
+            begins=scores.begins,
+            required=scores.required,
+            generator=step_generator(config.seed, step, stream=2),
+        )
+
+    def _fixed(
+        self, scores: Scores, ratio: float, *, each: bool = False
+    ) -> tuple[int, Tensor | None]:
         """The largest number that a row keeps, and that of each where they may differ."""
-        ratio, valid, virtual = self.config.ratio, scores.valid, scores.virtual
-        assert isinstance(ratio, float)
+        valid, virtual = scores.valid, scores.virtual
         k = selecting.count_kept(ratio, valid.shape[1] - virtual) + virtual
         counts = None
-        if scores.padded:
+        if scores.padded or each:
             counts = selecting.count_kept_of_rows(ratio, valid[:, virtual:]) + virtual
         if scores.required is not None:
             k = max(k, min(scores.required.shape[1], valid.shape[1]))
             counts = None if counts is None else self._at_least_required(counts, scores)
         return k, counts
 
-    def _by_mass(self, scores: Scores, share: float) -> tuple[int, Tensor | None]:
-        """The same by mass. Virtual tokens have none, and are kept beside the bounds."""
+    def _by_mass(self, scores: Scores, spans: Tensor | None) -> tuple[int, Tensor | None]:
+        """The same by mass. Virtual tokens have none, and are kept beside the bounds.
+
+        A sample of spans keeps the length of one at least: no span may be out of reach.
+        """
         config, valid, virtual = self.config, scores.valid, scores.virtual
+        share = config.mass_share
+        assert share is not None
         own = valid.clone()
         own[:, :virtual] = False
         counts = selecting.count_holding(
@@ -120,8 +160,13 @@ class Select(nn.Module):
             supervised=scores.supervised,
             supervised_only=config.supervised_only or config.select == "sample",
             required=scores.required,
+            spans=spans,
+            scores=None if config.select == "sample" else scores.scores,
         )
         low, high = (selecting.count_kept_of_rows(x, own) + virtual for x in config.ratio_bounds)
+        if spans is not None and config.select == "sample":
+            required = 0 if scores.required is None else scores.required.shape[1]
+            low = torch.minimum(low.clamp_min(config.span + required), high)
         counts = self._at_least_required(counts.clamp(low, high), scores)
         k = max(1, int(counts.max()))  # waits for the device
         same = len(counts) == 1 and not scores.padded  # nothing to fill up

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING
 from fxseek.scores.base import SCORERS, ScoreInputs, Scorer
 from fxseek.scores.every import Every
 from fxseek.scores.own import Own
+from fxseek.scores.tokenseek import NORMALISATIONS
 
 if TYPE_CHECKING:
     from fxseek.config import SeekConfig
 
-__all__ = ["SCORERS", "ScoreInputs", "Scorer", "scorer_of"]
+__all__ = ["NORMALISATIONS", "SCORERS", "ScoreInputs", "Scorer", "scorer_of"]
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
 
 
 def scorer_of(config: SeekConfig) -> Scorer:
-    """The score that a configuration asks for; where every token is kept, none is measured."""
-    if config.ratio == 1.0:
+    """The score that a configuration asks for; where nothing is ranked, none is measured."""
+    if not config.is_scored:
         return Every(config)
     kind = config.score
     return SCORERS[kind](config) if isinstance(kind, str) else Own(config, kind)

@@ -1,4 +1,4 @@
-"""The score of a ratio of 1.0, where every token is kept and nothing is measured."""
+"""The score where nothing is ranked: every token is kept, or every one that has a label."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ gradient of the loss at the input of the last block.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,19 +17,20 @@ from fxseek.errors import ScoreError
 from fxseek.scores.base import ScoreInputs, Scorer, scorer
 from fxseek.scores.measures import wide
 
-__all__ = ["combine", "mass"]
+__all__ = ["NORMALISATIONS", "combine", "mass"]
 
 
 @scorer("tokenseek")
 class TokenSeek(Scorer):
-    """``alpha · log(context) + beta · minmax(gradient)``."""
+    """``alpha · log(context) + beta · minmax(gradient)``, or both on another scale."""
 
     parts = ("context", "gradient")
 
     def scores(self, given: ScoreInputs, parts: Mapping[str, Tensor]) -> Tensor:
         """The combined score, or that of the one part that there is."""
-        valid, (alpha, beta) = given.valid, (self.config.alpha, self.config.beta)
-        scores = combine(parts.get("context"), parts.get("gradient"), valid, alpha, beta)
+        valid, config = given.valid, self.config
+        context, gradient = parts.get("context"), parts.get("gradient")
+        scores = combine(context, gradient, valid, config.alpha, config.beta, config.normalise)
         bad = ~torch.isfinite(scores.masked_fill(~valid, 0.0))
         if bool(bad.any()):
             raise ScoreError(_not_finite(bad, parts, valid))
@@ -79,18 +80,22 @@ def combine(
     valid: Tensor,
     alpha: float = 1.0,
     beta: float = 1.0,
+    normalise: str = "minmax",
 ) -> Tensor:
     """``I = alpha · log(I1) + beta · minmax(I2)``, row by row over the valid tokens.
 
-    Either part may be None; the other then counts by itself, and its factor, which can't change
-    the order, is left out. ``minmax`` maps a row's valid values onto [0, 1]; a row whose values
-    are all equal becomes 0. An ``I1`` of zero counts as the smallest normal number of its dtype.
-    Invalid positions score ``-inf``, whatever they hold.
+    With `normalise` ``"rank"`` or ``"zscore"`` both ``log(I1)`` and ``I2`` are put on that scale:
+    ranks from 0 to 1 (equal values have the lowest of their ranks), or mean 0 and deviation 1.
+    ``minmax`` maps a row's valid values onto [0, 1]. A row whose values are all equal becomes 0 on
+    each of these scales. Either part may be None; the other then counts by itself, and its factor,
+    which can't change the order, is left out. An ``I1`` of zero counts as the smallest normal
+    number of its dtype. Invalid positions score ``-inf``, whatever they hold.
 
     Shapes: context, gradient, valid [batch, tokens] -> [batch, tokens], float32 or float64.
     """
     if context is not None and gradient is not None:
-        total = alpha * _log(context) + beta * _minmax(gradient, valid)
+        of_context, of_gradient = NORMALISATIONS[normalise]
+        total = alpha * of_context(_log(context), valid) + beta * of_gradient(gradient, valid)
     elif context is not None:
         total = _log(context)
     elif gradient is not None:
@@ -111,6 +116,36 @@ def _minmax(values: Tensor, valid: Tensor) -> Tensor:
     highest = values.masked_fill(~valid, -math.inf).amax(-1, keepdim=True)
     span = highest - lowest
     return ((values - lowest) / span).masked_fill(span <= 0, 0.0)
+
+
+def _rank(values: Tensor, valid: Tensor) -> Tensor:
+    values = values.to(wide(values)).masked_fill(~valid, math.inf)
+    lower = torch.searchsorted(values.sort(-1).values, values)
+    return lower / (valid.sum(-1, keepdim=True) - 1).clamp_min(1)
+
+
+def _zscore(values: Tensor, valid: Tensor) -> Tensor:
+    values = values.to(wide(values))
+    count = valid.sum(-1, keepdim=True).clamp_min(1)
+    centred = values - values.masked_fill(~valid, 0.0).sum(-1, keepdim=True) / count
+    deviation = (centred.masked_fill(~valid, 0.0).square().sum(-1, keepdim=True) / count).sqrt()
+    # a row of equal values deviates from its mean by rounding alone
+    flat = deviation <= 1e-6 * values.masked_fill(~valid, 0.0).abs().amax(-1, keepdim=True)
+    return (centred / deviation).masked_fill(flat, 0.0)
+
+
+def _as_it_is(values: Tensor, valid: Tensor) -> Tensor:
+    return values
+
+
+_Scale = Callable[[Tensor, Tensor], Tensor]
+
+NORMALISATIONS: dict[str, tuple[_Scale, _Scale]] = {
+    "minmax": (_as_it_is, _minmax),
+    "rank": (_rank, _rank),
+    "zscore": (_zscore, _zscore),
+}
+"""What the logarithm of the context and the gradient are put through before they are added up."""
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def compiled(model: nn.Module, ratio: float = 0.3, **options: Any) -> Any:
+def compiled(model: nn.Module, ratio: float | str = 0.3, **options: Any) -> Any:
     return fxseek.compile(model, ratio, **options)
 
 
@@ -183,7 +183,10 @@ def test_torch_compile_around_the_model_leaves_the_step_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"score": "random"}, pytest.param({"select": "sample"}, marks=pytest.mark.sweep)],
+    [
+        {"score": "random", "ratio": "0.2->0.6"},
+        pytest.param({"select": "sample", "span": 3}, marks=pytest.mark.sweep),
+    ],
     ids=str,
 )
 def test_a_resumed_run_is_the_uninterrupted_one(options, tmp_path):
@@ -272,6 +275,17 @@ def test_the_callback_logs_through_reporters(tmp_path):
     assert not any("fxseek" in key for key in reporter.logs[-1])  # the summary of the run
     model(**batch(VOCABULARY))
     assert fxseek.report(model).timings is None
+
+
+def test_the_callback_knows_how_long_a_schedule_is(tmp_path):
+    model, reporter = compiled(small(), ratio="0.2->0.8"), Reporter()
+    args = arguments(tmp_path, max_steps=2, gradient_accumulation_steps=2, logging_steps=1)
+    trainer, watch = watched(model, args, train_dataset=Rows(8), callbacks=[reporter])
+    fxseek.SeekCallback().attach(trainer)
+    trainer.train()
+    assert [report.ratio for report in watch.reports] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    seen = [logs["fxseek/ratio"] for logs in reporter.logs if "fxseek/ratio" in logs]
+    assert seen == pytest.approx([0.3, 0.7])
 
 
 def test_the_callback_counts_tokens_by_the_mask(tmp_path):

@@ -296,16 +296,16 @@ def test_virtual_and_required_positions_are_kept_beside_the_share():
     select = Select(fxseek.SeekConfig("mass:0.8", ratio_bounds=(1e-6, 1.0)))
     virtual = [[9.0, 9, 0, 4, 0, 1], [9.0, 9, 1, 1, 1, 1]]  # their mass counts for nothing
     first = torch.tensor([[0, 1]] * 2)
-    found = select(scores_of(virtual, required=first, virtual=2), 0)
+    found = select(scores_of(virtual, required=first, virtual=2), 0, None)
     assert found.selected.tolist() == [[0, 1, 3, -1, -1, -1], [0, 1, 2, 3, 4, 5]]
     narrow = Select(fxseek.SeekConfig("mass:0.8", ratio_bounds=(0.4, 0.5)))
-    found = narrow(scores_of(virtual, required=first, virtual=2), 0)
+    found = narrow(scores_of(virtual, required=first, virtual=2), 0, None)
     assert found.selected.tolist() == [[0, 1, 3, 5], [0, 1, 2, 3]]
     last = torch.tensor([[5]] * 2)
     pooled = [[4.0, 0, 0, 0, 0, 1], [1.0, 0, 0, 0, 0, 4]]
-    found = select(scores_of(pooled, required=last), 0)
+    found = select(scores_of(pooled, required=last), 0, None)
     assert found.selected.tolist() == [[0, 5], [5, -1]]
-    found = narrow(scores_of(pooled, required=torch.tensor([[1, 2, 3, 4]] * 2)), 0)
+    found = narrow(scores_of(pooled, required=torch.tensor([[1, 2, 3, 4]] * 2)), 0, None)
     assert found.selected.tolist() == [[1, 2, 3, 4]] * 2
 
 
@@ -313,14 +313,14 @@ def test_a_fixed_ratio_asks_for_no_mass_and_fills_nothing():
     select = Select(fxseek.SeekConfig(0.5, ratio_bounds=(0.01, 0.02)))
     scores = scores_of([[1.0, 2, 3, 4]] * 2)
     scores.mass = torch.full((2, 4), float("nan"))
-    found = select(scores, 0)
+    found = select(scores, 0, 0.5)
     assert found.filled is None
     assert found.kept.tolist() == [[2, 3]] * 2
 
 
 def test_one_row_without_padding_is_not_filled():
     select = Select(fxseek.SeekConfig("mass:0.7", ratio_bounds=(1e-6, 1.0)))
-    found = select(scores_of([[1.0, 2, 3, 4]]), 0)
+    found = select(scores_of([[1.0, 2, 3, 4]]), 0, None)
     assert found.filled is None
     assert found.kept.tolist() == [[2, 3]]
 
@@ -343,7 +343,7 @@ def test_explain_tells_the_range():
 def test_compile_names_what_a_ratio_may_be():
     model = decoder()
     for ratio in ("mass:1.5", "mass:", "Mass:0.9", "0.1"):
-        with pytest.raises(fxseek.ConfigError, match=r"float in \(0, 1\], or 'mass:'"):
+        with pytest.raises(fxseek.ConfigError, match=r"float in \(0, 1\], 'mass:'"):
             fxseek.compile(model, ratio)
 
 

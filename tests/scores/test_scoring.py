@@ -330,6 +330,32 @@ def test_combined_scores_by_hand():
     torch.testing.assert_close(got, torch.tensor([[0.0, 12.0, 5.0]]))
 
 
+def test_ranks_and_deviations_by_hand():
+    context = torch.tensor([[1.0, 4.0, 2.0, 2.0, 99.0]])
+    gradient = torch.tensor([[5.0, 5.0, 0.0, 9.0, -7.0]])
+    valid = torch.tensor([[True, True, True, True, False]])
+    ranks = combine(context, gradient, valid, 2.0, 1.0, "rank")
+    expected = [[2 * 0 + 1 / 3, 2 * 1 + 1 / 3, 2 / 3 + 0, 2 / 3 + 1, -math.inf]]
+    torch.testing.assert_close(ranks, torch.tensor(expected))
+    found = combine(context, gradient, valid, 2.0, 1.0, "zscore")[0, :4]
+    logs = context[0, :4].log()
+    standard = (logs - logs.mean()) / logs.std(correction=0)
+    of_gradient = (gradient[0, :4] - gradient[0, :4].mean()) / gradient[0, :4].std(correction=0)
+    torch.testing.assert_close(found, 2 * standard + of_gradient)
+
+
+@pytest.mark.parametrize("normalise", ["rank", "zscore"])
+def test_neither_score_s_scale_counts(normalise: str):
+    valid = torch.arange(30) < torch.tensor([[30], [17]])
+    context, gradient = randn(2, 30).exp(), randn(2, 30, seed=1).square()
+    found = combine(context, gradient, valid, 1.0, 1.0, normalise)
+    again = combine(context**3 * 7, gradient * 1e-9, valid, 1.0, 1.0, normalise)
+    torch.testing.assert_close(found, again)
+    flat = combine(torch.full_like(context, 0.3), gradient, valid, 5.0, 1.0, normalise)
+    torch.testing.assert_close(flat, combine(context, gradient, valid, 0.0, 1.0, normalise))
+    assert torch.isfinite(flat[valid]).all()
+
+
 def test_padding_does_not_score():
     valid = torch.tensor([[True, True, False]])
     context = torch.tensor([[1.0, 1.0, math.nan]])

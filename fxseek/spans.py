@@ -1,0 +1,62 @@
+"""Spans: runs of consecutive tokens that are selected together.
+
+Sizes: batch, tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["over_spans", "spans_of"]
+
+
+@torch.no_grad()
+def spans_of(
+    size: Tensor,
+    *,
+    valid: Tensor,
+    generator: torch.Generator,
+    labelled: Tensor | None = None,
+    begins: Tensor | None = None,
+    required: Tensor | None = None,
+) -> Tensor:
+    """The number of each position's span; equal numbers are a span, and they ascend in a row.
+
+    A span lies within a stretch: positions in a row that are all valid or all not, all `labelled`
+    or all not, and of one document (which `begins` where it is True). A required position is one of
+    its own. Each stretch is cut into runs of ``size`` tokens after a first one of a random length
+    from 1 to ``size``, which one draw per row decides.
+
+    The draws come from ``generator``, on the CPU, so that all devices cut alike.
+
+    Shapes: size Long [batch, 1], at least 1; valid, labelled, begins Bool [batch, tokens]; required
+    Long [batch, any] → Long [batch, tokens].
+    """
+    batch, tokens = valid.shape
+    cut = torch.zeros_like(valid) if begins is None else begins.clone()
+    cut[:, 0] = True
+    for kind in (valid, labelled):
+        if kind is not None:
+            cut[:, 1:] |= kind[:, 1:] != kind[:, :-1]
+    if required is not None:
+        alone = torch.zeros_like(valid).scatter(-1, required, True)
+        cut |= alone
+        cut[:, 1:] |= alone[:, :-1]
+    position = torch.arange(tokens, device=valid.device)
+    within = position - torch.where(cut, position, 0).cummax(-1).values
+    draws = torch.rand((batch, 1), generator=generator).to(size.device, non_blocking=True)
+    cut |= (within + (draws * size).long()) % size == 0
+    return cut.long().cumsum(-1) - 1
+
+
+@torch.no_grad()
+def over_spans(values: Tensor, spans: Tensor, reduce: str = "sum") -> Tensor:
+    """Each position's sum, or mean, over its span, added up in the order of the positions.
+
+    Shapes: values, spans [batch, tokens] → [batch, tokens].
+    """
+    lengths = torch.zeros_like(spans).scatter_add(-1, spans, torch.ones_like(spans))
+    # Numbers that no span has are at the end of a row, and are not read.
+    found = torch.segment_reduce(values, reduce, lengths=lengths, axis=1, unsafe=True)
+    return found.gather(-1, spans)

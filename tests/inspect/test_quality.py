@@ -1,0 +1,209 @@
+"""`fxseek.gradient_quality`: its figures, and what it leaves behind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from models import TinyConfig, TinyDecoder, batch
+from torch import Tensor
+
+import fxseek
+from fxseek.capture.step import step_of
+
+VOCAB = 37
+
+
+def decoder() -> TinyDecoder:
+    torch._dynamo.reset()
+    return TinyDecoder(TinyConfig(depth=2)).double().train()
+
+
+def batches(count: int, **options: Any) -> list[dict[str, Tensor]]:
+    return [batch(VOCAB, tokens=20 + 3 * seed, seed=seed, **options) for seed in range(count)]
+
+
+def gradient(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    model.zero_grad(set_to_none=True)
+    model(**inputs).loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+
+def quality(model: Any, given: Any, **options: Any) -> fxseek.GradientQuality:
+    return fxseek.gradient_quality(model, given, progress=False, **options)
+
+
+def test_what_draws_nothing_is_compared_as_it_is():
+    given = batches(2)
+    model = decoder()
+    full = [gradient(model, inputs) for inputs in given]
+    fxseek.compile(model, 0.3)
+    found = [gradient(model, inputs) for inputs in given]
+    fxseek.uncompile(model)
+    (choice,) = quality(model, given, ratios=[0.3], spans=[1]).choices
+    expected = [cosine(a, b) for a, b in zip(found, full, strict=True)]
+    assert choice.cosine == pytest.approx(sum(expected) / 2, abs=1e-9)
+    apart = sum(float((a - b).square().sum()) for a, b in zip(found, full, strict=True))
+    norm = sum(float(b.square().sum()) for b in full)
+    assert choice.bias == pytest.approx((apart / norm) ** 0.5, abs=1e-9)
+    assert choice.noise == 0
+    assert choice.seconds > 0
+    assert choice.peak_bytes is None or choice.peak_bytes > 0
+
+
+def test_all_tokens_are_the_full_gradient():
+    found = quality(decoder(), batches(3), ratios=[1.0, "labelled"], spans=[1, 4])
+    assert [(choice.ratio, choice.span) for choice in found.choices] == [(1.0, 1), ("labelled", 1)]
+    for choice in (found.ordinary, *found.choices):
+        assert choice.cosine == pytest.approx(1, abs=1e-9)
+        assert choice.expected_cosine == pytest.approx(1, abs=1e-9)
+        assert choice.bias == pytest.approx(0, abs=1e-6)
+        assert choice.noise == 0
+    assert not found.in_parts
+    assert found.between_batches is not None
+    assert -1 < found.between_batches < 1
+
+
+def test_bias_and_noise_are_told_apart():
+    given = batches(1)
+    few = quality(decoder(), given, ratios=[0.4], spans=[1], score="random", draws=4)
+    many = quality(decoder(), given, ratios=[0.4], spans=[1], score="random", draws=64)
+    few, many = few.choices[0], many.choices[0]
+    assert many.noise > 0.1
+    assert many.expected_cosine > many.cosine
+    # what is debiased does not hang on the number of draws
+    assert few.noise == pytest.approx(many.noise, rel=0.5)
+    assert few.bias == pytest.approx(many.bias, rel=0.5)
+
+
+def test_an_unbiased_loss_on_a_model_without_mixing_has_no_bias():
+    class Bag(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(VOCAB, 7), torch.nn.Linear(7, VOCAB)
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            logits = self.head(self.embed(input_ids))
+            return {
+                "loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            }
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    ids = torch.randint(0, VOCAB, (3, 16))
+    given = [{"input_ids": ids, "labels": ids.roll(1, 1)}]
+    options: dict[str, Any] = {"score": "random", "select": "sample", "draws": 200}
+    (choice,) = quality(Bag().double().train(), given, ratios=[0.25], spans=[1], **options).choices
+    assert choice.noise > 0.3
+    assert choice.bias < 3 * choice.noise / math.sqrt(200)
+    assert choice.expected_cosine == pytest.approx(1, abs=0.05)
+
+
+def test_all_is_put_back():
+    model = fxseek.compile(decoder(), 0.3, select="sample", seed=3)
+    inputs = batches(1)[0]
+    model(**inputs).loss.backward()
+    step, report = step_of(model), fxseek.report(model)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    weights = [p.detach().clone() for p in model.parameters()]
+    model.eval()
+    state = torch.get_rng_state()
+    found = quality(model, batches(2), ratios=[0.5], spans=[1, 3], draws=2)
+    assert [choice.span for choice in found.choices] == [1, 3]
+    assert all(choice.noise > 0 for choice in found.choices)  # sampled, as it was compiled
+    assert step_of(model) is step
+    assert fxseek.report(model) is report
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (name not in grads)
+        assert p.grad is None or torch.equal(p.grad, grads[name])
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_without_the_memory_for_ordinary_backprop(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    model = decoder()
+
+    def forward(**inputs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            raise torch.OutOfMemoryError("no memory")
+        return TinyDecoder.forward(model, **inputs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    found = quality(model, batches(2), ratios=[0.5], spans=[1])
+    assert found.in_parts
+    assert "no memory for ordinary backprop" in caplog.text
+    plain = quality(decoder(), batches(2), ratios=[0.5], spans=[1])
+    assert found.choices[0].cosine == pytest.approx(plain.choices[0].cosine, abs=1e-9)
+    assert found.between_batches == pytest.approx(plain.between_batches, abs=1e-9)
+
+
+def test_in_parts_where_the_configuration_is():
+    found = quality(decoder(), batches(1), ratios=[0.5], spans=[1], learn_chunk=4)
+    assert found.in_parts
+    plain = quality(decoder(), batches(1), ratios=[0.5], spans=[1])
+    assert found.choices[0].cosine == pytest.approx(plain.choices[0].cosine, abs=1e-9)
+
+
+def test_a_loss_of_ones_own():
+    def loss(outputs: Any, inputs: Any) -> Tensor:
+        return torch.nn.functional.cross_entropy(
+            outputs.logits.flatten(0, 1), inputs["input_ids"].flatten()
+        )
+
+    model = fxseek.compile(decoder(), loss=loss)
+    given = [{"input_ids": inputs["input_ids"]} for inputs in batches(2)]
+    found = quality(model, given, ratios=[0.3, 1.0], spans=[1])
+    assert found.choices[1].cosine == pytest.approx(1, abs=1e-9)
+    assert 0 < found.choices[0].cosine < 1
+
+
+def test_the_table_and_the_plot(tmp_path: Any):
+    found = quality(decoder(), batches(2), ratios=[0.2, 0.5, "labelled"], spans=[1, 4], draws=2)
+    text = str(found)
+    assert text.splitlines()[0].endswith("against all, 2 batches, 2 draws each")
+    assert len(text.splitlines()) == 2 + 1 + 5 + 1
+    assert "cosine between two batches" in text
+    found.plot(tmp_path / "quality.svg")
+    assert "spans of 4" in (tmp_path / "quality.svg").read_text()
+    labelled = quality(decoder(), batches(1), ratios=["labelled"])
+    assert labelled.between_batches is None
+    with pytest.raises(fxseek.InputError, match="number as ratio"):
+        labelled.plot(tmp_path / "none.svg")
+    with pytest.raises(fxseek.InputError, match=r"\.png or \.svg"):
+        found.plot(tmp_path / "quality.txt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": []}, "batches is empty"),
+        ({"draws": 1}, "draws=1 must be an integer of at least 2"),
+        ({"draws": True}, "draws=True"),
+        ({"ratios": []}, "at least one value"),
+        ({"spans": []}, "at least one value"),
+        ({"ratios": ["0.1->0.5"]}, "follows training"),
+        ({"ratios": [1.5]}, "outside"),
+        ({"spans": [0]}, "span=0"),
+        ({"scored": "random"}, "did you mean 'score'"),
+        ({"batches": [{"input_ids": torch.zeros(2, 9, dtype=torch.long)}]}, "no loss"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], message: str):
+    model = decoder()
+    given = {"batches": batches(1), **options}
+    with pytest.raises(fxseek.FxseekError, match=message):
+        fxseek.gradient_quality(model, progress=False, **given)
+    assert step_of(model) is None
+
+
+def test_a_frozen_model_has_no_gradient():
+    model = decoder().requires_grad_(False)
+    with pytest.raises(fxseek.InputError, match="no loss with a gradient"):
+        quality(model, batches(1))

@@ -1,0 +1,351 @@
+"""Spans: how rows are cut, which are kept, and that gradients and samples stay right."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import (
+    IGNORED,
+    TinyConfig,
+    TinyDecoder,
+    batch,
+    tiny_llama,
+    tiny_lora,
+    without_casts,
+)
+from peft import PromptTuningConfig, get_peft_model
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fxseek
+from fxseek.inspect.compare import compare
+from fxseek.inspect.reference import masked_backprop
+from fxseek.selecting import count_holding, count_kept, select_sample, select_topk
+from fxseek.spans import over_spans, spans_of
+
+EXACT = 1e-9
+VOCAB = 37
+GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def bools(*rows: str) -> Tensor:
+    return torch.tensor([[c == "1" for c in row] for row in rows])
+
+
+def runs(spans: Tensor) -> list[list[int]]:
+    """The positions of each span of a row."""
+    positions = range(len(spans))
+    return [list(run) for _, run in itertools.groupby(positions, key=spans.tolist().__getitem__)]
+
+
+# ---- how a row is cut ----------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_spans_lie_within_stretches(data: st.DataObject):
+    tokens, size = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 9))
+    row = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
+    valid, labelled, begins = (torch.tensor([data.draw(row)]) for _ in range(3))
+    required = torch.tensor([data.draw(st.lists(st.integers(0, tokens - 1), max_size=2))]).long()
+    spans = spans_of(
+        torch.tensor([[size]]),
+        valid=valid,
+        labelled=labelled,
+        begins=begins,
+        required=required,
+        generator=generator(data.draw(st.integers(0, 99))),
+    )[0]
+    found = runs(spans)
+    assert spans.tolist() == sorted(spans.tolist())
+    assert spans.unique().tolist() == list(range(len(found)))
+    alone = set(required[0].tolist())
+    for run, following in itertools.pairwise([*found, [tokens]]):
+        assert len(run) <= size
+        assert not begins[0, run[1:]].any()
+        for kind in (valid[0], labelled[0]):
+            assert len(kind[run].unique()) == 1
+        assert len(run) == 1 or not alone & set(run)
+        inside = following[0] < tokens and not (
+            begins[0, following[0]]
+            or any(kind[run[0]] != kind[following[0]] for kind in (valid[0], labelled[0]))
+            or alone & {run[0], following[0]}
+        )
+        if inside and run is not found[0] and len(run) < size:
+            # only the first span of a stretch is shorter, and the last
+            before = run[0] - 1
+            assert (
+                begins[0, run[0]]
+                or any(kind[run[0]] != kind[before] for kind in (valid[0], labelled[0]))
+                or before in alone
+            )
+
+
+def test_every_offset_is_as_likely():
+    size, valid = 5, torch.ones(4000, 20, dtype=torch.bool)
+    spans = spans_of(torch.full((4000, 1), size), valid=valid, generator=generator())
+    first = (spans == 0).sum(-1)
+    counts = torch.bincount(first, minlength=size + 1)[1:]
+    assert len(counts) == size
+    assert ((counts / 4000 - 1 / size).abs() < 0.03).all()
+
+
+def test_rows_may_have_spans_of_their_own_size():
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    spans = spans_of(torch.tensor([[1], [4]]), valid=valid, generator=generator())
+    assert spans[0].tolist() == list(range(12))
+    assert max(map(len, runs(spans[1]))) == 4
+
+
+def test_sums_and_means():
+    spans = torch.tensor([[0, 0, 1, 2, 2, 2]])
+    values = torch.tensor([[1.0, 2, 3, 4, 5, -torch.inf]])
+    assert over_spans(values[:, :5], spans[:, :5]).tolist() == [[3, 3, 3, 9, 9]]
+    assert over_spans(values, spans, "mean").tolist() == [[1.5, 1.5, 3] + [-torch.inf] * 3]
+
+
+# ---- which are kept ------------------------------------------------------------------------------
+
+
+def best_spans(scores: Tensor, spans: Tensor, valid: Tensor, first: Tensor, k: int) -> list[int]:
+    """The first `k` positions of a row's spans: valid ones, those `first`, the best mean, early."""
+    found = [run for run in runs(spans) if valid[run[0]]]
+    found.sort(key=lambda run: (not bool(first[run[0]]), -float(scores[run].mean()), run[0]))
+    return sorted([at for run in found for at in run][:k])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 24), size=st.integers(1, 8), seed=st.integers(0, 999), only=st.booleans()
+)
+def test_topk_keeps_the_best_spans_and_its_number(tokens: int, size: int, seed: int, only: bool):
+    draw = generator(seed)
+    scores = torch.randn(3, tokens, generator=draw, dtype=torch.float64)
+    valid = torch.ones(3, tokens, dtype=torch.bool)
+    labelled = torch.rand(3, tokens, generator=draw) < 0.6
+    spans = spans_of(
+        torch.full((3, 1), size),
+        valid=valid,
+        labelled=labelled if only else None,
+        generator=draw,
+    )
+    k = int(torch.randint(1, tokens + 1, (), generator=draw))
+    found = select_topk(
+        scores,
+        k,
+        valid=valid,
+        supervised=labelled if only else None,
+        supervised_only=only,
+        spans=spans,
+    )
+    first = labelled if only else valid
+    for row in range(3):
+        expected = best_spans(scores[row], spans[row], valid[row], first[row], k)
+        assert found.kept[row].tolist() == expected
+    assert torch.equal(found.weights, torch.ones(3, k))
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokens=st.integers(2, 24), size=st.integers(1, 8), seed=st.integers(0, 999))
+def test_a_sample_keeps_whole_spans_to_within_one(tokens: int, size: int, seed: int):
+    draw = generator(seed)
+    valid = torch.arange(tokens) < torch.randint(1, tokens + 1, (4, 1), generator=draw)
+    labelled = (torch.rand(4, tokens, generator=draw) < 0.7) & valid
+    k = int(torch.randint(1, tokens + 1, (), generator=draw))
+    sizes = torch.full((4, 1), min(size, k))
+    spans = spans_of(sizes, valid=valid, labelled=labelled, generator=draw)
+    mass = torch.rand(4, tokens, generator=draw, dtype=torch.float64)
+    found = select_sample(mass, k, valid=valid, supervised=labelled, generator=draw, spans=spans)
+    for row in range(4):
+        kept = {at for at in found.selected[row].tolist() if at >= 0}
+        drawn = [run for run in runs(spans[row]) if labelled[row, run[0]]]
+        assert all(set(run) <= kept or not set(run) & kept for run in drawn)
+        short = k - len(kept)
+        assert short >= 0
+        left = [run for run in drawn if not set(run) <= kept]
+        if left:
+            assert short < max(map(len, left))
+            assert kept <= {at for run in drawn for at in run}
+        else:
+            assert short == 0  # filled up
+        pairs = dict(zip(found.selected[row].tolist(), found.weights[row].tolist(), strict=True))
+        for run in drawn:  # one weight for a span
+            assert len({pairs[at] for at in run if at in pairs}) <= 1
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("kind", ["follows losses", "opposes losses", "has zeros"])
+def test_the_weighted_loss_of_spans_is_unbiased(size: int, kind: str):
+    # Rows of different lengths and labels: spans of several sizes, cut by short stretches.
+    valid = bools("1111111111111", "0000111111111", "1111111111100", "1111111111111")
+    supervised = bools("1111101111110", "0111111101110", "1110000011111", "0000000000000")
+    labelled = supervised & valid
+    losses = torch.rand(4, 13, generator=generator(5)).double() ** 3 * 10
+    mass = {
+        "follows losses": losses,
+        "opposes losses": 10 - losses,
+        "has zeros": losses * (losses > 2),
+    }[kind]
+    source, results = generator(11), []
+    for _ in range(6000):
+        spans = spans_of(torch.full((4, 1), size), valid=valid, labelled=labelled, generator=source)
+        selection = select_sample(
+            mass, 5, valid=valid, supervised=supervised, generator=source, uniform=0.3, spans=spans
+        )
+        counted = labelled.gather(1, selection.kept) & (selection.selected >= 0)
+        weighted = losses.gather(1, selection.kept) * selection.weights * counted
+        results.append(weighted.sum() / counted.sum())
+    found = torch.stack(results)
+    error = found.std() / len(results) ** 0.5
+    assert (found.mean() - losses[labelled].mean()).abs() < 4 * error
+
+
+def test_the_share_of_the_mass_is_held_by_spans():
+    mass = torch.tensor([[1.0, 1, 8, 0, 0, 0, 3, 3]])
+    valid, spans = torch.ones(1, 8, dtype=torch.bool), torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]])
+    for share, count in ((0.5, 1), (0.7, 4), (0.9, 5), (1.0, 6)):
+        assert count_holding(mass, share, valid=valid, spans=spans).tolist() == [count]
+    # by other scores than the mass: the last span first
+    scores = torch.tensor([[0.0, 0, 0, 0, 1, 1, 2, 2]])
+    found = count_holding(mass, 0.3, valid=valid, spans=spans, scores=scores)
+    assert found.tolist() == [2]
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+def decoder(config: TinyConfig = GROUPED) -> TinyDecoder:
+    torch._dynamo.reset()
+    return TinyDecoder(config).double().train()
+
+
+def step(model: Any, inputs: dict[str, Any]) -> fxseek.StepReport:
+    """One step; its gradients are those of masked full backprop."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    report = fxseek.report(model)
+    reference = masked_backprop(model, inputs, report.selected, weights=report.weights)
+    torch.testing.assert_close(loss.detach(), reference.loss, rtol=EXACT, atol=EXACT)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert compare(grads, reference.gradients).error <= EXACT
+    return report
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"score": "random", "supervised_only": True},
+        {"score": "context", "select": "sample"},
+        {"ratio": "mass:0.6", "score": "gradient", "ratio_bounds": (0.1, 0.6)},
+        {"ratio": "mass:0.6", "select": "sample", "ratio_bounds": (0.1, 0.6)},
+        {"learn_chunk": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_gradients_are_exact(options: dict[str, Any], padding: str):
+    model = decoder()
+    fxseek.compile(model, **{"ratio": 0.4, "span": 4, **options})
+    for seed in range(2):
+        inputs = batch(VOCAB, batch=3, tokens=23, padding=padding, labels="some", seed=seed)
+        report = step(model, inputs)
+        assert report.spans is not None
+        assert report.spans.shape == (3, 23)
+        for row, spans, valid in zip(report.selected, report.spans, report.valid, strict=True):
+            kept = [at for at in row.tolist() if at >= 0]
+            assert max(map(len, runs(spans))) <= 4
+            if "ratio" not in options:  # to within one span
+                wanted = count_kept(0.4, int(valid.sum()))
+                assert wanted - 4 < len(kept) <= wanted
+
+
+def test_documents_of_a_packed_row_share_no_span():
+    model = decoder()
+    fxseek.compile(model, 0.4, span=5, score="random")
+    inputs: dict[str, Any] = batch(VOCAB, batch=2, tokens=20)
+    inputs["position_ids"] = torch.tensor([[*range(7), *range(13)], [*range(20)]])
+    for _ in range(3):
+        report = step(model, inputs)
+        assert report.spans is not None
+        assert report.spans[0, 6] != report.spans[0, 7]
+    model = decoder()
+    fxseek.compile(model, 0.4, span=20, score="random")
+    report = step(model, inputs)
+    assert report.spans is not None
+    assert report.spans[0, 6] != report.spans[0, 7]
+
+
+def test_virtual_tokens_are_beside_spans():
+    model: Any = without_casts(tiny_llama())
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(model, prompt).double().train()
+    fxseek.compile(model, 0.4, span=5)
+    inputs: dict[str, Any] = batch(VOCAB, batch=2, tokens=17, padding="right")
+    model(**inputs).loss.backward()
+    report = fxseek.report(model)
+    assert report.spans is not None
+    for row, spans in zip(report.selected.tolist(), report.spans, strict=True):
+        assert row[:4] == [0, 1, 2, 3]
+        assert [len(run) for run in runs(spans)][:4] == [1] * 4
+    assert fxseek.check_gradients(model, **inputs).error <= EXACT
+
+
+def test_adapters_and_draws_of_a_step():
+    model = tiny_lora(without_casts(tiny_llama())).double().train()
+    fxseek.compile(model, 0.3, span=4, select="sample")
+    inputs = batch(VOCAB, batch=3, tokens=29, padding="right", labels="some")
+    first, second = step(model, inputs), step(model, inputs)
+    assert not torch.equal(first.selected, second.selected)
+    fxseek.resume(model, 0)
+    again = step(model, inputs)
+    assert torch.equal(first.selected, again.selected)
+    assert torch.equal(first.weights, again.weights)
+
+
+def test_a_span_of_one_is_no_span():
+    selected = []
+    for options in ({}, {"span": 1}):
+        model = decoder()
+        fxseek.compile(model, 0.3, select="sample", **options)
+        report = step(model, batch(VOCAB, batch=2, tokens=19))
+        assert report.spans is None
+        selected.append(report.selected)
+    assert torch.equal(*selected)
+
+
+def test_explain_names_spans():
+    model = fxseek.compile(decoder(), 0.4, span=4)
+    inputs: dict[str, Any] = batch(VOCAB, tokens=20)
+    assert "selected in spans of 4 tokens" in str(fxseek.explain(model, **inputs))
+    assert fxseek.profile(model, **inputs).kept == 8
+
+
+def test_a_step_in_backward_would_draw_other_spans():
+    model = fxseek.compile(decoder(), 0.4, span=4)
+    inputs = batch(VOCAB, tokens=20)
+
+    def run(ids: Tensor) -> Tensor:
+        return model(**{**inputs, "input_ids": ids}).loss
+
+    with pytest.raises(fxseek.InputError, match="would draw other tokens"):
+        checkpoint(run, inputs["input_ids"], use_reentrant=False).backward()
+
+
+def test_rows_without_a_label_keep_spans_too():
+    inputs = batch(VOCAB, batch=2, tokens=20)
+    inputs["labels"][1] = IGNORED
+    model = decoder()
+    fxseek.compile(model, 0.4, span=4, select="sample")
+    report = step(model, inputs)
+    assert (report.selected >= 0).sum(-1).tolist()[1] == 8
