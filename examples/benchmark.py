@@ -79,11 +79,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu or cuda (%(default)s)")
     add("--backend", default="eager", help="what runs fxseek's stages (%(default)s)")
     add("--tunings", default="full,lora", help="some of %(default)s")
-    add("--methods", default=",".join(ways.WAYS), help="some of %(default)s")
+    selecting = [way for way in ways.WAYS if way not in ways.PARTS]
+    add("--methods", default=",".join(selecting), help="'parts', or some of %(default)s")
     add("--repeats", type=int, help="timed steps of each way (default: 5, above 1024 tokens 3)")
     add("--output", default=str(PAGE), help="the page to write into, - for none (%(default)s)")
     add("--keep", type=Path, help="a file that remembers results, made if missing")
     options = parser.parse_args(arguments)
+    options.in_parts = options.methods == "parts"
+    if options.in_parts:
+        options.methods = ",".join([*ways.AGAINST_PARTS, *ways.PARTS])
     for name, known in (("tunings", ["full", "lora"]), ("methods", list(ways.WAYS))):
         chosen = getattr(options, name).split(",")
         unknown = [choice for choice in chosen if choice not in known]
@@ -99,7 +103,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.output != "-":
         if not Path(options.output).exists():
             parser.error(f"--output {options.output} doesn't exist: name a page, or - for none")
-        if len(options.tokens) > 1 and importlib.util.find_spec("matplotlib") is None:
+        plots = len(options.tokens) > 1 and not options.in_parts
+        if plots and importlib.util.find_spec("matplotlib") is None:
             parser.error("plots need matplotlib: install fxseek[demo], or give --output -")
     given = sys.argv[1:] if arguments is None else arguments
     options.command = shlex.join(["python", "examples/benchmark.py", *given])

@@ -52,7 +52,8 @@ def setting_key(options: argparse.Namespace) -> str:
     """All that numbers depend on but tuning and length."""
     model = common.find_model(options.model).name
     parts = [model, options.device, options.dtype, options.backend]
-    return " ".join([*parts, f"batch {options.batch}", f"ratio {options.ratio}"])
+    ratio = "in parts" if options.in_parts else f"ratio {options.ratio}"
+    return " ".join([*parts, f"batch {options.batch}", ratio])
 
 
 def key(options: argparse.Namespace) -> str:
@@ -63,7 +64,7 @@ def key(options: argparse.Namespace) -> str:
 def write(path: Path, parts: Parts, options: argparse.Namespace) -> None:
     """Put what there is so far into the page, and plots beside it if there are two lengths."""
     plots: list[str] = []
-    if len({tokens for _, tokens in parts}) > 1:
+    if len({tokens for _, tokens in parts}) > 1 and not options.in_parts:
         import benchmark_plots
 
         name = f"benchmark-{options.device}-{options.dtype}-batch{options.batch}".replace(":", "")
@@ -87,7 +88,8 @@ def put(page: str, name: str, text: str) -> str:
 def text(parts: Parts, options: argparse.Namespace, plots: list[str] | None = None) -> str:
     """Everything about one setting, as Markdown."""
     sections = [setting(parts, options), *(plots or [])]
-    if (judged := targets(parts, options)) is not None:
+    judge = part_targets if options.in_parts else targets
+    if (judged := judge(parts, options)) is not None:
         sections.append(f"**Targets**\n\n{judged}")
     for tuning in options.tunings:
         lengths = [tokens for name, tokens in parts if name == tuning]
@@ -106,9 +108,10 @@ def setting(parts: Parts, options: argparse.Namespace) -> str:
         machine = f"{processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     counts = sorted({len(way.seconds) for part in parts.values() for way in part.values()} - {0})
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    share = "in parts" if options.in_parts else f"ratio {options.ratio}"
     return (
         f"### {source.name}, {options.device}, {span(options.tokens)} tokens\n\n"
-        f"Batch {options.batch}, {options.dtype}, ratio {options.ratio}, "
+        f"Batch {options.batch}, {options.dtype}, {share}, "
         f"fxseek's learn stage run by `{options.backend}`; "
         f"medians of {span(counts)} steps.\n\n"
         f"Machine: {machine}. Versions: Python {platform.python_version()}, {versions}. "
@@ -225,6 +228,7 @@ class Target:
 
 
 TARGET_TOKENS = 1024
+PART_TARGET_TOKENS = 2048
 TARGETS = [
     Target("step", "random", "ordinary", step, 0.38, "{:.2f}×"),
     Target("step", "tokenseek", "ordinary", step, 0.48, "{:.2f}×"),
@@ -267,6 +271,27 @@ def targets(parts: Parts, options: argparse.Namespace) -> str | None:
         name = f"fxseek, each way: {what} bytes per token constant or falling with length"
         rows.append([name, *(verdict(value, GROWTH_TARGET, "{:.2f}×") for value in grown)])
     return common.table([f"At {TARGET_TOKENS} tokens", *tunings], rows)
+
+
+def part_targets(parts: Parts, options: argparse.Namespace) -> str | None:
+    """The targets of learning in parts: what the part size that comes nearest reaches."""
+    rows = []
+    for (tuning, tokens), part in parts.items():
+        if tuning != "lora" or tokens < PART_TARGET_TOKENS:
+            continue
+        for size in ways.SIZES:
+            every, half = f"parts-1.0-{size}", f"parts-0.5-{size}"
+            judged = [
+                (share(part, every, "checkpointing", peak), 0.35, "{:.2f}×"),
+                (share(part, every, "checkpointing", step), 1.05, "{:.2f}×"),
+                (share(part, half, "ordinary", step), 1.0, "{:.2f}×"),
+                (share(part, half, every, peak), 1.0, "{:.2f}×"),
+            ]
+            rows.append([f"{tokens} tokens, parts of {size}", *(verdict(*one) for one in judged)])
+    header = ["LoRA", "ratio 1.0: peak ≤ 0.35× of checkpointing"]
+    header += ["step ≤ 1.05× of checkpointing", "ratio 0.5: step ≤ 1.00× of ordinary"]
+    header += ["peak ≤ that of 1.0"]
+    return common.table(header, rows) if rows else None
 
 
 def verdict(value: float | None, most: float, form: str) -> str:

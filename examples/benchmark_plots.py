@@ -15,6 +15,7 @@ from benchmark_page import Parts, Quantity
 LINES = {
     "ordinary": ("#000000", "-", "o"),
     "checkpointing": ("#666666", "-", "s"),
+    "checkpointing-chunked": ("#666666", "-.", "D"),
     "partitioner": ("#666666", "--", "^"),
     "inductor": ("#666666", ":", "v"),
     "chunked": ("#000000", ":", "D"),

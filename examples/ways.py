@@ -15,7 +15,7 @@ import baselines
 #   checkpointing: gradient checkpointing of every layer, as transformers does it
 #   compile: arguments of torch.compile
 #   baseline: a class of baselines.py, and whether it selects tokens
-#   fxseek: options of fxseek.compile
+#   fxseek: options of fxseek.compile; a ratio of its own takes the place of the benchmark's
 WAYS: dict[str, dict[str, Any]] = {
     "ordinary": {"name": "ordinary"},
     "checkpointing": {"name": "gradient checkpointing", "checkpointing": True},
@@ -26,6 +26,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "inductor": {
         "name": "torch.compile, inductor",
         "compile": {"backend": "inductor", "dynamic": False},
+    },
+    "checkpointing-chunked": {
+        "name": "gradient checkpointing, chunked loss",
+        "checkpointing": True,
+        "baseline": baselines.ChunkedLoss,
+        "selects": False,
     },
     "chunked": {"name": "chunked loss", "baseline": baselines.ChunkedLoss, "selects": False},
     "tokentune": {
@@ -54,7 +60,18 @@ WAYS: dict[str, dict[str, Any]] = {
         "fxseek": {"score": "tokenseek", "recompute": "block"},
     },
 }
-OURS = [way for way, does in WAYS.items() if "fxseek" in does]
+SHARES, SIZES = (1.0, 0.5, 0.25), (128, 256, 512)
+WAYS |= {
+    f"parts-{share}-{size}": {
+        "name": f"fxseek, ratio {share}, parts of {size}",
+        "fxseek": {"score": "random", "ratio": share, "learn_chunk": size},
+    }
+    for share in SHARES
+    for size in SIZES
+}
+PARTS = [way for way, does in WAYS.items() if "learn_chunk" in does.get("fxseek", {})]
+AGAINST_PARTS = ["ordinary", "checkpointing", "checkpointing-chunked"]
+OURS = [way for way, does in WAYS.items() if "fxseek" in does and way not in PARTS]
 LEAN = [way for way in OURS if way.endswith("-lean")]
 
 
@@ -87,5 +104,5 @@ def prepared(way: str, model: nn.Module, ratio: float, backend: str) -> nn.Modul
     if "fxseek" in does:
         import fxseek
 
-        fxseek.compile(model, ratio, backend=backend, **does["fxseek"])
+        fxseek.compile(model, **{"ratio": ratio, "backend": backend, **does["fxseek"]})
     return model

@@ -464,7 +464,7 @@ def test_a_plot_of_the_same_numbers_is_the_same_file(tmp_path: Path) -> None:
         for tuning in ("full", "lora")
         for tokens in (512, 1024)
     }
-    assert parts["full", 512].keys() == benchmark_plots.LINES.keys()
+    assert benchmark_plots.LINES.keys() == set(ways.WAYS) - set(ways.PARTS)
     options = benchmark.parse(["--output", "-"])
     contents = []
     for name in ("a", "b"):
@@ -542,6 +542,23 @@ def test_targets_are_judged_as_they_are() -> None:
     assert cells[growth.format("peak")] == "1.66×: **no**"
     other = benchmark.parse(["--output", "-", "--ratio", "0.2"])
     assert benchmark_page.targets({("full", 1024): part}, other) is None
+
+
+def test_targets_of_parts_are_judged_as_they_are() -> None:
+    part = {
+        "ordinary": Measured(seconds=[10.0], peak_bytes=4000),
+        "checkpointing": Measured(seconds=[12.0], peak_bytes=1000),
+        "parts-1.0-256": Measured(seconds=[12.6], peak_bytes=351),
+        "parts-0.5-256": Measured(seconds=[9.9], peak_bytes=351),
+    }
+    options = benchmark.parse(["--output", "-", "--methods", "parts"])
+    said = benchmark_page.part_targets({("lora", 2048): part, ("lora", 1024): part}, options)
+    assert said is not None
+    assert "1024 tokens" not in said
+    (row,) = [line for line in said.splitlines() if "parts of 256" in line]
+    cells = [cell.strip() for cell in row.strip("| ").split("|")]
+    assert cells[1:] == ["0.35×: **no**", "1.05×: yes", "0.99×: yes", "1.00×: yes"]
+    assert benchmark_page.part_targets({("full", 2048): part}, options) is None
 
 
 def test_tables_line_up() -> None:
