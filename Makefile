@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test sweep coverage lint format docs wheel clean
+.PHONY: help venv demo bench quality test sweep coverage lint format docs wheel clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -31,6 +31,9 @@ demo: $(STAMP) ## Fine-tune a real language model in six ways and compare them
 
 bench: $(STAMP) ## Measure step time and memory; write docs/benchmarks.md and its plots (hours)
 	$(BIN)/python examples/benchmark.py $(ARGS)
+
+quality: $(STAMP) ## Measure what a share of the tokens teaches; write docs/quality.md (hours)
+	$(BIN)/python examples/quality.py $(ARGS)
 
 # One thread a worker: the tests' tensors are small, so two workers beat two threads.
 test: $(STAMP) ## Run the tests

@@ -29,6 +29,8 @@ import demo
 import gpu
 import gpu_page
 import peak
+import quality
+import quality_page
 import ways
 from benchmark_page import Measured
 from common import ExampleError, Pair
@@ -565,6 +567,42 @@ def test_tables_line_up() -> None:
     lines = common.table(["", "MiB"], [["a", "1"], ["longer", "12345"]]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1] == "| ------ | ----: |"
+
+
+def test_the_quality_runs_go_on_where_they_stopped(
+    folder: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", InThisProcess)
+    out, page = tmp_path / "runs.jsonl", tmp_path / "quality.md"
+    always = f"--model {folder} --data {alpaca} --tunings full --steps 4 --every 2 --batch 2"
+    always = [*always.split(), "--held-out", "2", "--out", str(out), "--page", str(page)]
+    assert quality.main([*always, "--arms", "ordinary", "--seeds", "1"]) == 0
+    first = out.read_text()
+    some = "ordinary,checkpointing,labelled,spans-0.5,growing"
+    assert quality.main([*always, "--arms", some, "--seeds", "2"]) == 0
+    assert out.read_text().startswith(first)
+    runs = quality_page.read(out)
+    assert len({quality_page.key(run) for run in runs}) == len(runs) == 10
+    of_first = [run for run in runs if run["seed"] == 0]
+    assert all([step for step, _ in run["losses"]] == [0, 2, 4] for run in runs)
+    assert len({run["losses"][0][1] for run in of_first}) == 1
+    end = {run["arm"]: run["losses"][-1][1] for run in of_first}
+    assert end["checkpointing"] == pytest.approx(end["ordinary"], abs=1e-6)
+    assert len(set(end.values())) >= 4
+    text = page.read_text()
+    assert "## counting, full" in text
+    assert "sampled spans of 8, 50 %" in text
+    assert (tmp_path / "quality-0.svg").exists()
+    out.write_text(first + "{}\n")
+    assert quality.main([*always, "--arms", "ordinary", "--seeds", "1"]) == 2
+
+
+def test_gain_is_read_between_evaluations() -> None:
+    run = {"losses": [[0, 3.0], [10, 2.0], [20, 1.5]]}
+    assert quality_page.gain(run) == 1.5
+    assert [quality_page.gain(run, at) for at in (0, 5, 10, 15, 99)] == [0, 0.5, 1.0, 1.25, 1.5]
+    assert quality_page.spread([1.0, 3.0], "{:.1f}", " %") == "2.0 ± 1.4 %"
+    assert quality_page.spread([1.0], "{:.1f}") == "1.0"
 
 
 def test_the_gpu_benchmark_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,167 @@
+"""The page of `quality.py`: tables and plots of its runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import common
+from common import ExampleError
+
+Run = dict[str, Any]
+
+SETTING = ("model", "data", "tuning", "tokens", "batch", "steps", "every", "held_out", "rate",
+           "dtype", "device")  # fmt: skip
+"""What runs of one table have in common."""
+
+HEAD = """# What a share of the tokens teaches
+
+Written by `make quality` (`examples/quality.py`), from the runs in `quality.jsonl`. Each run trains
+for some steps; the loss is that of held-out answers, in nats per token, of the ordinary model. Only
+answers have labels. *Gain* is how much the loss has fallen, as a share of what ordinary training
+gains with the same seed in the same number of steps; *at equal time* as a share of what gradient
+checkpointing gains in the seconds that the way's own steps took. Both are the mean and the
+deviation over seeds. A step's time is the median of its run; runs follow each other on one machine.
+"""
+
+
+def read(path: Path) -> list[Run]:
+    """The runs of a file; none where there is no file.
+
+    Raises:
+        ExampleError: a line is not a run.
+    """
+    runs: list[Run] = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+            key(found)
+            assert found["losses"]
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ExampleError(
+                f"line {number} of {path} is no run ({error}): delete it, and it is run again"
+            ) from error
+        runs.append(found)
+    return runs
+
+
+def key(run: Run) -> tuple[Any, ...]:
+    """What a run is, without what it found."""
+    return (*setting(run), run["arm"], run["seed"])
+
+
+def setting(run: Run) -> tuple[Any, ...]:
+    return tuple(run[name] for name in SETTING)
+
+
+def write(page: Path, out: Path) -> None:
+    """The page, and a plot for each setting beside it."""
+    runs = sorted(read(out), key=lambda run: tuple(map(str, setting(run))))
+    sections = [HEAD]
+    for number, (_, group) in enumerate(groupby(runs, setting)):
+        some = list(group)
+        plot = page.with_name(f"{page.stem}-{number}.svg")
+        draw(plot, some)
+        sections.append(section(some, plot.name))
+    page.write_text("\n".join(sections), encoding="utf-8")
+
+
+def arms(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each way, in the order of the file."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run["arm"], []).append(run)
+    return found
+
+
+def section(runs: Sequence[Run], plot: str) -> str:
+    """One setting's table."""
+    first, by_arm = runs[0], arms(runs)
+    ordinary = {run["seed"]: run for run in by_arm.get("ordinary", [])}
+    checkpointing = [run["seconds"] for run in by_arm.get("checkpointing", [])]
+    pace = statistics.median(checkpointing) if checkpointing else None
+    header = ["", "seeds", "s / step", "of checkpointing", "held-out loss", "gain", "at equal time"]
+    rows = []
+    for some in by_arm.values():
+        seconds = statistics.median(run["seconds"] for run in some)
+        pairs = [(run, ordinary[run["seed"]]) for run in some if run["seed"] in ordinary]
+        gains = [gain(run) / gain(other) for run, other in pairs]
+        timely = []
+        if pace is not None:
+            timely = [
+                gain(run) / gain(other, at=run["steps"] * seconds / pace) for run, other in pairs
+            ]
+        rows.append(
+            [
+                some[0]["name"],
+                str(len(some)),
+                f"{seconds:.2f}",
+                "" if pace is None else f"{seconds / pace:.2f}×",
+                spread([run["losses"][-1][1] for run in some], "{:.3f}"),
+                spread([100 * x for x in gains], "{:.1f}", " %"),
+                spread([100 * x for x in timely], "{:.1f}", " %"),
+            ]
+        )
+    title = (
+        f"## {first['data']}, {first['tuning']}\n\n{first['model']}, {first['dtype']} on "
+        f"{first['device']}: {first['steps']} steps of {first['batch']} rows of up to "
+        f"{first['tokens']} tokens, learning rate {first['rate']:g}, {first['held_out']} held-out "
+        f"rows. Held-out loss before: {spread([run['losses'][0][1] for run in runs], '{:.3f}')}.\n"
+    )
+    return f"{title}\n{common.table(header, rows)}\n\n![Held-out loss]({plot})\n"
+
+
+def gain(run: Run, at: float | None = None) -> float:
+    """How much the held-out loss has fallen, at the end or after a (fractional) number of steps.
+
+    Between two evaluations along a line; behind the last one as the last.
+    """
+    losses = run["losses"]
+    before = losses[0][1]
+    if at is None or at >= losses[-1][0]:
+        return before - losses[-1][1]
+    for (start, one), (end, other) in pairwise(losses):
+        if start <= at <= end:
+            return before - (one + (other - one) * (at - start) / (end - start))
+    raise AssertionError(at)
+
+
+def spread(values: Sequence[float], form: str, unit: str = "") -> str:
+    """Mean and deviation over seeds; the mean alone of one."""
+    if not values:
+        return "–"
+    mean = form.format(statistics.mean(values))
+    if len(values) == 1:
+        return f"{mean}{unit}"
+    return f"{mean} ± {form.format(statistics.stdev(values))}{unit}"
+
+
+def draw(path: Path, runs: Sequence[Run]) -> None:
+    """Mean held-out loss of each way against steps, and against seconds."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": "fxseek", "font.size": 8}
+    with matplotlib.rc_context(style):  # type: ignore[arg-type]  # its keys are literals
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+        for index, some in enumerate(arms(runs).values()):
+            steps = [step for step, _ in some[0]["losses"]]
+            means = [
+                statistics.mean(run["losses"][at][1] for run in some) for at in range(len(steps))
+            ]
+            seconds = statistics.median(run["seconds"] for run in some)
+            given = {"color": colours[index % 20], "marker": "o", "ms": 2.5, "lw": 1.1}
+            panels[0].plot(steps, means, label=some[0]["name"], **given)
+            panels[1].plot([step * seconds for step in steps], means, **given)
+        panels[0].set(xlabel="steps", ylabel="held-out loss, nats per token")
+        panels[1].set(xlabel="seconds of training")
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center", frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
