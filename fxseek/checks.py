@@ -9,6 +9,7 @@ import difflib
 import math
 import numbers
 import re
+import sys
 from fractions import Fraction
 
 __all__ = [
@@ -71,7 +72,7 @@ def share(name: str, value: object, examples: str) -> list[str]:
     """A number in (0, 1]."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return [f"{name}={shown(value)} is not a number; pass a float in (0, 1]: {examples}"]
-    if not 0 < float(value) <= 1:
+    if not 0 < value <= 1:  # type: ignore[operator]
         return [f"{name}={shown(value)} is outside (0, 1]; pass a share of the whole: {examples}"]
     return []
 
@@ -80,7 +81,7 @@ def weight(name: str, value: object) -> list[str]:
     """A finite number of 0 or more."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return [f"{name}={shown(value)} is not a number; pass a finite float that is 0 or more"]
-    if not (math.isfinite(value) and float(value) >= 0):
+    if not 0 <= value < math.inf or value > sys.float_info.max:  # type: ignore[operator]
         return [
             f"{name}={shown(value)} is negative or not finite; pass a finite float "
             f"that is 0 or more"

@@ -47,6 +47,7 @@ OUTPUTS = ("loss", "selected", "full")
 _CALLABLES = ("ratio", "score", "loss")
 _OPTIONAL = ("prefill_chunk", "learn_chunk", "memory_budget_bytes", "ratio_steps")
 _MAX_SEED = 2**63 - 1
+_MAX_SPAN = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class SeekConfig:
             one by one. Default 1.
         uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
             in (0, 1]. Default 0.5.
-        seed: Seed of random scores and of sampling, a non-negative integer. Default 0.
+        seed: Seed of random scores, of samples and of where spans are cut, a non-negative integer.
+            Default 0.
         backend: What runs the learn stage and its head: ``"eager"``, ``"aot_eager"`` or
             ``"inductor"``; prefill and score run eagerly. Default ``"eager"``.
         recompute: What backward makes again instead of keeping it: ``"none"``; ``"selective"``,
@@ -125,8 +127,8 @@ class SeekConfig:
             ``"mass:0.9"`` may come to, ``0 < low <= high <= 1``; a fixed ratio does not read it.
             Default (0.01, 0.5).
         ratio_steps: Steps over which a ratio such as ``"0.1->0.5"`` goes from one to the other:
-            calls of the model in training, each micro-batch one. None for those that a
-            `SeekCallback` is told by its Trainer. Default None.
+            calls of the model in training, each micro-batch one. None for the optimiser's steps of
+            a Trainer that has a `SeekCallback`. Default None.
 
     Raises:
         ConfigError: A value is of the wrong type or out of range; the message names each
@@ -202,7 +204,7 @@ class SeekConfig:
 
     @property
     def ratio_range(self) -> tuple[float, float]:
-        """The least and the largest share of a row's tokens that a step may keep."""
+        """The least and the largest share of a row's tokens that a step may keep; 0 to 1 if any."""
         match self.parsed_ratio:
             case Fixed(ratio):
                 return ratio, ratio
@@ -211,20 +213,22 @@ class SeekConfig:
             case Linear(first, last):
                 return min(first, last), max(first, last)
             case _:
-                return self.ratio_bounds[0], 1.0
+                return 0.0, 1.0
 
-    def ratio_at(self, step: int, steps: int | None = None) -> float | None:
+    def ratio_at(self, step: int, progress: float | None = None) -> float | None:
         """The share that a step keeps; None where it follows from the rows.
 
         Args:
             step: how many calls of the model in training came before it.
-            steps: how many there will be, where ``ratio_steps`` does not say.
+            progress: the share of training that is done, where ``ratio_steps`` does not say.
 
         Raises:
             ConfigError: a function returned something else than a share, or nobody says how many
                 steps there will be.
         """
-        return self.parsed_ratio.at(step, self.ratio_steps or steps)
+        if self.ratio_steps is not None:
+            progress = min(step / max(self.ratio_steps - 1, 1), 1.0)
+        return self.parsed_ratio.at(step, progress)
 
     @classmethod
     def make(
@@ -357,7 +361,7 @@ def _problems(config: SeekConfig) -> list[str]:
         *weight("alpha", config.alpha),
         *weight("beta", config.beta),
         *choice("normalise", config.normalise, tuple(NORMALISATIONS)),
-        *integer("span", config.span, 1, None),
+        *integer("span", config.span, 1, _MAX_SPAN),
         *integer("seed", config.seed, 0, _MAX_SEED),
         *integer("chunk_bytes", config.chunk_bytes, 1, None),
         *integer("token_dim", config.token_dim, 1, None),

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from fxseek.checks import share as check_share
 from fxseek.checks import shown
 from fxseek.errors import ConfigError
@@ -30,8 +32,10 @@ class Ratio(ABC):
     def plain(self) -> float | str | Callable[[int], Any]:
         """As ``SeekConfig.ratio`` has it."""
 
-    def at(self, step: int, steps: int | None) -> float | None:
-        """The share of each row that the `step`-th of `steps` keeps; None where the rows decide.
+    def at(self, step: int, progress: float | None) -> float | None:
+        """The share of each row that a step keeps; None where the rows decide.
+
+        `step`: how many came before; `progress`: the share of training that is done.
 
         Raises:
             ConfigError: there is none.
@@ -48,7 +52,7 @@ class Fixed(Ratio):
     def plain(self) -> float:  # noqa: D102
         return self.share
 
-    def at(self, step: int, steps: int | None) -> float:  # noqa: D102
+    def at(self, step: int, progress: float | None) -> float:  # noqa: D102
         return self.share
 
 
@@ -80,15 +84,14 @@ class Linear(Ratio):
     def plain(self) -> str:  # noqa: D102
         return f"{self.first}{_ARROW}{self.last}"
 
-    def at(self, step: int, steps: int | None) -> float:  # noqa: D102
-        if steps is None:
+    def at(self, step: int, progress: float | None) -> float:  # noqa: D102
+        if progress is None:
             raise ConfigError(
-                f"ratio={self.plain()!r} needs to know over how many steps: give fxseek.compile "
-                "ratio_steps= (calls of the model in training), or the Trainer a SeekCallback, "
-                "which knows its own"
+                f"ratio={self.plain()!r} needs to know over how many steps: pass ratio_steps= "
+                "(calls of the model in training). For a model of fxseek.compile in a Trainer, a "
+                "SeekCallback tells it"
             )
-        done = min(step / max(steps - 1, 1), 1.0)
-        return self.first * (1 - done) + self.last * done
+        return self.first * (1 - progress) + self.last * progress
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Called(Ratio):
     def plain(self) -> Callable[[int], Any]:  # noqa: D102
         return self.function
 
-    def at(self, step: int, steps: int | None) -> float:  # noqa: D102
+    def at(self, step: int, progress: float | None) -> float:  # noqa: D102
         share = self.function(step)
         if check_share("ratio", share, ""):
             raise ConfigError(
@@ -114,7 +117,7 @@ def ratio_of(value: object) -> Ratio | None:
     """What a ratio says; None where it is none."""
     if isinstance(value, str):
         return _named(value)
-    if callable(value):
+    if callable(value) and not isinstance(value, (type, nn.Module)):
         return Called(value)
     share = _share(value)
     return None if share is None else Fixed(share)
@@ -139,7 +142,7 @@ def _share(value: object) -> float | None:
         return None
     try:
         share = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return share if math.isfinite(share) and 0 < share <= 1 else None
 
@@ -161,6 +164,6 @@ def problems_of(value: object) -> list[str]:
     elif _share(number) is not None:
         hint = f"did you mean the number {number}? "
     return [
-        f"ratio={shown(value)} is not accepted; {hint}pass a float in (0, 1], 'mass:' and a number "
-        f"in (0, 1], 'labelled', or two numbers such as '0.1->0.5': {_FORMS}"
+        f"ratio={shown(value)} is not accepted; {hint}pass a float in (0, 1], or one of the other "
+        f"forms: {_FORMS}"
     ]

@@ -125,7 +125,7 @@ def count_holding(
     ranked = units
     if spans is not None:
         ranked = over_spans(units.to(dtype) if scores is None else scores, spans, "mean")
-    ranking = _ranking(ranked, _with_required(torch.zeros_like(units), required))
+    ranking = _ranking(ranked, _with_required(population.long(), required))
     held = units.gather(-1, ranking).cumsum(-1)
     needed = held[:, -1:].to(dtype) * (share * (1 - 1e-9))
     return (held[:, :-1].to(dtype) < needed).sum(-1) + 1
@@ -154,7 +154,8 @@ def select_topk(
     ``counts`` are the numbers that the rows keep, where they keep fewer than ``k``; positions
     that they don't keep fill them up, with weight 0, invalid ones before others. ``required``
     positions come before all others. ``spans`` (`fxseek.spans.spans_of`) are ranked by the mean of
-    their scores and kept whole, but for the last, of which a row keeps the first positions.
+    their scores and kept whole, but for the last, of which a row keeps the first positions (or the
+    labelled one that takes their place).
 
     Shapes: scores [batch, tokens], without NaN; valid, supervised Bool [batch, tokens]; counts
     Long [batch]; required Long [batch, any]; spans Long [batch, tokens].
@@ -226,8 +227,8 @@ def select_sample(
     u_i``, ``u_i`` uniform in (0, 1]; the k highest are kept; with τ the next one, each kept
     position weighs ``max(1, τ / s_i)``, and the expectation of ``Σ weight · loss`` over the kept
     positions is the sum of all losses, whatever the losses are. The shares mix the row's mass
-    with a uniform floor, ``s = (1 - uniform) · mass / Σ mass + uniform / labelled``, so that no
-    weight explodes.
+    with a uniform floor, ``s = (1 - uniform) · mass / Σ mass + uniform / labelled``, which bounds
+    what a mass near 0 does to a weight.
 
     The weights returned are those times ``kept positions with a label / positions with a label``,
     both counted over the whole batch: ``Σ weight · loss / kept positions with a label`` estimates
@@ -244,7 +245,8 @@ def select_sample(
     weight. A row keeps the spans of the highest priorities that have ``k`` positions or fewer in
     all; τ is the priority of the next one, and the expectation is the same: whether a span is kept
     depends on its own draw and a threshold that the others make. No span may be larger than what
-    its row keeps beside required positions.
+    its row keeps beside required positions, and the fewer spans a row keeps, the larger weights may
+    become.
 
     Shapes: mass [batch, tokens], finite and nonnegative; valid, supervised Bool [batch, tokens];
     spans Long [batch, tokens].

@@ -65,6 +65,11 @@ def plan_scores(
             "cross-entropy over tokens that fxseek knows. Pass a share of the tokens, such as "
             "ratio=0.1."
         )
+    if config.supervised_only and targets is None:
+        raise GraphError(
+            "supervised_only=True selects among the positions that have a label, and the captured "
+            "graph has no cross-entropy over tokens that fxseek knows. Leave it out."
+        )
     plan = ScorePlan(tokens, targets, stream if scorer.reads_hidden else None, None, None)
     if not scorer.parts:
         return plan

@@ -91,6 +91,10 @@ BAD = [
     ("ratio_steps", 0, ["ratio_steps=0", "at least 1"]),
     ("normalise", "ranks", ["normalise='ranks'", "did you mean 'rank'", "'zscore'"]),
     ("span", 0, ["span=0", "at least 1"]),
+    ("span", 2**31, ["span=2147483648", "out of range"]),
+    ("ratio", 10**400, ["ratio=1000", "outside (0, 1]"]),
+    ("ratio", SeekConfig, ["not a number"]),
+    ("alpha", 10**400, ["not finite"]),
     ("span", 2.5, ["span=2.5", "not an integer"]),
     ("ratio", None, ["ratio=None", "not a number", "'mass:0.9'"]),
     ("ratio", True, ["ratio=True", "not a number"]),
@@ -221,7 +225,7 @@ def test_ratios_that_are_no_number():
     falling = SeekConfig("0.5->0.1", ratio_steps=5)
     assert [falling.ratio_at(step) for step in (0, 2, 4, 9)] == pytest.approx([0.5, 0.3, 0.1, 0.1])
     assert falling.ratio_range == (0.1, 0.5)
-    assert SeekConfig("0.2->0.4").ratio_at(1, 3) == pytest.approx(0.3)
+    assert SeekConfig("0.2->0.4").ratio_at(1, 0.5) == pytest.approx(0.3)
     assert SeekConfig("0.2->0.4", ratio_steps=1).ratio_at(0) == 0.2
     assert SeekConfig("labelled").ratio_at(0) is None
     assert [SeekConfig(x).is_scored for x in (0.1, "0.1->1.0", 1.0, "labelled")] == [

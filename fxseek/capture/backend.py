@@ -89,8 +89,8 @@ class Recorder:
 
     step: int = 0
     timed: bool = False
-    ratio_steps: int | None = None
-    """How many steps there will be, where the configuration does not say."""
+    progress: float | None = None
+    """The share of training that is done, where somebody tells."""
     last: StepReport | None = None
     padding_mask: Tensor | None = None
     uncomputed: list[Uncomputed] = field(default_factory=list)
@@ -163,7 +163,7 @@ def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
                 "model makes it, and would draw other tokens than before. Call the model outside "
                 'of torch.utils.checkpoint; recompute="block" of fxseek.compile keeps less.'
             )
-        ratio = config.ratio_at(index, recorder.ratio_steps)
+        ratio = config.ratio_at(index, recorder.progress)
         timings: dict[str, float] | None = {} if recorder.timed else None
         if writes.parameters:
             with torch.no_grad():

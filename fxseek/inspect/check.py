@@ -207,9 +207,8 @@ class _SelectedCrossEntropy(TorchFunctionMode):
         chosen = chosen[:, :length].reshape(shape)
         weights = per_token.scatter_(1, at, report.weights)[:, :length].reshape(shape)
         masses = terms.masses * scale.abs()
-        counts = chosen & (masses != 0)
-        total = (terms.losses * scale * weights).masked_fill(~counts, 0).sum()
-        mass = masses[counts].sum()
+        total = (terms.losses * scale * weights).masked_fill(~chosen, 0).sum()
+        mass = masses[chosen].sum()
         mean = total / mass.where(mass != 0, 1)
         return mean * masses.sum() if reduction == "sum" else mean
 

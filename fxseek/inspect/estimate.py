@@ -134,6 +134,8 @@ def estimate(
     """
     config = SeekConfig.make(ratio, **options)
     _check(config, tokens, batch, tuning, optimizer, lora_rank, device)
+    most = config.ratio_range[1]
+    shown = most if config.ratio_range == (most, most) else f"up to {most}"
     config = _estimated(config)
     model = tuned(on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
     inputs = batch_of(model, tokens, batch)
@@ -145,7 +147,7 @@ def estimate(
         "trainable": sum(p.numel() for p in trained),
         "device": device,
         "description": f"{_name(config_or_model)}, {tuning}"
-        + (", ordinary training" if ordinary else f", ratio {config.ratio_range[1]}"),
+        + (", ordinary training" if ordinary else f", ratio {shown}"),
     }
     run = _Run(device, optimizer)
     if ordinary:

@@ -262,9 +262,10 @@ def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], i
     batch = 1 if counted.batch_dim is None else primary.shape[counted.batch_dim]
     labels = _labels_of_rows(step.program, inputs)
     if labels is None:
-        fewest, kept = (count_kept(bound, tokens) for bound in config.ratio_range)
+        fewest, kept = (count_kept(x, tokens) if x else 1 for x in config.ratio_range)
     else:
         fewest, kept = (max(1, int(count)) for count in labels.aminmax())
+    tokens, fewest, kept = (x + counted.virtual for x in (tokens, fewest, kept))
     with mode:
         positions = torch.zeros(batch, kept, dtype=torch.int64, device=primary.device)
         weights = torch.ones(batch, kept, device=primary.device)
@@ -282,7 +283,9 @@ def _labels_of_rows(program: Program, inputs: Sequence[Any]) -> torch.Tensor | N
     A causal model, which shifts its labels, may keep one less.
     """
     targets = program.score.targets
-    if not isinstance(program.config.parsed_ratio, Labelled) or targets is None:
+    if not isinstance(program.config.parsed_ratio, Labelled):
+        return None
+    if targets is None or targets.target is None:
         return None
     for node, value in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
         if _torch.source_name(node) == "labels" and not value.is_meta and value.dim() == 2:

@@ -93,7 +93,7 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
         )
     compiled, inputs, _ = capture(step, batch)
     index = step.recorder.step
-    ratio = step.config.ratio_at(index, step.recorder.ratio_steps)
+    ratio = step.config.ratio_at(index, step.recorder.progress)
     padding_mask = step.calls.padding_mask(batch)
     run = _Run(model, compiled, (tuple(inputs), index, padding_mask, ratio))
     tensors = [x for x in batch.values() if isinstance(x, Tensor)]

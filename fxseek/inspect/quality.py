@@ -38,12 +38,11 @@ class Choice:
     """One way to select, against the gradient of all tokens, over all batches.
 
     `cosine`: of one draw with the full gradient; `expected_cosine`: of the expected gradient, from
-    few draws a rough estimate, as `bias` is.
-    `bias`: the norm of the expected gradient less the full one, and `noise`: the standard deviation
-    of a draw around the expected gradient, both as shares of the full gradient's norm; where
-    nothing is drawn there is no noise. `seconds`: of a step, forward and backward, the median;
-    `saved_bytes`: what autograd keeps for the backward; `peak_bytes`: the allocator's, None on a
-    CPU.
+    few draws a rough estimate, as `bias` is. `bias`: the norm of the expected gradient less the
+    full one, and `noise`: the standard deviation of a draw around the expected gradient, both as
+    shares of the full gradient's norm; where nothing is drawn there is no noise. What the noise of
+    the draws drowns is NaN. `seconds`: of a step, forward and backward, the median; `saved_bytes`:
+    what autograd keeps for the backward; `peak_bytes`: the allocator's, None on a CPU.
     """
 
     ratio: float | str
@@ -87,6 +86,8 @@ class GradientQuality:
         lines.insert(0, f"{title}, {batches}, {self.draws} draws each")
         if self.between_batches is not None:
             lines.append(f"cosine between two batches: {self.between_batches:.3f}")
+        if any(math.isnan(choice.bias) for choice in self.choices):
+            lines.append("?: drowned in the noise of the draws; more draws or batches will tell")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
@@ -133,7 +134,7 @@ def _cells(choice: Choice) -> tuple[str, ...]:
     return (
         str(choice.ratio),
         str(choice.span),
-        *(f"{number:.3f}" for number in numbers),
+        *("?" if math.isnan(number) else f"{number:.3f}" for number in numbers),
         f"{choice.seconds:.3g}",
         f"{choice.saved_bytes / 2**20:.1f} MiB",
     )
@@ -154,12 +155,12 @@ def gradient_quality(
     For each ratio and span, the gradients of a few steps are compared with that of all tokens, at
     the same weights. A gradient that is biased points elsewhere on average, which more steps do not
     mend; one that is noisy needs more or larger batches. No weight is changed; gradients, buffers,
-    random state and the count of steps are put back. Dropout stays as it is: where it is on, its
-    noise is a part of what is measured.
+    random state, the mode and the count of steps are put back. The steps run in training mode, so
+    that the noise of dropout is a part of what is measured: set its p to 0 to leave it out.
 
     The gradient of all tokens is that of ordinary backprop. Where the device lacks the memory for
     it, or where the configuration has a ``learn_chunk``, it is that of ``ratio=1.0`` in parts,
-    which is the same. Host memory holds one set of gradients for each batch, and two more.
+    which is the same. Host memory holds one set of gradients for each batch, and four more.
 
     Args:
         model: a module, or one that `fxseek.compile` has compiled, whose configuration is then the
@@ -176,9 +177,18 @@ def gradient_quality(
         InputError: there is no batch, no loss with a gradient, or an argument is out of range.
         ConfigError, CaptureError, GraphError: as `fxseek.compile` and a training step would.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(batches, Mapping):
+        raise InputError("batches is one batch: put it in a list")
     batches = [dict(batch) for batch in batches]
     if not batches:
         raise InputError("batches is empty: give at least one batch of training data")
+    for name, several in (("ratios", ratios), ("spans", spans)):
+        if isinstance(several, str) or not isinstance(several, Iterable):
+            raise InputError(f"{name}={several!r} must be a list, such as [{several!r}]")
+        if name[:-1] in options:
+            raise InputError(f"{name[:-1]}= is not for this function: say what to try by {name}=")
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
         raise InputError(f"draws={draws!r} must be an integer of at least 2")
     step = step_of(model)
@@ -309,7 +319,8 @@ def _flat(parameter: nn.Parameter) -> Tensor:
 @contextmanager
 def _measured(model: nn.Module, bar: Any) -> Iterator[_Measure]:
     """A model to measure; its call, mode, gradients and state are put back."""
-    before, training = step_of(model), {module: module.training for module in model.modules()}
+    training = {module: module.training for module in model.modules()}
+    before = _torch.compiled_call(model)
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     devices = sorted({p.device.index or 0 for p in gradients if p.device.type == "cuda"})
     if not model.training:
@@ -373,10 +384,15 @@ def _choice(
         spread = max(0.0, squares - draws * _dot(mean, mean)) / max(draws - 1, 1)
         # Of the squared norm of a mean, the variance over the number of draws is noise.
         variance, own = variance + spread, own + _dot(mean, mean) - spread / draws
-    apart = max(0.0, own - 2 * inner + norm)
+    apart = own - 2 * inner + norm
+    expected = _over(inner, math.sqrt(norm * max(own, 0.0)))
+    if variance == 0:  # nothing but rounding
+        expected, apart = min(1.0, expected), max(0.0, apart)
+    if apart < 0 or not abs(expected) <= 1:
+        expected = apart = math.nan
     figures = (
         statistics.mean(cosines),
-        min(1.0, _over(inner, math.sqrt(norm * max(own, 0.0)))),
+        expected,
         math.sqrt(_over(apart, norm)),
         math.sqrt(_over(variance, norm)),
     )

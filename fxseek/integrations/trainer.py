@@ -37,8 +37,8 @@ class SeekCallback(TrainerCallback, ExportableState):
 
     The number of forwards is part of a checkpoint, so that random scores, samples and a ratio that
     follows training are in a resumed run those of an uninterrupted one. A ratio such as
-    ``"0.1->0.5"`` goes from one to the other over the forwards of the Trainer's run, unless
-    ``ratio_steps`` says otherwise.
+    ``"0.1->0.5"`` goes from one to the other over the Trainer's steps, unless ``ratio_steps`` says
+    otherwise.
 
     ``Trainer(callbacks=[SeekCallback()])`` reaches the progress bar, the printed log and
     `state.log_history`. Reporters such as TensorBoard are called before a caller's callbacks:
@@ -74,12 +74,17 @@ class SeekCallback(TrainerCallback, ExportableState):
                 "Trainer that is given peft_config wraps the model that it is given, and the "
                 "wrapper is what has to be compiled."
             )
-        step.recorder.ratio_steps = state.max_steps * args.gradient_accumulation_steps
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step and isinstance(saved, dict):
             resume(step.model, saved["attributes"]["_steps"])
         step.recorder.timed = self.timings
         self._steps, self._last = step.recorder.step, step.recorder.last
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how much of training is done."""
+        step = _step(kwargs["model"])
+        if step is not None:
+            step.recorder.progress = min(state.global_step / max(state.max_steps - 1, 1), 1.0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for no more timings."""

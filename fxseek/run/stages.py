@@ -58,6 +58,10 @@ class Prefill(nn.Module):
         link([x for node in self.on_host if isinstance(x := values[node], HostTensor)])
 
 
+_LEAST_SPANS = 4
+"""Spans that a sample keeps at least: with fewer draws a weight may be very large."""
+
+
 class Select(nn.Module):
     """Scores → kept positions and their loss weights."""
 
@@ -104,9 +108,9 @@ class Select(nn.Module):
             return selecting.select_sample(
                 scores.mass, k, generator=generator, uniform=config.uniform, **common
             )
-        return selecting.select_topk(
-            scores.scores, k, supervised_only=config.supervised_only, **common
-        )
+        # of probabilities every position has some
+        supervised_only = config.supervised_only and scores.supervised is not None
+        return selecting.select_topk(scores.scores, k, supervised_only=supervised_only, **common)
 
     def _spans(self, scores: Scores, step: int, most: float) -> Tensor | None:
         """The span of each position; none is longer than what the ratio `most` lets a row keep."""
@@ -120,6 +124,8 @@ class Select(nn.Module):
         assert counts is not None
         if scores.required is not None:
             counts = counts - scores.required.shape[1]
+        if config.select == "sample":
+            counts = counts // _LEAST_SPANS
         return spans_of(
             counts.clamp(1, config.span).unsqueeze(-1),
             valid=valid,
@@ -139,14 +145,14 @@ class Select(nn.Module):
         if scores.padded or each:
             counts = selecting.count_kept_of_rows(ratio, valid[:, virtual:]) + virtual
         if scores.required is not None:
-            k = max(k, min(scores.required.shape[1], valid.shape[1]))
+            k = max(k, self._least(scores))
             counts = None if counts is None else self._at_least_required(counts, scores)
         return k, counts
 
     def _by_mass(self, scores: Scores, spans: Tensor | None) -> tuple[int, Tensor | None]:
         """The same by mass. Virtual tokens have none, and are kept beside the bounds.
 
-        A sample of spans keeps the length of one at least: no span may be out of reach.
+        A sample of spans keeps as many as it needs at least: no span may be out of reach.
         """
         config, valid, virtual = self.config, scores.valid, scores.virtual
         share = config.mass_share
@@ -166,19 +172,22 @@ class Select(nn.Module):
         low, high = (selecting.count_kept_of_rows(x, own) + virtual for x in config.ratio_bounds)
         if spans is not None and config.select == "sample":
             required = 0 if scores.required is None else scores.required.shape[1]
-            low = torch.minimum(low.clamp_min(config.span + required), high)
+            low = torch.minimum(low.clamp_min(_LEAST_SPANS * config.span + required), high)
         counts = self._at_least_required(counts.clamp(low, high), scores)
         k = max(1, int(counts.max()))  # waits for the device
         same = len(counts) == 1 and not scores.padded  # nothing to fill up
         return k, None if same else counts
 
-    @staticmethod
-    def _at_least_required(counts: Tensor, scores: Scores) -> Tensor:
-        """The counts, raised to that of the required positions in rows that have as many."""
+    def _at_least_required(self, counts: Tensor, scores: Scores) -> Tensor:
+        """The counts, but enough for the required positions; no row keeps more than it has."""
         if scores.required is None:
             return counts
-        least = min(scores.required.shape[1], scores.valid.shape[1])
-        return torch.minimum(counts.clamp_min(least), scores.valid.sum(-1))
+        return torch.minimum(counts.clamp_min(self._least(scores)), scores.valid.sum(-1))
+
+    def _least(self, scores: Scores) -> int:
+        """As many as are required, and one to draw in a sample."""
+        required = 0 if scores.required is None else scores.required.shape[1]
+        return min(required + (self.config.select == "sample"), scores.valid.shape[1])
 
 
 class Gather(nn.Module):

@@ -95,7 +95,8 @@ def scorer(name: str) -> Callable[[_S], _S]:
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     """A CPU generator of its own for one step: the same for the same (seed, step, stream) always.
 
-    Streams are unrelated draws of one step: 0 is for selecting and callers, 1 for random scores.
+    Streams are unrelated draws of one step: 0 is for selecting and callers, 1 for random scores, 2
+    for where spans are cut.
     """
     # Torch's CPU generator reads 32 bits of its seed: hashing keeps (0, 1) and (1, 0) apart.
     digest = hashlib.blake2b(f"{seed},{step},{stream}".encode(), digest_size=4).digest()

@@ -31,7 +31,9 @@ class TokenSeek(Scorer):
         valid, config = given.valid, self.config
         context, gradient = parts.get("context"), parts.get("gradient")
         scores = combine(context, gradient, valid, config.alpha, config.beta, config.normalise)
-        bad = ~torch.isfinite(scores.masked_fill(~valid, 0.0))
+        bad = torch.zeros_like(valid)
+        for found in (scores, *parts.values()):  # a rank hides what its values are
+            bad |= ~torch.isfinite(found.masked_fill(~valid, 0.0))
         if bool(bad.any()):
             raise ScoreError(_not_finite(bad, parts, valid))
         return scores
@@ -125,13 +127,13 @@ def _rank(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def _zscore(values: Tensor, valid: Tensor) -> Tensor:
-    values = values.to(wide(values))
+    values = values.to(wide(values)).masked_fill(~valid, 0.0)
+    values = values / values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     count = valid.sum(-1, keepdim=True).clamp_min(1)
-    centred = values - values.masked_fill(~valid, 0.0).sum(-1, keepdim=True) / count
+    centred = values - values.sum(-1, keepdim=True) / count
     deviation = (centred.masked_fill(~valid, 0.0).square().sum(-1, keepdim=True) / count).sqrt()
     # a row of equal values deviates from its mean by rounding alone
-    flat = deviation <= 1e-6 * values.masked_fill(~valid, 0.0).abs().amax(-1, keepdim=True)
-    return (centred / deviation).masked_fill(flat, 0.0)
+    return (centred / deviation).masked_fill(deviation <= 1e-6, 0.0)
 
 
 def _as_it_is(values: Tensor, valid: Tensor) -> Tensor:

@@ -191,6 +191,12 @@ def test_the_table_and_the_plot(tmp_path: Any):
         ({"ratios": ["0.1->0.5"]}, "follows training"),
         ({"ratios": [1.5]}, "outside"),
         ({"spans": [0]}, "span=0"),
+        ({"ratio": 0.3}, "ratio= is not for this function"),
+        ({"span": 3}, "span= is not for this function"),
+        ({"ratios": 0.3}, r"ratios=0.3 must be a list, such as \[0.3\]"),
+        ({"ratios": "labelled"}, "must be a list"),
+        ({"spans": 4}, "spans=4 must be a list"),
+        ({"batches": {"input_ids": torch.zeros(1, 9)}}, "put it in a list"),
         ({"scored": "random"}, "did you mean 'score'"),
         ({"batches": [{"input_ids": torch.zeros(2, 9, dtype=torch.long)}]}, "no loss"),
     ],
@@ -201,6 +207,26 @@ def test_bad_input(options: dict[str, Any], message: str):
     with pytest.raises(fxseek.FxseekError, match=message):
         fxseek.gradient_quality(model, progress=False, **given)
     assert step_of(model) is None
+
+
+def test_what_drowns_in_noise_is_not_told():
+    options: dict[str, Any] = {"score": "random", "select": "sample", "draws": 2}
+    found = quality(decoder(), batches(1), ratios=[0.04], spans=[1], **options)
+    (choice,) = found.choices
+    assert choice.noise > 1
+    if math.isnan(choice.bias):
+        assert math.isnan(choice.expected_cosine)
+        assert "drowned in the noise" in str(found)
+    else:
+        assert abs(choice.expected_cosine) <= 1
+
+
+def test_a_call_that_was_compiled_by_torch_stays():
+    model = decoder()
+    model.compile(backend="eager")
+    before = vars(model)["_compiled_call_impl"]
+    quality(model, batches(1), ratios=[0.5], spans=[1])
+    assert vars(model)["_compiled_call_impl"] is before
 
 
 def test_a_frozen_model_has_no_gradient():

@@ -344,6 +344,17 @@ def test_ranks_and_deviations_by_hand():
     torch.testing.assert_close(found, 2 * standard + of_gradient)
 
 
+@pytest.mark.parametrize("normalise", ["minmax", "rank", "zscore"])
+def test_scores_that_are_no_numbers_are_an_error_on_every_scale(normalise: str):
+    torch._dynamo.reset()
+    model = TinyDecoder(TinyConfig())
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    fxseek.compile(model.train(), 0.3, normalise=normalise)
+    with pytest.raises(ScoreError, match="not finite"):
+        model(**batch(37, tokens=11))
+
+
 @pytest.mark.parametrize("normalise", ["rank", "zscore"])
 def test_neither_score_s_scale_counts(normalise: str):
     valid = torch.arange(30) < torch.tensor([[30], [17]])
