@@ -90,7 +90,7 @@ BAD = [
     ("ratio", "0.1->", ["ratio='0.1->'", "'0.1->0.5'"]),
     ("ratio_steps", 0, ["ratio_steps=0", "at least 1"]),
     ("normalise", "ranks", ["normalise='ranks'", "did you mean 'rank'", "'zscore'"]),
-    ("span", 0, ["span=0", "at least 1"]),
+    ("span", 0, ["span=0", "from 1"]),
     ("span", 2**31, ["span=2147483648", "out of range"]),
     ("ratio", 10**400, ["ratio=1000", "outside (0, 1]"]),
     ("ratio", SeekConfig, ["not a number"]),

@@ -147,7 +147,9 @@ def test_tuners(name):
     fxseek.uncompile(model)
     other, found = gradients(model, arguments, 0.5, learn_chunk=4)
     torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    # peft makes FourierFT's weights in float32, so that each part's gradient is rounded to it
+    error = 1e-5 if name == "fourierft" else 1e-9
+    torch.testing.assert_close(found, wanted, rtol=error, atol=error)
     assert isinstance(parts_of(model), Parts), parts_of(model)
 
 
