@@ -43,7 +43,7 @@ from fxseek.passes.ir import (
     placeholder_of,
 )
 from fxseek.passes.outputs import Outputs
-from fxseek.passes.rules import argument, find_rule, operation
+from fxseek.passes.rules import argument, called, find_rule, operation
 from fxseek.passes.schedule import Schedule, schedule
 from fxseek.passes.structure import Structure
 
@@ -144,7 +144,7 @@ def _not_cut(
             continue
         seen.add(node)
         if node in carrying and node not in after and _has_tokens(node, carrying, facts):
-            return f"{_called(node)} at {where(node)} carries gradient past the loss"
+            return f"{called(node)} at {where(node)} carries gradient past the loss"
         queue.extend(node.all_input_nodes)
     return None
 
@@ -201,7 +201,7 @@ class _Mixing:
             elif _moves_only(user):
                 reason = self._readers(scattered, user)
             else:
-                reason = f"{_called(user)} at {where(user)} reads values of other tokens"
+                reason = f"{called(user)} at {where(user)} reads values of other tokens"
             if reason is not None:
                 return reason
         return None
@@ -231,11 +231,11 @@ class _Mixing:
                     masks |= dict.fromkeys(self._hides(user, node))
                     queue.append(user)
                 else:
-                    return f"{_called(user)} at {where(user)} reads products of other tokens"
+                    return f"{called(user)} at {where(user)} reads products of other tokens"
         if operation(product) == "baddbmm":
             masks |= dict.fromkeys(self._hides(product, product))
         if not ended:
-            return f"{_called(product)} at {where(product)} reads values of other tokens"
+            return f"{called(product)} at {where(product)} reads values of other tokens"
         self.hidden |= ended
         return self._hidden_by([*masks], product)
 
@@ -370,7 +370,3 @@ def _joined(body: Piece) -> Piece:
     inputs = [items[node] for node in graph.nodes if node.op == "placeholder"]
     graph.lint()
     return Piece(graph, inputs, body.outputs, body.general, body.compact, body.parts)
-
-
-def _called(node: fx.Node) -> str:
-    return operation(node) or getattr(node.target, "__name__", str(node.target))

@@ -17,11 +17,10 @@ from fxseek.capture.backend import StepReport
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import GradientMismatch, InputError
 from fxseek.inspect.compare import compare
-from fxseek.inspect.explain import called
 from fxseek.inspect.reference import Reference, masked_backprop
 from fxseek.inspect.state import state_of
 from fxseek.passes.facts import Facts, Rows, example, module_path, needs_grad, tensors_of, where
-from fxseek.passes.rules import Full, Plan, wants_of
+from fxseek.passes.rules import Full, Plan, called, wants_of
 
 __all__ = ["GradientCheck", "check_gradients"]
 

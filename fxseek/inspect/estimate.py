@@ -153,8 +153,8 @@ def estimate(
     if ordinary:
         run.ordinary(model, inputs)
         return Estimate(**run.tracker.result(), kept=tokens, **about)
-    step, arguments, _ = capture(_step(model, config), inputs)
-    kept = run.selective(model, step, arguments, inputs)
+    captured = capture(_step(model, config), inputs)
+    kept = run.selective(model, captured.step, captured.inputs, inputs)
     return Estimate(**run.tracker.result(), kept=kept, **about)
 
 
@@ -185,11 +185,10 @@ class Peaks:
         for known, peak in self._known:
             if known == config:
                 return peak
-        _, arguments, made = self.captured
-        step = made(_estimated(config))
+        step = self.captured.made(_estimated(config))
         self.in_parts = not isinstance(step.program.parts, str)
         run = _Run(self.device, None)
-        run.selective(self.model, step, arguments, self.inputs)
+        run.selective(self.model, step, self.captured.inputs, self.inputs)
         peak = StepMemory(**run.tracker.result()).peak_bytes
         self._known.append((config, peak))
         return peak

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -17,7 +17,7 @@ from fxseek.errors import InputError
 from fxseek.passes.facts import example, module_path, tensors_of, where
 from fxseek.passes.ir import Gathered
 from fxseek.passes.parts import Parts
-from fxseek.passes.rules import operation
+from fxseek.passes.rules import called
 from fxseek.passes.score_plan import EndsInLoss
 from fxseek.program import Program
 from fxseek.ratios import Labelled
@@ -26,7 +26,7 @@ from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import SavedBytes
 from fxseek.selecting import Selection, count_kept
 
-__all__ = ["Explanation", "Fallback", "called", "explain"]
+__all__ = ["Captured", "Explanation", "Fallback", "capture", "explain"]
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,20 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-class _Captured(BaseException):
-    """Carries a captured program out of the call that captured it; nothing is run."""
+class Captured(NamedTuple):
+    """A captured step, its inputs, and what makes the step again for another configuration."""
 
-    def __init__(self, step: Step, inputs: Sequence[Any], made: Made) -> None:
+    step: Step
+    inputs: Sequence[Any]
+    made: Made
+
+
+class _Found(BaseException):
+    """Carries what was captured out of the call that captured it; nothing is run."""
+
+    def __init__(self, captured: Captured) -> None:
         super().__init__()
-        self.step = step
-        self.inputs = inputs
-        self.made = made
+        self.captured = captured
 
 
 def explain(model: nn.Module, /, **batch: Any) -> Explanation:
@@ -125,19 +131,16 @@ def explain(model: nn.Module, /, **batch: Any) -> Explanation:
     step = step_of(model)
     if step is None:
         raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
-    compiled, inputs, _ = capture(step, batch)
-    return _explain(compiled, inputs)
+    captured = capture(step, batch)
+    return _explain(captured.step, captured.inputs)
 
 
-def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Step, Sequence[Any], Made]:
-    """The compiled training step for this batch, its inputs, and a function that makes it again.
-
-    That takes another configuration. Nothing is run.
-    """
+def capture(step: SeekStep, batch: dict[str, Any]) -> Captured:
+    """The compiled training step for this batch; nothing is run."""
 
     def wrap(step: Step, made: Made) -> Callable[..., Any]:
         def stop(*inputs: Any) -> Any:
-            raise _Captured(step, inputs, made)
+            raise _Found(Captured(step, inputs, made))
 
         return stop
 
@@ -149,8 +152,8 @@ def capture(step: SeekStep, batch: dict[str, Any]) -> tuple[Step, Sequence[Any],
             step.model.train()
         with torch.enable_grad():
             trial(**batch)
-    except _Captured as captured:
-        return captured.step, captured.inputs, captured.made
+    except _Found as found:
+        return found.captured
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -220,11 +223,6 @@ def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
 
 def _counts(graph: fx.Graph) -> Counter[str]:
     return Counter(called(node) for node in graph.nodes if node.op.startswith("call_"))
-
-
-def called(node: fx.Node) -> str:
-    """What a node calls, by the name that messages give it."""
-    return operation(node) or getattr(node.target, "__name__", str(node.target))
 
 
 def _described(node: fx.Node | None) -> str:

@@ -62,7 +62,7 @@ class Scores:
     virtual: int = 0
     """Tokens that the model put in front (prompt tuning): parameters, kept beside the ratio."""
     begins: Tensor | None = None
-    """Where a document of a packed row begins; None where no positions are given, or none asks."""
+    """Where a document of a packed row begins, for spans; None without positions of tokens."""
 
 
 class Score(nn.Module):

@@ -320,6 +320,11 @@ def operation(node: fx.Node) -> str | None:
     return None
 
 
+def called(node: fx.Node) -> str:
+    """What a node calls, by the name that messages give it."""
+    return operation(node) or getattr(node.target, "__name__", str(node.target))
+
+
 def _qualified(target: Any) -> str | None:
     """The registered name of an operation in `torch.ops`, overloaded or of higher order."""
     name = _torch.qualified_name(target)
