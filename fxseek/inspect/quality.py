@@ -31,6 +31,7 @@ __all__ = ["Choice", "GradientQuality", "gradient_quality"]
 log = logging.getLogger("fxseek")
 
 _PARTS = 512
+_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -419,7 +420,9 @@ def _told(
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a, b))
+    """In pieces: float32 would lose digits over some hundred million entries."""
+    pairs = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
+    return math.fsum(float(torch.dot(x, y)) for x, y in pairs)
 
 
 def _over(value: float, of: float) -> float:
