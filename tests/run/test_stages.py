@@ -246,10 +246,10 @@ def test_the_program_reads_as_the_method():
     model(**batch(VOCAB, tokens=TOKENS))
     code = [re.sub(r";.*", "", line).strip() for line in stages(model).code.strip().splitlines()]
     assert code == [
-        "def forward(self, env, index, padding_mask):",
+        "def forward(self, env, index, padding_mask, ratio):",
         "values = self.prefill(env)",
         "scores = self.score(env, index, padding_mask)",
-        "selection = self.select(scores, index)",
+        "selection = self.select(scores, index, ratio)",
         "rows = self.gather(env, selection)",
         "learned = self.learn(env, selection)",
         "outputs = learned[0]",
