@@ -316,6 +316,40 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str) -> dic
 # ------------------------------------------------------------------------------------- the meters
 
 
+def plain_source(source: ModelSource, dtype: torch.dtype, folder: str) -> ModelSource:
+    """The model as one whose weights need no dequantisation, saved into `folder` where they do."""
+    if source.gguf_file is None:
+        return source
+    load_model(source, dtype).save_pretrained(folder)
+    return ModelSource(source.name, folder)
+
+
+def batch_of(
+    rows: Sequence[Row], step: int, size: int, pad_id: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    """The step's rows: the same for every way; the text starts over when it is used up."""
+    first = step * size
+    some = [rows[i % len(rows)] for i in range(first, first + size)]
+    return collate(some, pad_id, device)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, rows: Sequence[Row], pad_id: int, device: torch.device | str
+) -> float:
+    """The mean loss of all held-out answer tokens, in nats: the ordinary model's, whatever way."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for row in rows:
+        batch = collate([row], pad_id, device)
+        labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += float(model(**batch).loss) * labelled
+        count += labelled
+    model.train(training)
+    return total / count
+
+
 class _Held:
     """A tensor that autograd keeps for the backward; it dies when autograd lets go of it."""
 

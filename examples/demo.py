@@ -151,11 +151,8 @@ def compare(options: argparse.Namespace) -> list[Result]:
     )
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        if source.gguf_file is not None:  # dequantised once, not in every process
-            model = common.load_model(source, getattr(torch, options.dtype))
-            model.save_pretrained(folder)
-            source = ModelSource(source.name, folder)
-            del model
+        # dequantised once, not in every process
+        source = common.plain_source(source, getattr(torch, options.dtype), folder)
         results = []
         for method in options.methods:
             job = Job(
@@ -189,7 +186,7 @@ def run(job: Job) -> Result:
     elif job.method == "checkpointing":
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    before = held_out_loss(model, job)
+    before = common.held_out_loss(model, job.held_out, job.pad_id, device)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=0.0)
@@ -199,7 +196,7 @@ def run(job: Job) -> Result:
     with common.PeakBytes(device) as peak:
         bar = tqdm(range(job.steps), desc=f"{NAMES[job.method]:26}", unit="step", leave=True)
         for step in bar:
-            batch = batch_of(job, step)
+            batch = common.batch_of(job.train, step, job.batch, job.pad_id, device)
             with common.timed(device, seconds):
                 if step == 1:
                     with common.SavedBytes(model) as saved:
@@ -218,28 +215,8 @@ def run(job: Job) -> Result:
         peak_bytes=peak.bytes,
         step_seconds=statistics.median(seconds[UNTIMED_STEPS:]),
         loss_before=before,
-        loss_after=held_out_loss(model, job),
+        loss_after=common.held_out_loss(model, job.held_out, job.pad_id, device),
     )
-
-
-def batch_of(job: Job, step: int) -> dict[str, Tensor]:
-    """The step's rows: the same for every way; the text starts over when it is used up."""
-    first = step * job.batch
-    rows = [job.train[i % len(job.train)] for i in range(first, first + job.batch)]
-    return common.collate(rows, job.pad_id, job.device)
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, job: Job) -> float:
-    """The mean loss of all held-out answer tokens, in nats: the ordinary model's, whatever way."""
-    model.eval()
-    total, count = 0.0, 0
-    for row in job.held_out:
-        batch = common.collate([row], job.pad_id, job.device)
-        labelled = int((batch["labels"][:, 1:] != common.IGNORED).sum())
-        total += float(model(**batch).loss) * labelled
-        count += labelled
-    return total / count
 
 
 def show(results: Sequence[Result], options: argparse.Namespace) -> None:

@@ -141,11 +141,8 @@ def run_all(options: argparse.Namespace) -> None:
     assert isinstance(pad_id, int)
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        if source.gguf_file is not None:  # dequantised once, not in every process
-            model = common.load_model(source, getattr(torch, options.dtype))
-            model.save_pretrained(folder)
-            source = ModelSource(source.name, folder)
-            del model
+        # dequantised once, not in every process
+        source = common.plain_source(source, getattr(torch, options.dtype), folder)
         for line in tqdm(left, desc="quality", unit="run"):
             train, held_out = common.split_rows(
                 pairs, tokenizer, options.tokens, options.steps * options.batch,
@@ -207,33 +204,19 @@ def run(job: Job) -> dict[str, Any]:
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=0.0)
-    losses = [(0, held_out_loss(model, job))]
+    judged = (job.held_out, job.pad_id, device)
+    losses = [(0, common.held_out_loss(model, *judged))]
     seconds: list[float] = []
+    model.train()
     for step in range(job.steps):
-        first = step * job.batch
-        rows = [job.train[i % len(job.train)] for i in range(first, first + job.batch)]
-        batch = common.collate(rows, job.pad_id, job.device)
+        batch = common.batch_of(job.train, step, job.batch, job.pad_id, device)
         with common.timed(device, seconds):
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if (step + 1) % job.every == 0 or step + 1 == job.steps:
-            losses.append((step + 1, held_out_loss(model, job)))
+            losses.append((step + 1, common.held_out_loss(model, *judged)))
     return {"losses": losses, "seconds": statistics.median(seconds[UNTIMED_STEPS:])}
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, job: Job) -> float:
-    """The ordinary model's mean loss of all held-out answer tokens, in nats."""
-    model.eval()
-    total, count = 0.0, 0
-    for row in job.held_out:
-        batch = common.collate([row], job.pad_id, job.device)
-        labelled = int((batch["labels"][:, 1:] != common.IGNORED).sum())
-        total += float(model(**batch).loss) * labelled
-        count += labelled
-    model.train()
-    return total / count
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models import IGNORED, TinyConfig, TinyDecoder, batch, tiny_llama, tiny_lora, without_casts
+from steps import EXACT, exact_step
 from strategies import batches, tiny_configs
 from torch import Tensor, nn
 
@@ -20,7 +21,6 @@ from fxseek.run.stages import Scores, Select
 from fxseek.scores.tokenseek import mass
 from fxseek.selecting import count_kept
 
-EXACT = 1e-9
 VOCAB = 37
 GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True)
 WIDE: dict[str, Any] = {"ratio_bounds": (1e-6, 1.0)}
@@ -32,17 +32,8 @@ def decoder(**options: Any) -> nn.Module:
 
 
 def step(model: nn.Module, inputs: dict[str, Any]) -> list[list[int]]:
-    """One step; its gradients are those of masked full backprop. What each row keeps."""
-    model.zero_grad(set_to_none=True)
-    loss = model(**inputs).loss
-    loss.backward()
-    report = fxseek.report(model)
-    reference = masked_backprop(model, inputs, report.selected, weights=report.weights)
-    torch.testing.assert_close(loss.detach(), reference.loss, rtol=EXACT, atol=EXACT)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    found = compare(grads, reference.gradients)
-    assert found.error <= EXACT, found
-    assert any(g is not None and bool(g.any()) for g in grads.values()) or loss == 0
+    """An exact step; what each row keeps."""
+    report = exact_step(model, inputs)
     return [[at for at in row if at >= 0] for row in report.selected.tolist()]
 
 

@@ -17,14 +17,13 @@ from models import (
     tiny_lora,
     without_casts,
 )
+from steps import EXACT, exact_step
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fxseek
 from fxseek.inspect.compare import compare
-from fxseek.inspect.reference import masked_backprop
 
-EXACT = 1e-9
 VOCAB = 37
 GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True)
 
@@ -32,19 +31,6 @@ GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True
 def decoder(config: TinyConfig = GROUPED) -> TinyDecoder:
     torch._dynamo.reset()
     return TinyDecoder(config).double().train()
-
-
-def step(model: Any, inputs: dict[str, Any]) -> fxseek.StepReport:
-    """One step; its gradients are those of masked full backprop."""
-    model.zero_grad(set_to_none=True)
-    loss = model(**inputs).loss
-    loss.backward()
-    report = fxseek.report(model)
-    reference = masked_backprop(model, inputs, report.selected, weights=report.weights)
-    torch.testing.assert_close(loss.detach(), reference.loss, rtol=EXACT, atol=EXACT)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert compare(grads, reference.gradients).error <= EXACT
-    return report
 
 
 def rows_of(report: fxseek.StepReport) -> list[list[int]]:
@@ -61,7 +47,7 @@ def test_the_labelled_positions_and_no_others(padding: str, options: dict[str, A
     inputs = batch(VOCAB, batch=3, tokens=19, padding=padding, labels="some")
     ordinary = model(**inputs).loss.detach()
     fxseek.compile(model, "labelled", **options)
-    report = step(model, inputs)
+    report = exact_step(model, inputs)
     shifted = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
     assert rows_of(report) == [(row != IGNORED).nonzero().flatten().tolist() for row in shifted]
     assert report.ratio is None
@@ -76,7 +62,7 @@ def test_one_row_alone():
     fxseek.compile(model, "labelled")
     inputs = batch(VOCAB, batch=1, tokens=12)
     inputs["labels"][:, :7] = IGNORED
-    assert rows_of(step(model, inputs)) == [[6, 7, 8, 9, 10]]
+    assert rows_of(exact_step(model, inputs)) == [[6, 7, 8, 9, 10]]
 
 
 def test_a_row_without_labels():
@@ -84,23 +70,23 @@ def test_a_row_without_labels():
     fxseek.compile(model, "labelled")
     inputs = batch(VOCAB, batch=2, tokens=12)
     inputs["labels"][1] = IGNORED
-    assert rows_of(step(model, inputs)) == [list(range(11)), [0]]
+    assert rows_of(exact_step(model, inputs)) == [list(range(11)), [0]]
     inputs["labels"][:] = IGNORED
-    assert rows_of(step(model, inputs)) == [[0], [0]]
+    assert rows_of(exact_step(model, inputs)) == [[0], [0]]
 
 
 def test_adapters_and_lengths_that_change():
     model = tiny_lora(without_casts(tiny_llama())).double().train()
     fxseek.compile(model, "labelled")
     for tokens in (17, 23, 11):
-        step(model, batch(VOCAB, batch=2, tokens=tokens, padding="right", labels="some"))
+        exact_step(model, batch(VOCAB, batch=2, tokens=tokens, padding="right", labels="some"))
 
 
 def test_a_lowered_stage():
     model = decoder(TinyConfig(depth=1))
     fxseek.compile(model, "labelled", backend="aot_eager")
     for seed in range(3):
-        step(model, batch(VOCAB, tokens=13 + seed, labels="some", seed=seed))
+        exact_step(model, batch(VOCAB, tokens=13 + seed, labels="some", seed=seed))
 
 
 def test_without_a_loss_over_tokens_it_is_an_error():
@@ -127,19 +113,19 @@ def test_linear():
     model = decoder()
     fxseek.compile(model, "0.2->0.6", ratio_steps=5)
     inputs = batch(VOCAB, tokens=20)
-    found = [step(model, inputs) for _ in range(7)]
+    found = [exact_step(model, inputs) for _ in range(7)]
     assert [report.ratio for report in found] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.6])
     assert [report.selected.shape[1] for report in found] == [4, 6, 8, 10, 12, 12, 12]
     assert len(fxseek.capture.step.step_of(model).recorder.steps) == 1  # type: ignore[union-attr]
     fxseek.resume(model, 2)
-    assert step(model, inputs).ratio == pytest.approx(0.4)
+    assert exact_step(model, inputs).ratio == pytest.approx(0.4)
 
 
 def test_a_function_of_the_step():
     model = decoder()
     fxseek.compile(model, lambda index: 1.0 if index == 2 else 0.25, learn_chunk=6)
     inputs = batch(VOCAB, batch=3, tokens=20, padding="right")
-    assert [step(model, inputs).ratio for _ in range(4)] == [0.25, 0.25, 1.0, 0.25]
+    assert [exact_step(model, inputs).ratio for _ in range(4)] == [0.25, 0.25, 1.0, 0.25]
 
 
 def test_a_ratio_of_one_on_the_way_is_ordinary_training():
@@ -149,8 +135,8 @@ def test_a_ratio_of_one_on_the_way_is_ordinary_training():
     ordinary = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     fxseek.compile(model, "0.1->1.0", ratio_steps=2)
-    step(model, inputs)
-    step(model, inputs)
+    exact_step(model, inputs)
+    exact_step(model, inputs)
     grads = {name: p.grad for name, p in model.named_parameters()}
     assert compare(grads, ordinary).error <= EXACT
 

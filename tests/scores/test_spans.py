@@ -19,16 +19,14 @@ from models import (
     without_casts,
 )
 from peft import PromptTuningConfig, get_peft_model
+from steps import EXACT, exact_step
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fxseek
-from fxseek.inspect.compare import compare
-from fxseek.inspect.reference import masked_backprop
 from fxseek.selecting import count_holding, count_kept, select_sample, select_topk
 from fxseek.spans import over_spans, spans_of
 
-EXACT = 1e-9
 VOCAB = 37
 GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True)
 
@@ -238,19 +236,6 @@ def decoder(config: TinyConfig = GROUPED) -> TinyDecoder:
     return TinyDecoder(config).double().train()
 
 
-def step(model: Any, inputs: dict[str, Any]) -> fxseek.StepReport:
-    """One step; its gradients are those of masked full backprop."""
-    model.zero_grad(set_to_none=True)
-    loss = model(**inputs).loss
-    loss.backward()
-    report = fxseek.report(model)
-    reference = masked_backprop(model, inputs, report.selected, weights=report.weights)
-    torch.testing.assert_close(loss.detach(), reference.loss, rtol=EXACT, atol=EXACT)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert compare(grads, reference.gradients).error <= EXACT
-    return report
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -269,7 +254,7 @@ def test_gradients_are_exact(options: dict[str, Any], padding: str):
     fxseek.compile(model, **{"ratio": 0.4, "span": 4, **options})
     for seed in range(2):
         inputs = batch(VOCAB, batch=3, tokens=23, padding=padding, labels="some", seed=seed)
-        report = step(model, inputs)
+        report = exact_step(model, inputs)
         assert report.spans is not None
         assert report.spans.shape == (3, 23)
         longest = max(len(run) for row in report.spans for run in runs(row))
@@ -288,12 +273,12 @@ def test_documents_of_a_packed_row_share_no_span():
     inputs: dict[str, Any] = batch(VOCAB, batch=2, tokens=20)
     inputs["position_ids"] = torch.tensor([[*range(7), *range(13)], [*range(20)]])
     for _ in range(3):
-        report = step(model, inputs)
+        report = exact_step(model, inputs)
         assert report.spans is not None
         assert report.spans[0, 6] != report.spans[0, 7]
     model = decoder()
     fxseek.compile(model, 0.4, span=20, score="random")
-    report = step(model, inputs)
+    report = exact_step(model, inputs)
     assert report.spans is not None
     assert report.spans[0, 6] != report.spans[0, 7]
 
@@ -317,10 +302,10 @@ def test_adapters_and_draws_of_a_step():
     model = tiny_lora(without_casts(tiny_llama())).double().train()
     fxseek.compile(model, 0.3, span=4, select="sample")
     inputs = batch(VOCAB, batch=3, tokens=29, padding="right", labels="some")
-    first, second = step(model, inputs), step(model, inputs)
+    first, second = exact_step(model, inputs), exact_step(model, inputs)
     assert not torch.equal(first.selected, second.selected)
     fxseek.resume(model, 0)
-    again = step(model, inputs)
+    again = exact_step(model, inputs)
     assert torch.equal(first.selected, again.selected)
     assert torch.equal(first.weights, again.weights)
 
@@ -330,7 +315,7 @@ def test_a_span_of_one_is_no_span():
     for options in ({}, {"span": 1}):
         model = decoder()
         fxseek.compile(model, 0.3, select="sample", **options)
-        report = step(model, batch(VOCAB, batch=2, tokens=19))
+        report = exact_step(model, batch(VOCAB, batch=2, tokens=19))
         assert report.spans is None
         selected.append(report.selected)
     assert torch.equal(*selected)
@@ -359,5 +344,5 @@ def test_rows_without_a_label_keep_spans_too():
     inputs["labels"][1] = IGNORED
     model = decoder()
     fxseek.compile(model, 0.4, span=4, select="sample")
-    report = step(model, inputs)
+    report = exact_step(model, inputs)
     assert (report.selected >= 0).sum(-1).tolist()[1] == 8
