@@ -201,7 +201,7 @@ def read_alpaca(path: str | Path) -> list[Pair]:
             ten of those are listed with their numbers.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ExampleError(f"can't read --data {path}: {error}") from error
     pairs: list[Pair] = []

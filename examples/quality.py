@@ -1,22 +1,26 @@
 """What a share of the tokens teaches: held-out loss by ways to select, over seeds.
 
     python examples/quality.py                     # or: make quality ARGS="--tunings lora"
+    python examples/quality.py --what runs --workers 15    # on a GPU, several small runs at a time
 
-Each run trains a real model for some steps in a process of its own, and adds a line to a file; what
-is in the file is not run again, so that a run that was stopped goes on where it was. The page has
-each way's held-out loss against steps and against seconds, as the mean and deviation over seeds.
+First a few steps of each way are timed, in turns with those of gradient checkpointing. Then each
+run trains a real model for some steps. Each timing and each run adds a line to a file; what is in
+the file is not run again, so that a call that was stopped goes on where it was. The page has each
+way's held-out loss against steps and against seconds, as the mean and deviation over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import json
 import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,37 +29,46 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import benchmark_page
 import common
 import quality_page
 from common import ExampleError, ModelSource, Row
 
 DOCS = Path(__file__).parents[1] / "docs"
-# The options of fxseek.compile for each way; None is a way without fxseek. "As published" selects
-# among all tokens, as the papers do; the other ways among those that have a label.
+SHARES = (0.1, 0.25, 0.5)
+# The ways that have a ratio: name and options of fxseek.compile. "As published" selects among all
+# tokens, as the papers do; the other ways among those that have a label.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tokentune": ("TokenTune as published", {"score": "random"}),
+    "tokenseek": ("TokenSeek as published", {}),
+    "sampled": ("sampled tokens", {"score": "gradient", "select": "sample"}),
+    "spans": ("sampled spans of 8", {"score": "gradient", "select": "sample", "span": 8}),
+    "random": ("random labelled tokens", {"score": "random", "supervised_only": True}),
+    "windows": (
+        "random labelled spans of 32",
+        {"score": "random", "supervised_only": True, "span": 32},
+    ),
+}
+# The name and the options of each way; None is a way without fxseek.
 ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "ordinary": ("ordinary", None),
     "checkpointing": ("gradient checkpointing", None),
     "every": ("every token, in parts of 128", {"ratio": 1.0, "learn_chunk": 128}),
     "labelled": ("labelled tokens", {"ratio": "labelled"}),
-    "tokentune": ("TokenTune as published, 10 %", {"ratio": 0.1, "score": "random"}),
-    "tokenseek": ("TokenSeek as published, 10 %", {"ratio": 0.1}),
     **{
-        f"{kind}-{share}": (
-            f"{name}, {round(100 * share)} %",
-            {"ratio": share, "score": "gradient", "select": "sample", **options},
-        )
-        for share in (0.1, 0.25, 0.5)
-        for kind, name, options in (
-            ("sampled", "sampled tokens", {}),
-            ("spans", "sampled spans of 8", {"span": 8}),
-        )
+        f"{family}-{share}": (f"{name}, {round(100 * share)} %", {"ratio": share, **options})
+        for share in SHARES
+        for family, (name, options) in FAMILIES.items()
     },
     "growing": (
         "sampled tokens, 10 % to 50 %",
         {"ratio": "0.1->0.5", "score": "gradient", "select": "sample"},
     ),
 }
-UNTIMED_STEPS = 2
+TIMED_PAIRS = 3  # the first is not counted
+
+
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class Job:
     rate: float
     device: str
     dtype: str
+    threads: int | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,19 +121,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--held-out", type=int, default=24, help="rows to judge by (%(default)s)")
     add("--rate", type=float, help="learning rate (default: 5e-4 for LoRA, 2e-5 for full)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--what", default="timings,runs", help="some of %(default)s")
+    add("--workers", type=int, default=1, help="runs at a time (%(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     add("--out", type=Path, default=DOCS / "quality.jsonl", help="a line a run (%(default)s)")
     add("--page", type=Path, default=DOCS / "quality.md", help="the page (%(default)s)")
     options = parser.parse_args(arguments)
-    for name, known in (("tunings", ["lora", "full"]), ("arms", list(ARMS))):
+    kinds = ["timings", "runs"]
+    for name, known in (("tunings", ["lora", "full"]), ("arms", list(ARMS)), ("what", kinds)):
         chosen = getattr(options, name).split(",")
         unknown = [choice for choice in chosen if choice not in known]
         if unknown:
             parser.error(f"--{name} has {', '.join(unknown)}; there are {', '.join(known)}")
         setattr(options, name, chosen)
-    for name, least in (("seeds", 1), ("steps", UNTIMED_STEPS + 1), ("every", 1), ("batch", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}")
+    for name in ("steps", "seeds", "every", "batch", "workers"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return options
 
@@ -139,32 +156,57 @@ def run_all(options: argparse.Namespace) -> None:
         pairs = common.docstring_pairs(least_characters=options.least)
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
+    rows = {
+        seed: common.split_rows(
+            pairs, tokenizer, options.tokens, options.steps * options.batch, options.held_out, seed
+        )
+        for seed in {line["seed"] or 0 for line in left}
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(left), desc="quality") as bar:
         # dequantised once, not in every process
         source = common.plain_source(source, getattr(torch, options.dtype), folder)
-        for line in tqdm(left, desc="quality", unit="run"):
-            train, held_out = common.split_rows(
-                pairs, tokenizer, options.tokens, options.steps * options.batch,
-                options.held_out, line["seed"],
+
+        def job_of(line: Line) -> Job:
+            seed = line["seed"] or 0
+            train, held_out = rows[seed]
+            return Job(
+                arm=line["arm"], tuning=line["tuning"], seed=seed, source=source, train=train,
+                held_out=held_out, pad_id=pad_id, batch=options.batch, steps=options.steps,
+                every=options.every, rate=line["rate"], device=options.device,
+                dtype=options.dtype, threads=None if options.workers == 1 else 1,
             )  # fmt: skip
-            job = Job(
-                arm=line["arm"], tuning=line["tuning"], seed=line["seed"], source=source,
-                train=train, held_out=held_out, pad_id=pad_id, batch=options.batch,
-                steps=options.steps, every=options.every, rate=line["rate"],
-                device=options.device, dtype=options.dtype,
-            )  # fmt: skip
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                found = pool.submit(run, job).result()
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, **found}) + "\n")
+
+        timings = [line for line in left if line["seed"] is None]
+        runs = [line for line in left if line["seed"] is not None]
+        for call, workers, some in ((time_pairs, 1, timings), (run, options.workers, runs)):
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                running = {pool.submit(call, job_of(line)): line for line in some}
+                for future in as_completed(running):
+                    line = running[future]
+                    bar.update()
+                    try:
+                        found = future.result()
+                    except Exception as error:
+                        failed.append(f"{line['arm']}, {line['tuning']}: {error}")
+                        continue
+                    with options.out.open("a", encoding="utf-8") as file:
+                        file.write(f"{json.dumps({**line, **found})}\n")
+    if failed:
+        raise ExampleError("\n".join(["these did not run:", *failed]))
 
 
-def settings(options: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
-    """What each run is, without what it finds: seed by seed, so that early ones are comparable."""
+def settings(options: argparse.Namespace, model: str) -> Iterator[Line]:
+    """What each timing and run is, without what it finds; a timing has no seed.
+
+    Seed by seed, so that early ones are comparable.
+    """
+    seeds: list[int | None] = [None] if "timings" in options.what else []
+    if "runs" in options.what:
+        seeds += range(options.seeds)
     for tuning in options.tunings:
-        for seed in range(options.seeds):
+        for seed in seeds:
             for arm in options.arms:
                 yield {
                     "model": model,
@@ -185,38 +227,94 @@ def settings(options: argparse.Namespace, model: str) -> Iterator[dict[str, Any]
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train one way; its held-out losses by step, and its median step in seconds."""
+    """Train one way: its held-out losses by step."""
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    device = torch.device(job.device)
+    model = start(job)
+    compile_arm(model, job.arm, job)
+    optimizer = optimizer_of(model, job)
+    judged = (job.held_out, job.pad_id, device)
+    losses = [(0, common.held_out_loss(model, *judged))]
+    model.train()
+    for step in range(job.steps):
+        batch = common.batch_of(job.train, step, job.batch, job.pad_id, device)
+        train_step(model, optimizer, batch)
+        if (step + 1) % job.every == 0 or step + 1 == job.steps:
+            losses.append((step + 1, common.held_out_loss(model, *judged)))
+    forget(device)
+    return {"losses": losses, "machine": machine(device)}
+
+
+def time_pairs(job: Job) -> dict[str, Any]:
+    """A step of the way and one of gradient checkpointing in turns: the medians in seconds."""
+    device = torch.device(job.device)
+    model = start(job)
+    shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, shared)
+    compile_arm(model, job.arm, job)
+    compile_arm(other, "checkpointing", job)
+    optimizer = optimizer_of(model, job)
+    seconds: tuple[list[float], list[float]] = [], []
+    for step in range(TIMED_PAIRS):
+        batch = common.batch_of(job.train, step, job.batch, job.pad_id, device)
+        for one, into in zip((model, other), seconds, strict=True):
+            with common.timed(device, into):
+                train_step(one.train(), optimizer, batch)
+    forget(device)
+    own, pace = (statistics.median(some[1:]) for some in seconds)
+    return {"seconds": own, "checkpointing": pace, "machine": machine(device)}
+
+
+def start(job: Job) -> nn.Module:
+    """The model of a run, before its first step."""
     common.quiet()
     torch.manual_seed(job.seed)
     device = torch.device(job.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     model: nn.Module = common.load_model(job.source, getattr(torch, job.dtype))
     if job.tuning == "lora":
         model = common.add_lora(model, job.seed)
-    model = nn.Module.to(model, device)
-    _, given = ARMS[job.arm]
+    return nn.Module.to(model, device)
+
+
+def compile_arm(model: nn.Module, arm: str, job: Job) -> None:
+    """Let a model train in the given way."""
+    given = ARMS[arm][1]
     if given is not None:
         import fxseek
 
         steps = {"ratio_steps": job.steps} if "->" in str(given["ratio"]) else {}
         fxseek.compile(model, seed=job.seed, **steps, **given)
-    elif job.arm == "checkpointing":
+    elif arm == "checkpointing":
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def optimizer_of(model: nn.Module, job: Job) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=0.0)
-    judged = (job.held_out, job.pad_id, device)
-    losses = [(0, common.held_out_loss(model, *judged))]
-    seconds: list[float] = []
-    model.train()
-    for step in range(job.steps):
-        batch = common.batch_of(job.train, step, job.batch, job.pad_id, device)
-        with common.timed(device, seconds):
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % job.every == 0 or step + 1 == job.steps:
-            losses.append((step + 1, common.held_out_loss(model, *judged)))
-    return {"losses": losses, "seconds": statistics.median(seconds[UNTIMED_STEPS:])}
+    return torch.optim.AdamW(trained, lr=job.rate, weight_decay=0.0)
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def forget(device: torch.device) -> None:
+    """Free what Dynamo and the allocator keep, for the next run of this process."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of {benchmark_page.processor()}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ Run = dict[str, Any]
 SETTING = ("model", "data", "tuning", "tokens", "batch", "steps", "every", "held_out", "rate",
            "dtype", "device")  # fmt: skip
 """What runs of one table have in common."""
+STEP = ("model", "data", "tuning", "tokens", "batch", "dtype")
+"""What a step's time depends on, on one machine."""
 
 HEAD = """# What a share of the tokens teaches
 
@@ -25,23 +27,23 @@ for some steps; the loss is that of held-out answers, in nats per token, of the 
 answers have labels. *Gain* is how much the loss has fallen, as a share of what ordinary training
 gains with the same seed in the same number of steps; *at equal time* as a share of what gradient
 checkpointing gains in the seconds that the way's own steps took. Both are the mean and the
-deviation over seeds. A step's time is the median of its run; runs follow each other on one machine.
+deviation over seeds. A step's time is given in gradient checkpointing's.
 """
 
 
 def read(path: Path) -> list[Run]:
-    """The runs of a file; none where there is no file.
+    """The runs and the timings of a file; none where there is no file.
 
     Raises:
-        ExampleError: a line is not a run.
+        ExampleError: a line is neither.
     """
     runs: list[Run] = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for number, line in enumerate(filter(None, text.split("\n")), 1):
         try:
             found = json.loads(line)
             key(found)
-            assert found["losses"]
+            assert found["losses"] if found["seed"] is not None else found["checkpointing"]
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise ExampleError(
                 f"line {number} of {path} is no run ({error}): delete it, and it is run again"
@@ -61,13 +63,17 @@ def setting(run: Run) -> tuple[Any, ...]:
 
 def write(page: Path, out: Path) -> None:
     """The page, and a plot for each setting beside it."""
-    runs = sorted(read(out), key=lambda run: tuple(map(str, setting(run))))
+    lines = sorted(read(out), key=lambda run: tuple(map(str, setting(run))))
+    runs = [line for line in lines if line["seed"] is not None]
+    timings = [line for line in lines if line["seed"] is None]
     sections = [HEAD]
     for number, (_, group) in enumerate(groupby(runs, setting)):
         some = list(group)
+        step = {name: some[0][name] for name in STEP}
+        timed = [line for line in timings if all(line[name] == step[name] for name in STEP)]
         plot = page.with_name(f"{page.stem}-{number}.svg")
-        draw(plot, some)
-        sections.append(section(some, plot.name))
+        draw(plot, some, timed)
+        sections.append(section(some, timed, plot.name))
     page.write_text("\n".join(sections), encoding="utf-8")
 
 
@@ -79,39 +85,40 @@ def arms(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def section(runs: Sequence[Run], plot: str) -> str:
+def paces(timings: Iterable[Run]) -> dict[str, float]:
+    """Each way's step in steps of gradient checkpointing."""
+    return {line["arm"]: line["seconds"] / line["checkpointing"] for line in timings}
+
+
+def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
     """One setting's table."""
-    first, by_arm = runs[0], arms(runs)
-    ordinary = {run["seed"]: run for run in by_arm.get("ordinary", [])}
-    checkpointing = [run["seconds"] for run in by_arm.get("checkpointing", [])]
-    pace = statistics.median(checkpointing) if checkpointing else None
-    header = ["", "seeds", "s / step", "of checkpointing", "held-out loss", "gain", "at equal time"]
+    first, pace = runs[0], paces(timings)
+    ordinary = {run["seed"]: run for run in runs if run["arm"] == "ordinary"}
+    header = ["", "seeds", "step", "held-out loss", "gain", "at equal time"]
     rows = []
-    for some in by_arm.values():
-        seconds = statistics.median(run["seconds"] for run in some)
+    for arm, some in arms(runs).items():
         pairs = [(run, ordinary[run["seed"]]) for run in some if run["seed"] in ordinary]
         gains = [gain(run) / gain(other) for run, other in pairs]
         timely = []
-        if pace is not None:
-            timely = [
-                gain(run) / gain(other, at=run["steps"] * seconds / pace) for run, other in pairs
-            ]
+        if arm in pace:
+            timely = [gain(run) / gain(other, at=run["steps"] * pace[arm]) for run, other in pairs]
         rows.append(
             [
                 some[0]["name"],
                 str(len(some)),
-                f"{seconds:.2f}",
-                "" if pace is None else f"{seconds / pace:.2f}×",
+                f"{pace[arm]:.2f}×" if arm in pace else "–",
                 spread([run["losses"][-1][1] for run in some], "{:.3f}"),
                 spread([100 * x for x in gains], "{:.1f}", " %"),
                 spread([100 * x for x in timely], "{:.1f}", " %"),
             ]
         )
+    machines = ", ".join(sorted({line["machine"] for line in timings}))
     title = (
-        f"## {first['data']}, {first['tuning']}\n\n{first['model']}, {first['dtype']} on "
-        f"{first['device']}: {first['steps']} steps of {first['batch']} rows of up to "
+        f"## {first['data']}, {first['tuning']}\n\n{first['model']}, {first['dtype']}, on "
+        f"{first['machine']}: {first['steps']} steps of {first['batch']} rows of up to "
         f"{first['tokens']} tokens, learning rate {first['rate']:g}, {first['held_out']} held-out "
-        f"rows. Held-out loss before: {spread([run['losses'][0][1] for run in runs], '{:.3f}')}.\n"
+        f"rows. Held-out loss before: {spread([run['losses'][0][1] for run in runs], '{:.3f}')}. "
+        f"{f'Steps were timed on {machines}.' if machines else 'No step was timed.'}\n"
     )
     return f"{title}\n{common.table(header, rows)}\n\n![Held-out loss]({plot})\n"
 
@@ -141,8 +148,8 @@ def spread(values: Sequence[float], form: str, unit: str = "") -> str:
     return f"{mean} ± {form.format(statistics.stdev(values))}{unit}"
 
 
-def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Mean held-out loss of each way against steps, and against seconds."""
+def draw(path: Path, runs: Sequence[Run], timings: Sequence[Run]) -> None:
+    """Mean held-out loss of each way against steps, and against time, where it was timed."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -151,17 +158,18 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-        for index, some in enumerate(arms(runs).values()):
+        pace = paces(timings)
+        for index, (arm, some) in enumerate(arms(runs).items()):
             steps = [step for step, _ in some[0]["losses"]]
             means = [
                 statistics.mean(run["losses"][at][1] for run in some) for at in range(len(steps))
             ]
-            seconds = statistics.median(run["seconds"] for run in some)
             given = {"color": colours[index % 20], "marker": "o", "ms": 2.5, "lw": 1.1}
             panels[0].plot(steps, means, label=some[0]["name"], **given)
-            panels[1].plot([step * seconds for step in steps], means, **given)
+            if arm in pace:
+                panels[1].plot([step * pace[arm] for step in steps], means, **given)
         panels[0].set(xlabel="steps", ylabel="held-out loss, nats per token")
-        panels[1].set(xlabel="seconds of training")
+        panels[1].set(xlabel="time, in steps of gradient checkpointing")
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center", frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

@@ -581,8 +581,11 @@ def test_the_quality_runs_go_on_where_they_stopped(
     some = "ordinary,checkpointing,labelled,spans-0.5,growing"
     assert quality.main([*always, "--arms", some, "--seeds", "2"]) == 0
     assert out.read_text().startswith(first)
-    runs = quality_page.read(out)
-    assert len({quality_page.key(run) for run in runs}) == len(runs) == 10
+    lines = quality_page.read(out)
+    assert len({quality_page.key(line) for line in lines}) == len(lines) == 15
+    runs = [line for line in lines if line["seed"] is not None]
+    timings = {line["arm"]: line["seconds"] for line in lines if line["seed"] is None}
+    assert set(timings) == set(some.split(",")) and min(timings.values()) > 0
     of_first = [run for run in runs if run["seed"] == 0]
     assert all([step for step, _ in run["losses"]] == [0, 2, 4] for run in runs)
     assert len({run["losses"][0][1] for run in of_first}) == 1
