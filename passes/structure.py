@@ -81,16 +81,21 @@ def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def find_structure(graph: fx.Graph, facts: Facts, *, loss_first: bool = False) -> Structure:
+def find_structure(
+    graph: fx.Graph, facts: Facts, *, loss_first: bool = False, loss: fx.Node | None = None
+) -> Structure:
     """Find loss, attentions and cut points of a graph with token facts.
 
     `loss_first`: what is minimised is the first scalar that the graph returns, and no other.
+    `loss`: it is this one, which stands for a loss outside the graph.
     """
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     outputs = tuple(output.all_input_nodes)
     results = [node for node in outputs if node in facts.stream and is_tensor(node)]
     scalars = [node for node in outputs if is_tensor(node) and _trained_scalar(node)]
     minimised = scalars[:1] if loss_first else scalars
+    if loss is not None:
+        minimised = [loss]
     made_of = ancestors(minimised or outputs)
     losses = [
         node

@@ -62,11 +62,11 @@ def _unshift(graph: fx.Graph, node: fx.Node, sizes: Sizes) -> None:
         if example(logits).dim() != 3 or example(loss.target).dim() != 2:
             return
         logits = _before_transpose(logits)
-    cut_logits, casts = _sliced(logits, rank=3)
-    cut_target, target_casts = _sliced(loss.target, rank=2)
+    cut_logits, casts = sliced(logits, rank=3)
+    cut_target, target_casts = sliced(loss.target, rank=2)
     if cut_logits is None or cut_target is None:
         return
-    if not _cuts(cut_logits, last=True) or not _cuts(cut_target, last=False):
+    if not cuts(cut_logits, last=True) or not cuts(cut_target, last=False):
         return
     whole: Any = cut_logits.args[0]
     labels: Any = cut_target.args[0]
@@ -121,8 +121,13 @@ def _before_transpose(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) else None
 
 
-def _sliced(node: fx.Node | None, rank: int) -> tuple[fx.Node | None, list[torch.dtype]]:
-    """The slice of `rank` dimensions behind casts and reshapes, and those casts in order."""
+def sliced(
+    node: fx.Node | None, rank: int, through: tuple[str, ...] = ()
+) -> tuple[fx.Node | None, list[torch.dtype]]:
+    """The slice of `rank` dimensions behind casts and reshapes, and those casts in order.
+
+    `through`: names of other operations that are looked through.
+    """
     casts: list[torch.dtype] = []
     at: Any = node
     while is_tensor(at):
@@ -132,13 +137,13 @@ def _sliced(node: fx.Node | None, rank: int) -> tuple[fx.Node | None, list[torch
         if name == "to" and is_tensor(at.args[0]):
             if example(at).dtype != example(at.args[0]).dtype:
                 casts.append(example(at).dtype)
-        elif name not in ("reshape", "flatten", "contiguous", "clone"):
+        elif name not in ("reshape", "flatten", "contiguous", "clone", *through):
             return None, []
         at = at.args[0]
     return None, []
 
 
-def _cuts(node: fx.Node, *, last: bool) -> bool:
+def cuts(node: fx.Node, *, last: bool) -> bool:
     """Whether a slice drops the last (or the first) entry of dimension 1, and nothing else."""
     source: Any = node.args[0]
     if not is_tensor(source):

@@ -21,6 +21,7 @@ from fxseek.capture.limits import refuse_model
 from fxseek.capture.patches import capture_settings
 from fxseek.capture.quantised import trace_dequantisation
 from fxseek.capture.recorders import install_recorders
+from fxseek.capture.trl import traceable_log_probs
 from fxseek.capture.uncomputed import Uncomputed, cleared
 from fxseek.config import SeekConfig
 from fxseek.errors import CaptureError, FxseekError, InputError
@@ -124,12 +125,6 @@ class SeekStep:
         refuse_model(modules, InputError)
         calls = self.calls
         batch = calls.bind(args, kwargs)
-        if batch.get("fused_lm_head"):
-            raise InputError(
-                "fused_lm_head=True: TRL's SFTTrainer computes its loss outside the model, by a "
-                "kernel that cannot be captured. Let it use the model's own loss: override its "
-                "compute_loss as docs/quickstart.md shows."
-            )
         if self.config.loss is None and not calls.has_labels(batch):
             raise InputError(
                 "no labels: in training mode fxseek selects tokens for the loss, so the model "
@@ -186,7 +181,11 @@ class SeekStep:
     def _run(self, batch: dict[str, Any]) -> Any:
         try:
             first = not self.recorder.steps
-            with capture_settings(captures=_CAPTURES, first=first), _quiet(batch):
+            with (
+                capture_settings(captures=_CAPTURES, first=first),
+                traceable_log_probs(),
+                _quiet(batch),
+            ):
                 result = self._captured(batch)
         except FxseekError:
             raise

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxseek.capture.backend import StepReport
 from fxseek.capture.step import SeekStep, step_of
+from fxseek.capture.trl import traceable_log_probs
 from fxseek.errors import GradientMismatch, InputError
 from fxseek.inspect.compare import compare
 from fxseek.inspect.reference import Reference, masked_backprop
@@ -46,7 +47,11 @@ class GradientCheck:
 
 
 def check_gradients(
-    model: nn.Module, /, tolerance: float | None = None, **batch: Any
+    model: nn.Module,
+    /,
+    tolerance: float | None = None,
+    loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
+    **batch: Any,
 ) -> GradientCheck:
     """Compare one step's gradients with masked full backprop of the same selection.
 
@@ -57,11 +62,14 @@ def check_gradients(
         model: a model compiled by `fxseek.compile`, in training mode.
         tolerance: largest relative error; by default by the lowest precision that the model
             computes in (float64 1e-9, float32 1e-4, float16 3e-2, bfloat16 1e-1).
+        loss: ``loss(outputs, batch)``, what is minimised where the loss is outside the model: of
+            TRL's ``fused_lm_head=True``. Default: the mean negative log-likelihood.
         batch: the arguments of a training step.
 
     Raises:
         GradientMismatch: the error is above the tolerance.
-        InputError: the model is not compiled, or dropout is on (prefill and learn draw
+        InputError: the model is not compiled; ``loss`` is given and the model computes its own; or
+            dropout is on (prefill and learn draw
             separately, so that exactness is stated with dropout off); or the error is above the
             tolerance and the reference can't tell, since keys or values of all tokens are made from
             a parameter by a plain function, whose result no module's hook sees.
@@ -81,17 +89,26 @@ def check_gradients(
             f"dropout is on in {noisy[0]!r} (and {len(noisy) - 1} more): gradients are exact with "
             "dropout off. Set its p to 0 for the check (and leave the model in training mode)."
         )
+    if batch.get("fused_lm_head"):
+        loss = loss or _likelihood
+    elif loss is not None:
+        raise InputError(
+            "loss= is for a call that leaves the loss to its caller (fused_lm_head=True); this one "
+            "has the model's own, or that of fxseek.compile"
+        )
     with _put_back(model, step) as restore:
         output = model(**batch)
-        loss = _own_loss(output, batch)
-        loss.backward()
+        (loss or _own_loss)(output, batch).backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         last = step.recorder.last
         assert last is not None
         for parameter in model.parameters():
             parameter.grad = None
         restore()
-        reference = _reference(model, step, last, batch)
+        if loss is None:
+            reference = _reference(model, step, last, batch)
+        else:
+            reference = _of_outside(model, step, last, batch, loss)
     allowed = _tolerance(step) if tolerance is None else tolerance
     worst = compare(found, reference.gradients)
     if not worst.error <= allowed:
@@ -124,6 +141,44 @@ def _reference(
     # positions, wherever they are computed.
     with _SelectedCrossEntropy(last) if restricted else nullcontext():
         return masked_backprop(model, batch, last.selected, loss=loss or _own_loss, virtual=virtual)
+
+
+def _likelihood(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+    return -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
+
+
+_PER_TOKEN = ("log_probs", "entropy")
+"""What of TRL's output has gradient, each [batch, tokens] or, shifted, a token fewer."""
+
+
+def _of_outside(
+    model: nn.Module,
+    step: SeekStep,
+    last: StepReport,
+    batch: dict[str, Any],
+    loss: Callable[[Any, Mapping[str, Any]], Tensor],
+) -> Reference:
+    """Masked full backprop of a loss of log-probabilities, each with its position's weight."""
+    latest = step.recorder.latest
+    assert latest is not None
+
+    def weighed(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+        mask = outputs.label_mask
+        weights = last.weights.new_zeros(len(mask), last.tokens + 1)
+        at = last.selected.where(last.selected >= 0, last.tokens)
+        weights = weights.scatter_(1, at, last.weights)[:, : mask.shape[1]]
+        selected = mask.new_zeros(len(mask), last.tokens + 1).scatter_(1, at, True)
+        kept = mask & selected[:, : mask.shape[1]]
+        weights = weights.double() * kept * mask.sum() / kept.sum().clamp(min=1)
+        for name in _PER_TOKEN:
+            x = getattr(outputs, name)
+            if x is not None:
+                setattr(outputs, name, x.detach() + weights.to(x.dtype) * (x - x.detach()))
+        return loss(outputs, batch)
+
+    virtual = latest.program.facts.sizes.virtual
+    with traceable_log_probs():  # of the model's precision, where TRL's are of float32
+        return masked_backprop(model, batch, last.selected, loss=weighed, virtual=virtual)
 
 
 def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:

@@ -10,6 +10,7 @@ from fxseek.passes.rules import (
     products,
     quantised,
     reductions,
+    statistics,
 )
 from fxseek.passes.rules.registry import (
     RULES,
@@ -51,5 +52,6 @@ __all__ = [
     "quantised",
     "reductions",
     "rule",
+    "statistics",
     "wants_of",
 ]

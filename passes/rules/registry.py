@@ -21,6 +21,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxseek import _torch
+from fxseek.ops.log_probs import by_weight, token_statistics
 from fxseek.ops.loss import scaled_cross_entropy
 from fxseek.passes.facts import Facts, Rows, RowsLike, example, is_tensor, moved_rows
 
@@ -253,6 +254,8 @@ ALIASES: dict[str, tuple[Any, ...]] = {
     "reshape": ("view", "reshape_as", "view_as"),
     "type_as": (),
     "cross_entropy": (scaled_cross_entropy,),
+    "by_weight": (by_weight,),
+    "token_statistics": (token_statistics,),
 }
 
 _SPACES: tuple[Any, ...] = (F, torch, _torch.nn_functions(), torch.special, torch.Tensor)

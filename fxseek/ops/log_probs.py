@@ -1,0 +1,210 @@
+"""What a language model says of each label, without the logits of all tokens.
+
+A loss outside the model (of preferences, of a policy) reads log-probabilities and a few statistics
+of each token's distribution. They are made of hidden states and the vocabulary's weights on chunks
+of tokens, in the forward and again in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxseek.ops.loss import divisor
+from fxseek.ops.sweep import chunks_of
+
+__all__ = ["IGNORED", "STATISTICS", "by_weight", "times_weights", "token_statistics"]
+
+IGNORED = -100
+STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+"""The columns, by the names that TRL's `FusedCausalLMOutput` has for them."""
+
+
+class _Logits(NamedTuple):
+    """How logits are made of a projection onto the vocabulary, and in which precision."""
+
+    temperature: float
+    softcap: float | None
+    scale: float
+    dtype: torch.dtype
+
+    def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[chunk, width] → [chunk, vocabulary], in float32 at least."""
+        given = [None if x is None else x.to(self.dtype) for x in (hidden, weight, bias)]
+        logits = F.linear(*given)  # type: ignore[arg-type]
+        logits = logits.to(torch.promote_types(self.dtype, torch.float32)) * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits / self.temperature
+
+    def slope(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """From ∂ / ∂ logits to ∂ / ∂ the projection."""
+        slope = slope / self.temperature
+        if self.softcap is not None:
+            slope = slope * (1 - (logits * self.temperature / self.softcap).square())
+        return (slope * self.scale).to(self.dtype)
+
+
+@torch.compiler.allow_in_graph
+def token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    wanted: Sequence[str] = STATISTICS,
+    chunk_bytes: int = 2**26,
+) -> Tensor:
+    """The `STATISTICS` of each token's distribution, all 0 where the label is -100.
+
+    `log_probs` of the label and `entropy` have gradient; `log_sum_sq_probs` (log Σ p²),
+    `mean_logits` and `is_top1` (whether the label is the first of the likeliest, 1 or 0) have none.
+    A column that is not `wanted` is 0. `chunk_bytes` bounds the logits that exist at once.
+
+    Shapes: hidden [..., width]; weight [vocabulary, width]; bias [vocabulary]; labels [...] →
+    [..., 5], of the precision of the projection and float32 at least.
+    """
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    how = _Logits(temperature, softcap, scale, dtype)
+    rows = hidden.flatten(0, -2)
+    found: Any = _Statistics.apply(
+        rows, weight, bias, labels.flatten(), how, tuple(wanted), chunk_bytes
+    )
+    return found.unflatten(0, labels.shape)
+
+
+def by_weight(x: Tensor, labels: Tensor) -> Tensor:
+    """A value of each token, `x` itself; that of selected ones is `times_weights`.
+
+    Shapes: x [batch, tokens, ...]; labels [batch, tokens].
+    """
+    return x
+
+
+def times_weights(x: Tensor, weights: Tensor, labels: Tensor, all_labels: Tensor) -> Tensor:
+    """`x` of kept tokens, with each one's gradient times its selection weight.
+
+    And times the number of labels over that of the kept ones: a sum over tokens of a loss that is
+    linear in `x` has the gradient of its mean over the kept ones, times the number of labels, as a
+    loss in the model has (`fxseek.ops.loss.mean_of_parts`).
+
+    Shapes: x [batch, kept, ...]; labels and weights [batch, kept]; all_labels [batch, tokens].
+    """
+    kept = (labels != IGNORED) & (weights != 0)
+    factor = (all_labels != IGNORED).sum() / divisor(kept.sum()).to(x.dtype)
+    scale = weights.to(x.dtype) * factor
+    return _Scaled.apply(x, scale.reshape(scale.shape + (1,) * (x.dim() - 2)))  # type: ignore[return-value]
+
+
+class _Scaled(torch.autograd.Function):
+    """The value itself, its gradient times a scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (scale,) = ctx.saved_tensors
+        return slope * scale, None
+
+
+def _chunks(rows: Tensor, weight: Tensor, how: _Logits, chunk_bytes: int) -> list[slice]:
+    """Chunks of rows by the size of their logits; one, where the number of rows is a symbol."""
+    if not isinstance(rows.shape[0], int):
+        return [slice(None)]
+    size = max(4, how.dtype.itemsize) * weight.shape[0]
+    return chunks_of(rows.shape[0], chunk_bytes // size) or [slice(None)]
+
+
+class _Statistics(torch.autograd.Function):
+    """On chunks of tokens; backward makes a chunk's logits again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        how: _Logits,
+        wanted: tuple[str, ...],
+        chunk_bytes: int,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias, labels)
+        ctx.how, ctx.has_entropy, ctx.chunk_bytes = how, "entropy" in wanted, chunk_bytes
+        with torch.autocast(rows.device.type, enabled=False):
+            parts = [
+                _columns(how.of(rows[chunk], weight, bias), labels[chunk], wanted)
+                for chunk in _chunks(rows, weight, how, chunk_bytes)
+            ]
+        return torch.cat(parts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, weight, bias, labels = ctx.saved_tensors
+        how, needed = ctx.how, ctx.needs_input_grad
+        wide = slope.dtype  # sums over chunks are of this precision
+        of_rows: list[Tensor] = []
+        of_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        of_bias = torch.zeros_like(bias, dtype=wide) if needed[2] else None
+        with torch.autocast(rows.device.type, enabled=False):
+            for chunk in _chunks(rows, weight, how, ctx.chunk_bytes):
+                logits = how.of(rows[chunk], weight, bias)
+                of_logits = _slope(logits, labels[chunk], slope[chunk], ctx.has_entropy)
+                made = how.slope(of_logits, logits)
+                if needed[0]:
+                    of_rows.append(made @ weight.to(made.dtype))
+                if of_weight is not None:
+                    of_weight += made.mT @ rows[chunk].to(made.dtype)
+                if of_bias is not None:
+                    of_bias += made.sum(0)
+        return (
+            torch.cat(of_rows).to(rows.dtype) if needed[0] else None,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _columns(logits: Tensor, labels: Tensor, wanted: tuple[str, ...]) -> Tensor:
+    """The statistics of a chunk of tokens: [chunk, vocabulary] → [chunk, 5]."""
+    total = logits.logsumexp(-1)
+    of_label = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    columns = {"log_probs": of_label - total}
+    if "entropy" in wanted:
+        shares = (logits - total.unsqueeze(-1)).exp()
+        columns["entropy"] = total - (shares * logits).sum(-1)
+    if "log_sum_sq_probs" in wanted:
+        columns["log_sum_sq_probs"] = (2 * logits).logsumexp(-1) - 2 * total
+    if "mean_logits" in wanted:
+        columns["mean_logits"] = logits.mean(-1)
+    if "is_top1" in wanted:
+        columns["is_top1"] = (logits.argmax(-1) == labels).to(logits.dtype)
+    zeros = torch.zeros_like(total)
+    found = torch.stack([columns.get(name, zeros) for name in STATISTICS], -1)
+    return found.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
+
+
+def _slope(logits: Tensor, labels: Tensor, slope: Tensor, has_entropy: bool) -> Tensor:
+    """∂ / ∂ logits from the slopes of `log_probs` and `entropy`, the first two columns."""
+    slope = slope.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
+    of_log_prob, of_entropy = slope[:, :1], slope[:, 1:2]
+    logs = logits.log_softmax(-1)
+    shares = logs.exp()
+    found = -of_log_prob * shares
+    found.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), of_log_prob)
+    if has_entropy:
+        entropy = -(shares * logs).sum(-1, keepdim=True)
+        found -= of_entropy * shares * (logs + entropy)
+    return found
