@@ -20,11 +20,11 @@ from fxseek.passes.head import Head, attach_head, find_head
 from fxseek.passes.hoist import hoist_gathers, mask_by_flags, masks_of_attentions, share_masks
 from fxseek.passes.inline import inline
 from fxseek.passes.ir import Gathered, Joined, Piece, Prefilled
-from fxseek.passes.log_probs import find_log_probs
 from fxseek.passes.masks import read_whole, use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.outputs import ends_in, find_outputs, refuse_unselected, returns
+from fxseek.passes.outside import find_outside
 from fxseek.passes.parts import Parts, find_parts
 from fxseek.passes.scale import scale_terms
 from fxseek.passes.schedule import Schedule, schedule
@@ -128,14 +128,15 @@ def build(
     graph = then(scale_terms, graph, sizes)
     graph = then(unshift, graph, sizes)
     graph = then(without_dead_code, graph)
-    graph, outside = then(find_log_probs, graph, sizes, config.chunk_bytes)
+    graph, outside = then(find_outside, graph, sizes, config.chunk_bytes)
     writes = then(find_writes, functional)
 
     facts = then(find_tokens, graph, sizes)
     loss_first = config.loss is not None
     structure = then(find_structure, graph, facts, loss_first=loss_first, loss=outside)
     then(refuse_unselected, graph, facts, structure, config.token_dim)
-    kind = "full" if full_outputs or outside is not None else config.outputs
+    whole = full_outputs or (config.outputs == "loss" and not structure.has_loss)
+    kind = "full" if whole else config.outputs
     outputs = then(find_outputs, graph, facts, kind, len(writes.written))
     head = then(find_head, facts, structure)
 

@@ -19,6 +19,7 @@ from fxseek.passes.facts import (
     ancestors,
     descendants,
     example,
+    needs_grad,
     tensors_of,
     user_tensors,
 )
@@ -65,6 +66,14 @@ def plan_scores(
             "cross-entropy over tokens that fxseek knows. Pass a share of the tokens, such as "
             "ratio=0.1."
         )
+    if config.select == "sample" and not structure.has_loss and targets is None:
+        sized = [x for x in structure.outputs if needs_grad(x) and facts.token_sized(x)]
+        if sized:
+            raise GraphError(
+                "select='sample' weighs each token's loss, and the loss is computed outside the "
+                "captured graph, from values of all tokens. Pass labels to the model, or use "
+                "select='topk'."
+            )
     if config.supervised_only and targets is None:
         raise GraphError(
             "supervised_only=True selects among the positions that have a label, and the captured "

@@ -39,12 +39,14 @@ class Structure:
     loss of a classifier, a sum of several), or None; `unrestricted`: operations by which other
     values of tokens are made a part of what is minimised; `pooled`: places in a row that the model
     reads one by one on the way to an objective without token loss, as constants or as nodes that
-    hold positions; `outputs`: what the graph returns; `attentions`: attention nodes in order (SDPA
+    hold positions; `outputs`: what the graph returns; `has_loss`: a scalar with gradient is among
+    them, and the loss is not the caller's; `attentions`: attention nodes in order (SDPA
     calls, or the softmax of tokens × tokens); `block_input` and `block_exit`: the stream before and
     after the last attention.
     """
 
     outputs: tuple[fx.Node, ...]
+    has_loss: bool
     losses: tuple[fx.Node, ...]
     objective: fx.Node | None
     unrestricted: tuple[fx.Node, ...]
@@ -61,7 +63,7 @@ class Structure:
 
     def notes(self) -> list[str]:
         """What of the loss is not taken over selected tokens, for a person."""
-        if not self.losses and self.pooled:
+        if not self.losses and (self.pooled or not self.has_loss):
             return []
         if not self.losses:
             return [
@@ -127,6 +129,7 @@ def find_structure(
     pooled = () if losses else tuple(_pooled(graph, facts, before))
     return Structure(
         outputs,
+        bool(scalars) and loss is None,
         tuple(losses),
         objective,
         tuple(unrestricted),

@@ -137,7 +137,7 @@ def make_backend(
         start = time.perf_counter()
         step = made(gm.graph, config)
         program, structure = step.program, step.program.structure
-        for note in [] if full_outputs and not structure.losses else structure.notes():
+        for note in structure.notes():
             log.warning("fxseek: %s", note)
         if program.parts and isinstance(program.parts, str):
             log.warning("fxseek: %s", ONE_PART.format(reason=program.parts))

@@ -13,13 +13,16 @@ __all__ = ["refuse_model", "uses_cache"]
 
 # In the names of attention implementations that take whole sequences in a layout of their own.
 _WHOLE_ONLY = ("flash", "flex")
+_NEFTUNE = "neftune_post_forward_hook"
+"""Of transformers.integrations.neftune."""
 
 
 def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekError]) -> None:
     """Refuse what no step can be compiled for, given the model's `named_modules()`.
 
     Wrappers for parallel training call the model; they are not compiled with it. Kernels that take
-    whole sequences in a layout of their own have no selected-rows form.
+    whole sequences in a layout of their own have no selected-rows form. NEFTune's noise can't be
+    captured.
     """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     sharded = _sharded()
@@ -35,6 +38,11 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
                 f"{_named(name)} is sharded by FSDP: its parameters exist only inside its own "
                 "hooks, which one graph cannot hold. Use DistributedDataParallel around a model "
                 "that fxseek.compile was given."
+            )
+        if any(getattr(x, "__name__", "") == _NEFTUNE for x in module._forward_hooks.values()):
+            raise kind(
+                f"NEFTune adds noise to what {_named(name)} returns, by a hook that draws between "
+                "bounds which are tensors: that cannot be captured. Leave out neftune_noise_alpha."
             )
         config = module.__dict__.get("config")
         if config is None or id(config) in configs:

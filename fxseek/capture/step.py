@@ -126,10 +126,10 @@ class SeekStep:
         calls = self.calls
         batch = calls.bind(args, kwargs)
         if self.config.loss is None and not calls.has_labels(batch):
-            raise InputError(
-                "no labels: in training mode fxseek selects tokens for the loss, so the model "
-                "must be given labels=. Pass them, or give fxseek.compile a loss= callable; for "
-                "inference call model.eval() or use torch.no_grad()."
+            self._tell(
+                "a call without labels: its loss is computed outside the model. Outputs are those "
+                "of all tokens, with gradients at the selected ones; for inference call "
+                "model.eval() or use torch.no_grad()"
             )
         self.switch_off_checkpointing(modules)
         calls.refuse_cache(batch)

@@ -326,7 +326,7 @@ def test_checkpointing_and_input_hooks_are_switched_off_and_back_on(caplog):
 
 def test_no_labels(model, inputs):
     fxseek.compile(model)
-    with pytest.raises(fxseek.InputError, match=r"no labels.*loss= callable"):
+    with pytest.raises(fxseek.GraphError, match=r"Pass labels to the model.*score="):
         model(input_ids=inputs["input_ids"])
 
 

@@ -116,7 +116,7 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(fxseek.InputError, match="not compiled by fxseek"):
         fxseek.profile(tiny_llama(), **given)
     model = compiled(tiny_llama())
-    with pytest.raises(fxseek.InputError, match="no labels"):
+    with pytest.raises(fxseek.GraphError, match="Pass labels"):
         fxseek.profile(model, input_ids=given["input_ids"])
     with pytest.raises(fxseek.InputError, match="backend='aot_eager'"):
         fxseek.profile(compiled(tiny_llama(), backend="aot_eager"), **given)

@@ -82,5 +82,10 @@ def trainer(kind: str, folder: Path, model: nn.Module | None = None, **options: 
         given["reward_funcs"] = reward
     config = getattr(trl, f"{names[kind]}Config")(str(folder), **(settings | options))
     return getattr(trl, f"{names[kind]}Trainer")(
-        model=model, args=config, train_dataset=rows(kind), processing_class=tokenizer(), **given
+        model=model,
+        args=config,
+        train_dataset=rows(kind),
+        eval_dataset=rows(kind, 2),
+        processing_class=tokenizer(),
+        **given,
     )

@@ -1,4 +1,6 @@
-"""Log-probs: statistics of tokens for a loss outside the model, of every token and by weight.
+"""Outside: what stands for a loss that the graph leaves to its caller.
+
+Statistics of tokens become those of every token, with gradients by the weights of a selection.
 
 Before::
 
@@ -13,13 +15,15 @@ After::
     loss = cross_entropy(logits.reshape(-1, vocabulary), y.reshape(-1))     # scores alone read it
 
 Now every row of statistics belongs to a token. The loss, the mean negative log-likelihood, is no
-output: it stands for the one outside, which the graph doesn't have, where tokens are scored.
+output: tokens are scored by it, for want of the one outside. Where a graph returns values without
+tokens and no scalar (the reward of each row, say), tokens are scored by their sum.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +32,7 @@ from torch import fx
 
 from fxseek.errors import GraphError
 from fxseek.ops.log_probs import IGNORED, STATISTICS, by_weight, token_statistics
-from fxseek.passes.facts import Sizes, example, where
+from fxseek.passes.facts import Sizes, example, is_tensor, needs_grad, where
 from fxseek.passes.rules import argument, operation
 from fxseek.passes.unshift import cuts, next_labels, sliced
 
@@ -37,10 +41,10 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-def find_log_probs(
+def find_outside(
     graph: fx.Graph, sizes: Sizes, chunk_bytes: int
 ) -> tuple[fx.Graph, fx.Node | None]:
-    """A copy of `graph`, and the loss that stands for the one outside; None where none is needed.
+    """A copy of `graph`, and the loss that stands for the one outside; None where none does.
 
     Raises:
         GraphError: the statistics are not those of all tokens in order.
@@ -54,38 +58,59 @@ def find_log_probs(
             made, loss = _of_all_tokens(copy, made, sizes, chunk_bytes)
             losses.append(loss)
         new_of[node] = made
-    return copy, losses[0] if losses else None
+    return copy, losses[0] if losses else _sum_of_pooled(copy, sizes)
+
+
+def _sum_of_pooled(graph: fx.Graph, sizes: Sizes) -> fx.Node | None:
+    """The sum of what a graph returns, if that is values without tokens, and no scalar."""
+    output = graph.output_node()
+    trained = [node for node in output.all_input_nodes if is_tensor(node) and needs_grad(node)]
+    shapes = [sizes.shape(example(node)) for node in trained]
+    if not shapes or any(not shape or any(map(sizes.has_tokens, shape)) for shape in shapes):
+        return None
+    with graph.inserting_before(output):
+        total: fx.Node | None = None
+        for node in trained:
+            own = _made(graph, node, torch.sum, node)
+            total = own if total is None else _made(graph, node, operator.add, total, own)
+    return total
+
+
+def _made(
+    graph: fx.Graph, origin: fx.Node, function: Callable[..., Any], *args: Any, value: Any = None
+) -> fx.Node:
+    """A new call with its example value, in the place of `origin`'s code."""
+    made = graph.call_function(function, args)
+    if value is None:
+        value = function(*(example(x) if isinstance(x, fx.Node) else x for x in args))
+    made.meta = {**origin.meta, "example_value": value}
+    return made
 
 
 def _of_all_tokens(
     graph: fx.Graph, node: fx.Node, sizes: Sizes, chunk_bytes: int
 ) -> tuple[fx.Node, fx.Node]:
     """What stands for the statistics of flattened tokens, and the loss."""
-    hidden, weight, bias, labels, temperature, softcap, scale, wanted, *_ = (
+    hidden, weight, bias, labels, temperature, softcap, scale, wanted = (
         argument(node, at, name) for at, name in enumerate(_ARGUMENTS)
     )
-    rows, casts = sliced(hidden, 3)
-    target, _ = sliced(labels, 2, ("clamp",))
-    shifted = rows is not None and target is not None
-    if shifted:
-        assert rows is not None and target is not None
-        shifted = cuts(rows, last=True) and cuts(target, last=False)
-        rows, target = rows.args[0], target.args[0]  # type: ignore[assignment]
-    if not shifted or sizes.shape(example(rows))[:2] != sizes.shape(example(target)):
+    cut_rows, casts = sliced(hidden, 3)
+    cut_labels, _ = sliced(labels, 2, ("clamp",))
+    rows: Any = None if cut_rows is None else cut_rows.args[0]
+    target: Any = None if cut_labels is None else cut_labels.args[0]
+    if (
+        cut_rows is None
+        or cut_labels is None
+        or not (cuts(cut_rows, last=True) and cuts(cut_labels, last=False))
+        or sizes.shape(example(rows))[:2] != sizes.shape(example(target))
+    ):
         raise GraphError(
             "the model returns log-probabilities of other tokens than fxseek knows, which are "
             f"those of hidden[:, :-1] for labels[:, 1:], at {where(node)}"
         )
     how = (temperature, softcap, scale)
+    make = partial(_made, graph, node)
     with graph.inserting_before(node):
-
-        def make(function: Callable[..., Any], *args: Any, value: Any = None) -> fx.Node:
-            made = graph.call_function(function, args)
-            if value is None:
-                value = function(*(example(x) if isinstance(x, fx.Node) else x for x in args))
-            made.meta = {**node.meta, "example_value": value}
-            return made
-
         for dtype in casts:
             rows = make(torch.Tensor.to, rows, dtype)
         target = make(next_labels, target, IGNORED, value=example(target))
@@ -94,9 +119,11 @@ def _of_all_tokens(
         cut = make(operator.getitem, found, (slice(None), slice(None, -1)))
         flat = make(torch.reshape, cut, (-1, len(STATISTICS)))
         own = example(rows).dtype
-        kinds = [x if x is None or example(x).dtype == own else make(torch.Tensor.to, x, own)
-                 for x in (weight, bias)]  # fmt: skip
-        logits = make(F.linear, rows, *kinds)
+        given = [
+            x if x is None or example(x).dtype == own else make(torch.Tensor.to, x, own)
+            for x in (weight, bias)
+        ]
+        logits = make(F.linear, rows, *given)
         if example(logits).dtype.itemsize < 4:
             logits = make(torch.Tensor.to, logits, torch.float32)
         logits = make(operator.mul, logits, scale)
@@ -111,4 +138,4 @@ def _of_all_tokens(
     return flat, loss
 
 
-__all__ = ["find_log_probs"]
+__all__ = ["find_outside"]

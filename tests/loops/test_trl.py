@@ -1,0 +1,349 @@
+"""TRL's trainers, unmodified: losses outside the model, from per-token log-probabilities."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import batch, double_throughout, tiny_llama, tiny_lora
+from torch import Tensor, nn
+
+import fxseek
+from fxseek.capture.step import step_of
+from fxseek.ops import log_probs
+from fxseek.ops.log_probs import IGNORED, STATISTICS, times_weights, token_statistics
+from fxseek.passes.rules import operation
+from fxseek.selecting import select_sample
+
+trl = pytest.importorskip("trl")
+
+from trainers import VOCABULARY, trainer  # noqa: E402
+from trl.trainer.utils import add_fused_lm_head  # noqa: E402
+
+QUIET = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing:FutureWarning",  # TRL calls what transformers deprecates
+    "ignore:.*:DeprecationWarning:(trl|datasets|multiprocess|dill|pyarrow|pandas)",
+    "ignore:.*:UserWarning:(trl|transformers|peft)",
+)
+
+
+def lora(kind: str) -> Any:
+    from peft import LoraConfig
+
+    task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+    return LoraConfig(
+        r=3, target_modules="all-linear", task_type=task, init_lora_weights=False
+    )  # fmt: skip
+
+
+def base_of(kind: str) -> nn.Module:
+    """A model that TRL can load once more, as its reference."""
+    model: Any = tiny_llama()
+    if kind == "reward":
+        from transformers import LlamaForSequenceClassification
+
+        model.config.num_labels, model.config.pad_token_id = 1, 0
+        model = LlamaForSequenceClassification(model.config)
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    model.config._name_or_path = model.name_or_path = folder
+    return model
+
+
+def outcome(
+    kind: str, folder: Path, options: dict[str, Any], compiled: dict[str, Any] | None
+) -> tuple[list[dict[str, float]], dict[str, Tensor], Any]:
+    """The logs of some steps, and the trained weights; `compiled`: options of fxseek.compile."""
+    options = dict(options)
+    torch.manual_seed(0)
+    if options.pop("lora", False):
+        options["peft_config"] = lora(kind)
+    made = trainer(kind, folder, base_of(kind), **options)
+    if compiled is not None:
+        fxseek.compile(made.model, **compiled)
+    torch.manual_seed(3)
+    made.train()
+    logs = [
+        {name: x for name, x in entry.items() if isinstance(x, float) and not _timed(name)}
+        for entry in made.state.log_history
+    ]
+    weights = {
+        name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad
+    }
+    return logs, weights, made
+
+
+def _timed(name: str) -> bool:
+    return any(part in name for part in ("runtime", "per_second", "step_time", "flos"))
+
+
+SWEEP = pytest.mark.sweep
+CASES = [
+    ("sft", {"packing": True, "max_length": 24, "lora": True}),
+    ("dpo", {"lora": True, "ld_alpha": 0.5}),
+    ("grpo", {"lora": True, "beta": 0.1, "num_iterations": 2}),
+    ("reward", {}),
+    pytest.param("sft", {}, marks=SWEEP),
+    pytest.param("sft", {"loss_type": "dft"}, marks=SWEEP),
+    pytest.param("sft", {"gradient_accumulation_steps": 2}, marks=SWEEP),
+    pytest.param("sft", {"label_smoothing_factor": 0.1}, marks=SWEEP),
+    pytest.param("dpo", {"precompute_ref_log_probs": True}, marks=SWEEP),
+    pytest.param("dpo", {"use_weighting": True}, marks=SWEEP),
+    pytest.param("kto", {}, marks=SWEEP),
+    pytest.param("kto", {"lora": True}, marks=SWEEP),
+    pytest.param("grpo", {"loss_type": "dr_grpo", "entropy_coef": 0.01}, marks=SWEEP),
+    pytest.param("rloo", {}, marks=SWEEP),
+]
+
+
+@QUIET
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_ratio_one_is_trl_itself(kind, options, tmp_path):
+    """Losses, metrics and trained weights; in float32, as TRL's kernel computes."""
+    logs, weights, alone = outcome(kind, tmp_path / "alone", options, None)
+    found, own, made = outcome(kind, tmp_path / "compiled", options, {"ratio": 1.0})
+    assert len(found) == len(logs) >= 3
+    for entry, wanted in zip(found, logs, strict=True):
+        assert entry == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(own[name], weight, rtol=1e-3, atol=1e-4)
+    if kind == "sft":
+        assert made.evaluate()["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], 1e-4)
+
+
+@QUIET
+@pytest.mark.parametrize("kind", ["sft", pytest.param("kto", marks=SWEEP)])
+def test_values_are_those_of_all_tokens(kind, tmp_path):
+    """At any ratio the first step's losses and metrics are TRL's; only gradients are selected."""
+    options = {"max_steps": 1}
+    logs, _, _ = outcome(kind, tmp_path / "alone", options, None)
+    found, _, made = outcome(kind, tmp_path / "compiled", options, {"ratio": 0.3})
+    report = fxseek.report(made.model)
+    assert report.selected.shape[1] < report.tokens
+    first, wanted = found[0], logs[0]
+    assert first.pop("grad_norm") != wanted.pop("grad_norm")
+    assert first == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+# ---- gradients, in float64 -----------------------------------------------------------------------
+
+
+def preference(outputs: Any, given: Any) -> Tensor:
+    """A loss of whole rows, and a bonus of entropy."""
+    chosen, rejected = outputs.log_probs.sum(1).chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean() - 0.05 * outputs.entropy.sum()
+
+
+def fused(tuner: str = "full", **options: Any) -> Any:
+    model: Any = tiny_llama().double()
+    add_fused_lm_head(model, **{"temperature": 0.8, "outputs": ("log_probs", "entropy"), **options})
+    if tuner == "lora":
+        model = tiny_lora(model).double()
+    return model.train()
+
+
+EXACT = [
+    {"ratio": 0.3},
+    {"ratio": 0.4, "select": "sample"},
+    {"ratio": 0.3, "prefill_chunk": 4, "chunk_bytes": 300, "recompute": "block"},
+    pytest.param({"ratio": 0.3, "span": 3, "supervised_only": True}, marks=SWEEP),
+    pytest.param({"ratio": "labelled"}, marks=SWEEP),
+    pytest.param({"ratio": 1.0}, marks=SWEEP),
+    pytest.param({"ratio": "mass:0.5", "score": "gradient"}, marks=SWEEP),
+    pytest.param({"ratio": 0.3, "backend": "aot_eager"}, marks=SWEEP),
+    pytest.param({"ratio": 0.3, "recompute": "block", "kv": "offload"}, marks=SWEEP),
+]
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("options", EXACT)
+def test_gradients_are_those_of_masked_backprop(options, tuner):
+    with double_throughout():
+        model = fused(tuner)
+        given: dict[str, Any] = batch(VOCABULARY, 4, 19, padding="right", labels="some")
+        fxseek.compile(model, **options)
+        for loss in (None, preference):
+            fxseek.check_gradients(model, loss=loss, fused_lm_head=True, **given)
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch):
+    with double_throughout():
+        model = fused("lora")
+        given: dict[str, Any] = batch(VOCABULARY, 4, 19, labels="some")
+        fxseek.compile(model, 0.3)
+        from fxseek.ops import log_probs
+
+        real = log_probs._Scaled.backward
+        monkeypatch.setattr(
+            log_probs._Scaled,
+            "backward",
+            staticmethod(lambda ctx, g: (real(ctx, g)[0] * 1.01, None)),
+        )
+        with pytest.raises(fxseek.GradientMismatch):
+            fxseek.check_gradients(model, loss=preference, fused_lm_head=True, **given)
+
+
+def test_padding_on_the_left_and_float16_weights_of_a_head_in_float32():
+    model = fused(cast_lm_head_to_fp32=True).to(torch.bfloat16)
+    fxseek.compile(model, 0.3)
+    given = batch(VOCABULARY, 4, 19, padding="left", labels="some")
+    outputs = model(fused_lm_head=True, **given)
+    assert outputs.log_probs.dtype == torch.float32
+    outputs.log_probs.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---- the statistics ------------------------------------------------------------------------------
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float,
+    softcap: float | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """The definition, with the logits of all tokens."""
+    logits = F.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logs = (logits / temperature).log_softmax(-1)
+    shares = logs.exp()
+    columns = {
+        "log_probs": logs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1),
+        "entropy": -(shares * logs).sum(-1),
+        "log_sum_sq_probs": shares.square().sum(-1).log().detach(),
+        "mean_logits": (logits / temperature).mean(-1).detach(),
+        "is_top1": (logits.argmax(-1) == labels).double(),
+    }
+    found = torch.stack([columns[name] for name in STATISTICS], -1)
+    return found.masked_fill((labels == IGNORED).unsqueeze(-1), 0)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk_bytes", [2**26, 200])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_statistics_and_their_gradients(softcap, chunk_bytes, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    hidden, weight = make(2, 7, 5).requires_grad_(), make(11, 5).requires_grad_()
+    bias = make(11).requires_grad_() if with_bias else None
+    labels = torch.randint(0, 11, (2, 7), generator=generator)
+    labels[0, :3] = IGNORED
+    how = (0.7, softcap, 1.3)
+    trained = [x for x in (hidden, weight, bias) if x is not None]
+    found = token_statistics(hidden, weight, bias, labels, *how, STATISTICS, chunk_bytes)
+    wanted = plain(hidden, weight, bias, labels, *how)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    slope = make(*found.shape)
+    for one, other in zip(
+        torch.autograd.grad(found, trained, slope),
+        torch.autograd.grad(wanted, trained, slope),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_statistics_are_those_of_trl():
+    """In float32: TRL's own kernel computes no better."""
+    model = fused("full", outputs=STATISTICS).float()
+    given = batch(VOCABULARY, 3, 19, padding="right", labels="some")
+    alone = model(fused_lm_head=True, **given)
+    fxseek.compile(model, 0.3)
+    found = model(fused_lm_head=True, **given)
+    for name in (*STATISTICS, "loss", "label_mask"):
+        own, wanted = getattr(found, name), getattr(alone, name)
+        assert own.dtype == wanted.dtype and own.shape == wanted.shape, name
+        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+    needs = {name: getattr(found, name).requires_grad for name in STATISTICS}
+    assert needs == {name: name in ("log_probs", "entropy") for name in STATISTICS}
+    other = fxseek.compile(fused(outputs=()), 0.3)(fused_lm_head=True, **given)
+    assert other.entropy is None and other.is_top1 is None
+
+
+def test_no_stage_has_the_logits_of_all_tokens(monkeypatch):
+    """Statistics make those of a chunk; the score's head has its own test."""
+    rows: list[int] = []
+    of = log_probs._Logits.of
+
+    def noted(self: Any, hidden: Tensor, *rest: Any) -> Tensor:
+        if isinstance(hidden.shape[0], int):  # not while it is captured
+            rows.append(len(hidden))
+        return of(self, hidden, *rest)
+
+    monkeypatch.setattr(log_probs._Logits, "of", noted)
+    model = fxseek.compile(fused(), 0.3, chunk_bytes=8 * VOCABULARY * 5)
+    given = batch(VOCABULARY, 4, 19, labels="some")
+    model(fused_lm_head=True, **given).log_probs.sum().backward()
+    assert max(rows) == 5 and sum(rows) == 4 * 19 + 2 * 4 * fxseek.report(model).selected.shape[1]
+    step: Any = step_of(model)
+    program = step.recorder.latest.program
+    for piece in (program.prefill, program.learn):
+        weights = [x for x in piece.graph.nodes if x.op == "placeholder" and "lm_head" in x.name]
+        assert {operation(user) for x in weights for user in x.users} == {"token_statistics"}
+
+
+def test_sampled_gradients_are_unbiased():
+    """The mean over draws of a linear loss's gradient is that of all tokens."""
+    generator = torch.Generator().manual_seed(0)
+    rows, tokens, kept = 2, 12, 5
+    valid = torch.ones(rows, tokens, dtype=torch.bool)
+    labels = torch.randint(0, 5, (rows, tokens), generator=generator)
+    labels[0, :4] = IGNORED
+    mass = torch.rand(rows, tokens, generator=generator)
+    slope = torch.randn(rows, tokens, generator=generator, dtype=torch.float64)
+    draws = []
+    for _ in range(3000):
+        chosen = select_sample(
+            mass, kept, valid=valid, supervised=labels != IGNORED, generator=generator
+        )
+        x = torch.zeros(rows, kept, dtype=torch.float64, requires_grad=True)
+        weighed = times_weights(x, chosen.weights, labels.gather(1, chosen.kept), labels)
+        weighed = weighed.masked_fill(labels.gather(1, chosen.kept) == IGNORED, 0)
+        (found,) = torch.autograd.grad((weighed * slope.gather(1, chosen.kept)).sum(), x)
+        draws.append(torch.zeros(rows, tokens, dtype=torch.float64).scatter(1, chosen.kept, found))
+    every = torch.stack(draws)
+    wanted = slope.masked_fill(labels == IGNORED, 0)
+    error = (every.mean(0) - wanted).abs() / (every.std(0) / len(draws) ** 0.5).clamp_min(1e-12)
+    assert error[labels != IGNORED].max() < 4.5
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@QUIET
+def test_neftune_is_refused_and_the_trainer_stays_usable(tmp_path):
+    made = trainer("sft", tmp_path, neftune_noise_alpha=5, max_steps=1)
+    fxseek.compile(made.model, 0.3)
+    with pytest.raises(fxseek.InputError, match=r"NEFTune.*neftune_noise_alpha"):
+        made.train()
+    fxseek.uncompile(made.model)
+    made.train()
+
+
+def test_log_probs_of_other_tokens_are_refused():
+    model = fused()
+    own = model.forward
+
+    def reversed_rows(**given: Any) -> Any:
+        return own(**given, shift_labels=given["input_ids"])
+
+    model.forward = reversed_rows
+    fxseek.compile(model, 0.3)
+    given = batch(VOCABULARY, 2, 9)
+    with pytest.raises(fxseek.GraphError, match=r"hidden\[:, :-1\] for labels\[:, 1:\]"):
+        model(fused_lm_head=True, **given)
+
+
+def test_a_sample_needs_the_loss():
+    model = fxseek.compile(tiny_llama(), 0.3, select="sample", score="context")
+    with pytest.raises(fxseek.GraphError, match="select='sample' weighs"):
+        model(input_ids=batch(VOCABULARY, 2, 9)["input_ids"])
+
+
+def test_loss_is_for_calls_without_one():
+    model = fxseek.compile(tiny_llama(), 0.3)
+    given: dict[str, Any] = batch(VOCABULARY, 2, 9)
+    with pytest.raises(fxseek.InputError, match="fused_lm_head=True"):
+        fxseek.check_gradients(model, loss=preference, **given)
