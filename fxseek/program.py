@@ -25,7 +25,7 @@ from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.outputs import ends_in, find_outputs, refuse_unselected, returns
 from fxseek.passes.outside import find_outside
-from fxseek.passes.parts import Parts, find_parts
+from fxseek.passes.parts import Exit, Parts, find_parts
 from fxseek.passes.scale import scale_terms
 from fxseek.passes.schedule import Schedule, schedule
 from fxseek.passes.score import plan_scores
@@ -133,7 +133,9 @@ def build(
 
     facts = then(find_tokens, graph, sizes)
     loss_first = config.loss is not None
-    structure = then(find_structure, graph, facts, loss_first=loss_first, loss=outside)
+    structure = then(
+        find_structure, graph, facts, loss_first=loss_first, loss=outside and outside.loss
+    )
     then(refuse_unselected, graph, facts, structure, config.token_dim)
     whole = full_outputs or (config.outputs == "loss" and not structure.has_loss)
     kind = "full" if whole else config.outputs
@@ -145,12 +147,17 @@ def build(
     on_host: list[fx.Node] = []
     masks: frozenset[Gathered] = frozenset()
     ending = head if head is not None and ends_in(head, outputs) else None
+    exit: Exit | None = None
+    if ending is not None:
+        exit = Exit(ending.entry, ending.rows, ending.loss.node)
+    elif head is not None and outside is not None and outside.read is not None:
+        exit = Exit(head.entry, head.rows, outside.read)
     parts: Parts | str = ""
     if config.learn_chunk is not None:
-        body = [] if ending is None else [("rows", ending.entry)]
+        body = [] if exit is None else [("rows", exit.entry)]
         up_to_exit = then(ditch, graph, facts, carrying=carrying, outputs=body, constants=constants)
         up_to_exit = then(hoist_gathers, up_to_exit)
-        parts = then(find_parts, up_to_exit, facts, structure, ending, outputs, carrying, config)
+        parts = then(find_parts, up_to_exit, facts, structure, exit, outputs, carrying, config)
     wanted = [*outputs.wanted] if ending is None else [("rows", ending.entry), *outputs.wanted]
     given = [] if ending is None else [ending.loss.node]
     if isinstance(parts, Parts):

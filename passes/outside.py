@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,24 +42,33 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Outside:
+    """`loss` stands for the loss outside; `read`: what that reads of each token, if it is known."""
+
+    loss: fx.Node
+    read: fx.Node | None
+
+
 def find_outside(
     graph: fx.Graph, sizes: Sizes, chunk_bytes: int
-) -> tuple[fx.Graph, fx.Node | None]:
-    """A copy of `graph`, and the loss that stands for the one outside; None where none does.
+) -> tuple[fx.Graph, Outside | None]:
+    """A copy of `graph`, and what is known of a loss outside; None where the graph has its own.
 
     Raises:
         GraphError: the statistics are not those of all tokens in order.
     """
     copy = fx.Graph(owning_module=graph.owning_module)
     new_of: dict[fx.Node, fx.Node] = {}
-    losses: list[fx.Node] = []
+    found: Outside | None = None
     for node in graph.nodes:
         made = copy.node_copy(node, new_of.__getitem__)
         if operation(node) == "token_statistics":
-            made, loss = _of_all_tokens(copy, made, sizes, chunk_bytes)
-            losses.append(loss)
+            made, found = _of_all_tokens(copy, made, sizes, chunk_bytes)
         new_of[node] = made
-    return copy, losses[0] if losses else _sum_of_pooled(copy, sizes)
+    if found is None and (total := _sum_of_pooled(copy, sizes)) is not None:
+        found = Outside(total, None)
+    return copy, found
 
 
 def _sum_of_pooled(graph: fx.Graph, sizes: Sizes) -> fx.Node | None:
@@ -89,8 +99,8 @@ def _made(
 
 def _of_all_tokens(
     graph: fx.Graph, node: fx.Node, sizes: Sizes, chunk_bytes: int
-) -> tuple[fx.Node, fx.Node]:
-    """What stands for the statistics of flattened tokens, and the loss."""
+) -> tuple[fx.Node, Outside]:
+    """What stands for the statistics of flattened tokens."""
     hidden, weight, bias, labels, temperature, softcap, scale, wanted = (
         argument(node, at, name) for at, name in enumerate(_ARGUMENTS)
     )
@@ -135,7 +145,7 @@ def _of_all_tokens(
         loss = make(F.cross_entropy, flat_logits, make(torch.reshape, target, (-1,)))
     node.replace_all_uses_with(flat)
     graph.erase_node(node)
-    return flat, loss
+    return flat, Outside(loss, found)
 
 
-__all__ = ["find_outside"]
+__all__ = ["Outside", "find_outside"]

@@ -33,7 +33,6 @@ from fxseek.ops.masks import HIDDEN
 from fxseek.ops.parts import join_rows
 from fxseek.ops.rows import Rows, scatter_rows
 from fxseek.passes.facts import Facts, ancestors, descendants, example, tensors_of, where
-from fxseek.passes.head import Head
 from fxseek.passes.hoist import mask_by_flags, masks_of_attentions, share_masks
 from fxseek.passes.ir import (
     Gathered,
@@ -47,7 +46,7 @@ from fxseek.passes.rules import argument, called, find_rule, operation
 from fxseek.passes.schedule import Schedule, schedule
 from fxseek.passes.structure import Structure
 
-__all__ = ["Parts", "find_parts"]
+__all__ = ["Exit", "Parts", "find_parts"]
 
 
 class Hides(NamedTuple):
@@ -56,6 +55,19 @@ class Hides(NamedTuple):
     mask: Gathered
     inverted: bool = False
     fused: bool = False
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Where a model can be cut: after the last attention.
+
+    `entry`: what the rest is made of, whose tokens are at `rows`; `end`: the loss, or what a loss
+    outside the model reads of each token.
+    """
+
+    entry: fx.Node
+    rows: Rows
+    end: fx.Node
 
 
 @dataclass(frozen=True)
@@ -84,20 +96,20 @@ def find_parts(
     body: Piece,
     facts: Facts,
     structure: Structure,
-    head: Head | None,
+    exit: Exit | None,
     outputs: Outputs,
     carrying: Iterable[fx.Node],
     config: SeekConfig,
 ) -> Parts | str:
     """Let a body be run in parts; or the reason why all kept tokens are learned in one.
 
-    `body` ends in the head's entry, with the rows of constants gathered; it is not to be used
+    `body` ends in the exit's entry, with the rows of constants gathered; it is not to be used
     afterwards.
     """
-    reason = _not_cut(head, outputs, facts, set(carrying), config)
+    reason = _not_cut(exit, outputs, facts, set(carrying), config)
     if reason is not None:
         return reason
-    assert head is not None
+    assert exit is not None
     found = _Mixing(body)
     reason = found.look()
     if reason is not None:
@@ -111,8 +123,8 @@ def find_parts(
     return Parts(
         body,
         schedule(body, structure, config),
-        head.entry,
-        head.rows,
+        exit.entry,
+        exit.rows,
         tuple(found.masks),
         masks,
         frozenset(cuts),
@@ -121,7 +133,7 @@ def find_parts(
 
 
 def _not_cut(
-    head: Head | None,
+    exit: Exit | None,
     outputs: Outputs,
     facts: Facts,
     carrying: set[fx.Node],
@@ -130,14 +142,13 @@ def _not_cut(
     """What of the configuration, the loss or the outputs is in the way."""
     if config.backend != "eager":
         return f"backend={config.backend!r} compiles the learn stage as a whole"
-    if head is None:
+    if exit is None:
         return "the loss is no sum over tokens after the last attention"
-    if head.entry not in carrying:
+    if exit.entry not in carrying:
         return "nothing is trained before the end of the last attention"
-    loss = head.loss.node
-    after = descendants([loss])
+    after = descendants([exit.end])
     queue = [node for _, node in outputs.wanted]
-    seen = {loss}
+    seen = {exit.end}
     while queue:
         node = queue.pop()
         if node in seen or node.op == "placeholder":

@@ -16,6 +16,7 @@ import fxseek
 from fxseek.capture.step import step_of
 from fxseek.ops import log_probs
 from fxseek.ops.log_probs import IGNORED, STATISTICS, times_weights, token_statistics
+from fxseek.passes.parts import Parts
 from fxseek.passes.rules import operation
 from fxseek.selecting import select_sample
 
@@ -150,6 +151,12 @@ EXACT = [
     {"ratio": 0.3},
     {"ratio": 0.4, "select": "sample"},
     {"ratio": 0.3, "prefill_chunk": 4, "chunk_bytes": 300, "recompute": "block"},
+    {"ratio": 1.0, "learn_chunk": 4},
+    pytest.param(
+        {"ratio": 0.4, "select": "sample", "learn_chunk": 2, "recompute": "block", "kv": "offload"},
+        marks=SWEEP,
+    ),
+    pytest.param({"ratio": "labelled", "learn_chunk": 5}, marks=SWEEP),
     pytest.param({"ratio": 0.3, "span": 3, "supervised_only": True}, marks=SWEEP),
     pytest.param({"ratio": "labelled"}, marks=SWEEP),
     pytest.param({"ratio": 1.0}, marks=SWEEP),
@@ -168,6 +175,8 @@ def test_gradients_are_those_of_masked_backprop(options, tuner):
         fxseek.compile(model, **options)
         for loss in (None, preference):
             fxseek.check_gradients(model, loss=loss, fused_lm_head=True, **given)
+    step: Any = step_of(model)
+    assert isinstance(step.recorder.latest.program.parts, Parts) == ("learn_chunk" in options)
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch):
