@@ -31,6 +31,10 @@ import gpu_page
 import peak
 import quality
 import quality_page
+import trl_dpo
+import trl_grpo
+import trl_sft
+import trl_ways
 import ways
 from benchmark_page import Measured
 from common import ExampleError, Pair
@@ -598,6 +602,35 @@ def test_the_quality_runs_go_on_where_they_stopped(
     assert (tmp_path / "quality-0.svg").exists()
     out.write_text(first + "{}\n")
     assert quality.main([*always, "--arms", "ordinary", "--seeds", "1"]) == 2
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing:FutureWarning",
+    "ignore:.*:DeprecationWarning:(trl|datasets|multiprocess|dill|pyarrow|pandas)",
+    "ignore:.*:UserWarning:(trl|transformers|peft)",
+)
+@pytest.mark.parametrize(
+    "program",
+    [
+        trl_dpo,
+        pytest.param(trl_sft, marks=pytest.mark.sweep),
+        pytest.param(trl_grpo, marks=pytest.mark.sweep),
+    ],
+    ids=lambda program: program.__name__,
+)
+def test_trl_beside_itself(
+    program: Any, folder: Path, alpaca: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    pytest.importorskip("trl")
+    monkeypatch.setattr(trl_ways, "ProcessPoolExecutor", InThisProcess)
+    always = f"--model {folder} --data {alpaca} --steps 3 --tokens 48 --learn-chunk 8"
+    assert program.main([*always.split(), "--device", "cpu"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [x for x, _ in trl_ways.WAYS.values()]
+    losses = [float(row.split("|")[-2]) for row in rows[2:]]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+    assert program.main([*always.split(), "--ways", "trl", "--data", "nowhere.jsonl"]) == 2
 
 
 def test_gain_is_read_between_evaluations() -> None:
