@@ -90,6 +90,9 @@ class SeekConfig:
             place of each row and step. A span ends with its document, and where labels decide
             (``supervised_only``, ``select="sample"``) with its labelled stretch. 1 selects tokens
             one by one. Default 1.
+        sinks: First tokens of each row that are always kept, within the ratio, whatever their scores
+            and labels. All other tokens attend to them, the very first above all, so that much of
+            the gradient comes by them (docs/scoring.md). Default 0, as in the paper.
         uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
             in (0, 1]. Default 0.5.
         seed: Seed of random scores, of samples and of where spans are cut, a non-negative integer.
@@ -145,6 +148,7 @@ class SeekConfig:
     gradient_norm: str = "l1"
     supervised_only: bool = False
     span: int = 1
+    sinks: int = 0
     uniform: float = 0.5
     seed: int = 0
     backend: str = "eager"
@@ -169,7 +173,7 @@ class SeekConfig:
         object.__setattr__(self, "ratio_bounds", tuple(map(float, self.ratio_bounds)))
         for name in ("alpha", "beta", "uniform"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("span", "seed", "chunk_bytes", "token_dim", *_OPTIONAL):
+        for name in ("span", "sinks", "seed", "chunk_bytes", "token_dim", *_OPTIONAL):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
 
@@ -362,6 +366,7 @@ def _problems(config: SeekConfig) -> list[str]:
         *weight("beta", config.beta),
         *choice("normalise", config.normalise, tuple(NORMALISATIONS)),
         *integer("span", config.span, 1, _MAX_SPAN),
+        *integer("sinks", config.sinks, 0, _MAX_SPAN),
         *integer("seed", config.seed, 0, _MAX_SEED),
         *integer("chunk_bytes", config.chunk_bytes, 1, None),
         *integer("token_dim", config.token_dim, 1, None),

@@ -192,6 +192,8 @@ def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
         notes.append(ONE_PART.format(reason=parts))
     if program.config.draws_spans:
         notes.append(f"selected in spans of {program.config.span} tokens")
+    if program.config.sinks and program.config.ratio != 1.0:
+        notes.append(f"the first tokens of each row are always kept ({program.config.sinks})")
     notes += [f"loss: {note}" for note in structure.notes()]
     fallbacks = tuple(
         Fallback(

@@ -13,7 +13,7 @@ from fxseek.passes.score_plan import Targets, TokenInputs
 from fxseek.passes.structure import Place
 from fxseek.run.env import Env
 
-__all__ = ["beginnings", "labels_of", "positions_at", "valid_tokens"]
+__all__ = ["beginnings", "first_tokens", "labels_of", "positions_at", "valid_tokens"]
 
 
 def valid_tokens(
@@ -78,3 +78,16 @@ def positions_at(place: Place, env: Env, valid: Tensor) -> Tensor:
     found = torch.tensor([at], device=valid.device) if isinstance(at, int) else env.read(at)
     found = found.reshape(batch, 1) if place.each else found.reshape(1, -1).expand(batch, -1)
     return torch.where(found < 0, found + tokens, found)
+
+
+def first_tokens(valid: Tensor, count: int, virtual: int) -> Tensor:
+    """The first `count` valid positions behind virtual ones, Long[batch, count].
+
+    A row that has fewer repeats its last.
+    """
+    own = valid.clone()
+    own[:, :virtual] = False
+    at = torch.arange(own.shape[1], device=own.device)
+    first = torch.where(own, at, own.shape[1] - 1).amin(-1, keepdim=True)
+    last = torch.where(own, at, 0).amax(-1, keepdim=True)
+    return torch.minimum(first + at[:count], torch.maximum(first, last))

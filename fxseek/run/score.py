@@ -30,7 +30,13 @@ from fxseek.passes.structure import Place
 from fxseek.run.env import Env
 from fxseek.run.head import ChunkedHead
 from fxseek.run.piece import Runner, SweptRegion, at_positions, every_position
-from fxseek.run.row_inputs import beginnings, labels_of, positions_at, valid_tokens
+from fxseek.run.row_inputs import (
+    beginnings,
+    first_tokens,
+    labels_of,
+    positions_at,
+    valid_tokens,
+)
 from fxseek.scores import ScoreInputs, scorer_of
 from fxseek.scores.base import step_generator
 from fxseek.scores.measures import (
@@ -58,7 +64,7 @@ class Scores:
     """`valid` came from a padding mask, so that rows may have different lengths."""
     required: Tensor | None = None
     """Positions that are always kept: [batch, any]. Those that the model reads by their place,
-    such as a pooled token, and the virtual ones."""
+    such as a pooled token, the virtual ones, and the first ones (`sinks`)."""
     virtual: int = 0
     """Tokens that the model put in front (prompt tuning): parameters, kept beside the ratio."""
     begins: Tensor | None = None
@@ -108,6 +114,8 @@ class Score(nn.Module):
         virtual = inputs.virtual
         places = (*map(Place, range(virtual)), *inputs.required)
         required = [positions_at(place, env, valid) for place in places]
+        if self.config.sinks:
+            required.append(first_tokens(valid, self.config.sinks, virtual))
         return Scores(
             valid,
             supervised,
