@@ -90,8 +90,8 @@ class SeekConfig:
             place of each row and step. A span ends with its document, and where labels decide
             (``supervised_only``, ``select="sample"``) with its labelled stretch. 1 selects tokens
             one by one. Default 1.
-        sinks: First tokens of each row that are always kept, within the ratio, whatever their scores
-            and labels. All other tokens attend to them, the very first above all, so that much of
+        sinks: First tokens of a row that are always kept, within the ratio, whatever their scores
+            and labels. All others attend to them, the very first above all, so that much of
             the gradient comes by them (docs/scoring.md). Default 0, as in the paper.
         uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
             in (0, 1]. Default 0.5.
