@@ -314,7 +314,8 @@ def forget(device: torch.device) -> None:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of {benchmark_page.processor()}"
+    threads = torch.get_num_threads()
+    return f"{threads} {'thread' if threads == 1 else 'threads'} of {benchmark_page.processor()}"
 
 
 if __name__ == "__main__":

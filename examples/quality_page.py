@@ -24,10 +24,12 @@ HEAD = """# What a share of the tokens teaches
 
 Written by `make quality` (`examples/quality.py`), from the runs in `quality.jsonl`. Each run trains
 for some steps; the loss is that of held-out answers, in nats per token, of the ordinary model. Only
-answers have labels. *Gain* is how much the loss has fallen, as a share of what ordinary training
-gains with the same seed in the same number of steps; *at equal time* as a share of what gradient
-checkpointing gains in the seconds that the way's own steps took. Both are the mean and the
-deviation over seeds. A step's time is given in gradient checkpointing's.
+answers have labels. On CUDA, products are in TF32.
+
+*Gain* is how much the loss has fallen, as a share of what ordinary training gains with that seed
+in the same number of steps; *at equal time*, as a share of what gradient checkpointing gains in the
+seconds that the way's own steps took. Both are the mean and the deviation over seeds. *Step* is a
+step's time over that of gradient checkpointing, measured in turns.
 """
 
 
@@ -77,12 +79,19 @@ def write(page: Path, out: Path) -> None:
     page.write_text("\n".join(sections), encoding="utf-8")
 
 
-def arms(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each way, in the order of the file."""
+def arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each way, those that gain most first."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run["arm"], []).append(run)
-    return found
+    shares = {arm: statistics.mean(gained(some, runs) or [0.0]) for arm, some in found.items()}
+    return dict(sorted(found.items(), key=lambda item: -shares[item[0]]))
+
+
+def gained(some: Iterable[Run], runs: Iterable[Run], at: float | None = None) -> list[float]:
+    """Each run's gain, at the end or a step, as a share of ordinary training's in the end."""
+    ordinary = {run["seed"]: gain(run) for run in runs if run["arm"] == "ordinary"}
+    return [gain(run, at) / ordinary[run["seed"]] for run in some if run["seed"] in ordinary]
 
 
 def paces(timings: Iterable[Run]) -> dict[str, float]:
@@ -98,7 +107,7 @@ def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
     rows = []
     for arm, some in arms(runs).items():
         pairs = [(run, ordinary[run["seed"]]) for run in some if run["seed"] in ordinary]
-        gains = [gain(run) / gain(other) for run, other in pairs]
+        gains = gained(some, runs)
         timely = []
         if arm in pace:
             timely = [gain(run) / gain(other, at=run["steps"] * pace[arm]) for run, other in pairs]
@@ -149,27 +158,29 @@ def spread(values: Sequence[float], form: str, unit: str = "") -> str:
 
 
 def draw(path: Path, runs: Sequence[Run], timings: Sequence[Run]) -> None:
-    """Mean held-out loss of each way against steps, and against time, where it was timed."""
+    """Each way's gain against steps, and against time, where it was timed."""
     import matplotlib
     from matplotlib.figure import Figure
 
     style = {"svg.fonttype": "none", "svg.hashsalt": "fxseek", "font.size": 8}
     with matplotlib.rc_context(style):  # type: ignore[arg-type]  # its keys are literals
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        figure = Figure(figsize=(9, 4.4), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-        pace = paces(timings)
-        for index, (arm, some) in enumerate(arms(runs).items()):
+        colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+        pace, families = paces(timings), dict[str, int]()
+        for arm, some in arms(runs).items():
+            family, _, share = arm.partition("-")
+            colour = colours[families.setdefault(family, len(families)) % 10]
+            line = {"0.1": ":", "0.25": "--"}.get(share, "-")
             steps = [step for step, _ in some[0]["losses"]]
-            means = [
-                statistics.mean(run["losses"][at][1] for run in some) for at in range(len(steps))
-            ]
-            given = {"color": colours[index % 20], "marker": "o", "ms": 2.5, "lw": 1.1}
+            means = [100 * statistics.mean(gained(some, runs, at) or [0.0]) for at in steps]
+            given = {"color": colour, "ls": line, "marker": "o", "ms": 2, "lw": 1.1}
             panels[0].plot(steps, means, label=some[0]["name"], **given)
             if arm in pace:
                 panels[1].plot([step * pace[arm] for step in steps], means, **given)
-        panels[0].set(xlabel="steps", ylabel="held-out loss, nats per token")
+        panels[0].set(xlabel="steps", ylabel="gain, % of ordinary training's in the end")
         panels[1].set(xlabel="time, in steps of gradient checkpointing")
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center", frameon=False)
+        legend = {"loc": "outside right center", "frameon": False, "fontsize": 7}
+        figure.legend(handles, names, **legend)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

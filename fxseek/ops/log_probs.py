@@ -81,26 +81,30 @@ def token_statistics(
     return found.unflatten(0, labels.shape)
 
 
-def by_weight(x: Tensor, labels: Tensor) -> Tensor:
+@torch.compiler.allow_in_graph
+def by_weight(x: Tensor, labels: Tensor | None = None) -> Tensor:
     """A value of each token, `x` itself; that of selected ones is `times_weights`.
 
     Shapes: x [batch, tokens, ...]; labels [batch, tokens].
     """
-    return x
+    return x.view_as(x)
 
 
-def times_weights(x: Tensor, weights: Tensor, labels: Tensor, all_labels: Tensor) -> Tensor:
+def times_weights(
+    x: Tensor, weights: Tensor, labels: Tensor | None = None, all_labels: Tensor | None = None
+) -> Tensor:
     """`x` of kept tokens, with each one's gradient times its selection weight.
 
-    And times the number of labels over that of the kept ones: a sum over tokens of a loss that is
-    linear in `x` has the gradient of its mean over the kept ones, times the number of labels, as a
-    loss in the model has (`fxseek.ops.loss.mean_of_parts`).
+    With labels, also times their number over that of the kept ones: a sum over tokens of a loss
+    that is linear in `x` has the gradient of its mean over the kept ones, times the number of
+    labels, as a loss in the model has (`fxseek.ops.loss.mean_of_parts`).
 
     Shapes: x [batch, kept, ...]; labels and weights [batch, kept]; all_labels [batch, tokens].
     """
-    kept = (labels != IGNORED) & (weights != 0)
-    factor = (all_labels != IGNORED).sum() / divisor(kept.sum()).to(x.dtype)
-    scale = weights.to(x.dtype) * factor
+    scale = weights.to(x.dtype)
+    if labels is not None and all_labels is not None:
+        kept = (labels != IGNORED) & (weights != 0)
+        scale = scale * ((all_labels != IGNORED).sum() / divisor(kept.sum()).to(x.dtype))
     return _Scaled.apply(x, scale.reshape(scale.shape + (1,) * (x.dim() - 2)))  # type: ignore[return-value]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxseek.ops.log_probs import by_weight, times_weights, token_statistics
+from fxseek.ops.log_probs import STATISTICS, by_weight, times_weights, token_statistics
 from fxseek.passes.facts import is_tensor
 from fxseek.passes.ir import Selected
 from fxseek.passes.rules.registry import Call, Full, Plan, Sample, rule, whole
@@ -39,7 +39,7 @@ def statistics(call: Call) -> Plan | None:
     "by_weight",
     family="per-token",
     reason="the value itself; a selected token's gradient is scaled by its own weight",
-    samples=(Sample(lambda x, y: by_weight(x, y.clamp(max=0) - 100) * 1.0, ("b t 5", "int:b t")),),
+    samples=(Sample(lambda x: by_weight(x) * 1.0, ("b t 5",)),),
 )
 def weighted(call: Call) -> Plan | None:
     """`fxseek.ops.log_probs.by_weight`."""
@@ -47,14 +47,16 @@ def weighted(call: Call) -> Plan | None:
     rows = call.rows(x)
     if rows is None or rows.packed or rows.row != 1 or rows.batch not in (None, 0):
         return None
-    own = (call.own(x, rows), Selected("weights"), call.own(labels, rows), Full(labels))
-    return Plan(rows, times_weights, own)
+    given = (call.own(x, rows), Selected("weights"))
+    if is_tensor(labels):
+        given = (*given, call.own(labels, rows), Full(labels))
+    return Plan(rows, times_weights, given)
 
 
 _OPTIONS = {
     "temperature": 1.0,
     "softcap": None,
     "scale": 1.0,
-    "wanted": (),
+    "wanted": STATISTICS,
     "chunk_bytes": 2**26,
 }

@@ -171,8 +171,9 @@ def run_stage(
     kept: Tensor,
     weights: Tensor | None = None,
 ) -> list[Any]:
-    """The outputs of a stage on the captured inputs and full values."""
+    """The outputs of a stage on the captured inputs and full values; weights are 1 by default."""
     stage.graph.lint()
+    weights = torch.ones(kept.shape) if weights is None else weights
     placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
     inputs = dict(zip(placeholders, captured.inputs, strict=True))
     given: list[Any] = []
