@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
@@ -109,7 +110,7 @@ def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
         pairs = [(run, ordinary[run["seed"]]) for run in some if run["seed"] in ordinary]
         gains = gained(some, runs)
         timely = []
-        if arm in pace:
+        if pace.get(arm, math.inf) <= 1:  # behind the last step there is nothing to compare with
             timely = [gain(run) / gain(other, at=run["steps"] * pace[arm]) for run, other in pairs]
         rows.append(
             [

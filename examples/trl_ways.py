@@ -68,7 +68,7 @@ class Result:
 
 
 class Meter(TrainerCallback):
-    """Times training steps and their peak, from the second on, and moves a bar."""
+    """Times training steps, and their peak behind the untimed ones, and moves a bar."""
 
     def __init__(self, device: torch.device, steps: int, name: str) -> None:
         self.device = device

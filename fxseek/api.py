@@ -25,9 +25,16 @@ def compile(
 ) -> Model:
     """Make a model's training step keep the activations of selected tokens only.
 
-    In training mode, with grad enabled and labels given, a call of the model runs the
-    compiled step: all tokens once without grad, scores, and the best ``ceil(ratio · tokens)``
-    of each row with grad. In eval mode and under ``torch.no_grad`` the model is what it was.
+    In training mode, with grad enabled, a call of the model runs the compiled step: all tokens
+    once without grad, scores, and the best ``ceil(ratio · tokens)`` of each row with grad. In eval
+    mode and under ``torch.no_grad`` the model is what it was. Where the loss is computed outside
+    the model (by TRL, or of a call without labels), outputs have the values of all tokens, and
+    gradients go through the selected ones.
+
+    The default is the paper's. By what was measured (docs/quality.md), take ``ratio=1.0,
+    learn_chunk=256`` where memory is short, which is ordinary fine-tuning; ``ratio=0.5,
+    score="gradient", select="sample"`` where time is; ``ratio="labelled"`` where only completions
+    have labels.
 
     Args:
         model: any module that Dynamo captures as one graph; returned itself, not wrapped.

@@ -90,9 +90,10 @@ class SeekConfig:
             place of each row and step. A span ends with its document, and where labels decide
             (``supervised_only``, ``select="sample"``) with its labelled stretch. 1 selects tokens
             one by one. Default 1.
-        sinks: First tokens of a row that are always kept, within the ratio, whatever their scores
-            and labels. All others attend to them, the very first above all, so that much of
-            the gradient comes by them (docs/scoring.md). Default 0, as in the paper.
+        sinks: First tokens of a row that are always kept, whatever their scores and labels. They
+            count towards the ratio, which they may exceed. All others attend to them, the very
+            first above all, so that much of the gradient flows through their keys and values
+            (docs/scoring.md). Default 0, as in the paper.
         uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
             in (0, 1]. Default 0.5.
         seed: Seed of random scores, of samples and of where spans are cut, a non-negative integer.

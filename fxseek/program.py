@@ -24,7 +24,7 @@ from fxseek.passes.masks import read_whole, use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.outputs import ends_in, find_outputs, refuse_unselected, returns
-from fxseek.passes.outside import find_outside
+from fxseek.passes.outside import find_outside, refuse_unweighted
 from fxseek.passes.parts import Exit, Parts, find_parts
 from fxseek.passes.scale import scale_terms
 from fxseek.passes.schedule import Schedule, schedule
@@ -106,12 +106,13 @@ def build(
     config: SeekConfig,
     *,
     full_outputs: bool,
+    labelled: bool = True,
     token_inputs: Sequence[str] | None = None,
 ) -> Program:
     """Run all passes.
 
     `full_outputs`: token-shaped outputs keep their size (the torch.compile backend), whatever
-    the configuration says. `token_inputs`: see `find_sizes`.
+    the configuration says. `labelled`: the call has labels. `token_inputs`: see `find_sizes`.
 
     Raises:
         GraphError: the graph cannot be rewritten; the message names the pass, the user's
@@ -132,10 +133,11 @@ def build(
     writes = then(find_writes, functional)
 
     facts = then(find_tokens, graph, sizes)
-    loss_first = config.loss is not None
     structure = then(
-        find_structure, graph, facts, loss_first=loss_first, loss=outside and outside.loss
-    )
+        find_structure, graph, facts, loss_first=config.loss is not None,
+        loss=outside and outside.loss, labelled=labelled,
+    )  # fmt: skip
+    then(refuse_unweighted, facts, outside)
     then(refuse_unselected, graph, facts, structure, config.token_dim)
     whole = full_outputs or (config.outputs == "loss" and not structure.has_loss)
     kind = "full" if whole else config.outputs
@@ -147,17 +149,17 @@ def build(
     on_host: list[fx.Node] = []
     masks: frozenset[Gathered] = frozenset()
     ending = head if head is not None and ends_in(head, outputs) else None
-    exit: Exit | None = None
+    cut: Exit | None = None
     if ending is not None:
-        exit = Exit(ending.entry, ending.rows, ending.loss.node)
+        cut = Exit(ending.entry, ending.rows, ending.loss.node)
     elif head is not None and outside is not None and outside.read is not None:
-        exit = Exit(head.entry, head.rows, outside.read)
+        cut = Exit(head.entry, head.rows, outside.read)
     parts: Parts | str = ""
     if config.learn_chunk is not None:
-        body = [] if exit is None else [("rows", exit.entry)]
+        body = [] if cut is None else [("rows", cut.entry)]
         up_to_exit = then(ditch, graph, facts, carrying=carrying, outputs=body, constants=constants)
         up_to_exit = then(hoist_gathers, up_to_exit)
-        parts = then(find_parts, up_to_exit, facts, structure, exit, outputs, carrying, config)
+        parts = then(find_parts, up_to_exit, facts, structure, cut, outputs, carrying, config)
     wanted = [*outputs.wanted] if ending is None else [("rows", ending.entry), *outputs.wanted]
     given = [] if ending is None else [ending.loss.node]
     if isinstance(parts, Parts):

@@ -15,14 +15,14 @@ After::
     loss = cross_entropy(logits.reshape(-1, vocabulary), y.reshape(-1))     # scores alone read it
 
 Now every row of statistics belongs to a token. The loss, the mean negative log-likelihood, is no
-output: tokens are scored by it, for want of the one outside. Where a graph returns values without
-tokens and no scalar (the reward of each row, say), tokens are scored by their sum.
+output: tokens are scored by it, for want of the one outside. Where a graph returns one value for
+each row, a reward, tokens are scored by their sum: a row's gradient is that of its value, whatever
+the loss.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,9 +33,9 @@ from torch import fx
 
 from fxseek.errors import GraphError
 from fxseek.ops.log_probs import IGNORED, STATISTICS, by_weight, token_statistics
-from fxseek.passes.facts import Sizes, example, is_tensor, needs_grad, where
+from fxseek.passes.facts import Facts, Sizes, example, is_tensor, needs_grad, where
 from fxseek.passes.rules import argument, operation
-from fxseek.passes.unshift import cuts, next_labels, sliced
+from fxseek.passes.unshift import cuts, made_call, next_labels, sliced
 
 _ARGUMENTS = (
     "hidden", "weight", "bias", "labels", "temperature", "softcap", "scale", "wanted",
@@ -66,35 +66,37 @@ def find_outside(
         if operation(node) == "token_statistics":
             made, found = _of_all_tokens(copy, made, sizes, chunk_bytes)
         new_of[node] = made
-    if found is None and (total := _sum_of_pooled(copy, sizes)) is not None:
+    if found is None and (total := _sum_of_rewards(copy, sizes)) is not None:
         found = Outside(total, None)
     return copy, found
 
 
-def _sum_of_pooled(graph: fx.Graph, sizes: Sizes) -> fx.Node | None:
-    """The sum of what a graph returns, if that is values without tokens, and no scalar."""
+def refuse_unweighted(facts: Facts, outside: Outside | None) -> None:
+    """What a loss outside reads must have the weights of a selection.
+
+    Raises:
+        GraphError: the tokens of what it reads are not known.
+    """
+    if outside is not None and outside.read is not None and outside.read not in facts.plans:
+        raise GraphError(
+            f"the tokens of the log-probabilities at {where(outside.read)} are not known, so that "
+            "selected ones could not be weighed. This is a defect of fxseek: please report it with "
+            "the model's configuration."
+        )
+
+
+def _sum_of_rewards(graph: fx.Graph, sizes: Sizes) -> fx.Node | None:
+    """The sum of what a graph returns, if that is one value for each row of the batch."""
     output = graph.output_node()
     trained = [node for node in output.all_input_nodes if is_tensor(node) and needs_grad(node)]
-    shapes = [sizes.shape(example(node)) for node in trained]
-    if not shapes or any(not shape or any(map(sizes.has_tokens, shape)) for shape in shapes):
+    if len(trained) != 1:
+        return None
+    (rewards,) = trained
+    shape = sizes.shape(example(rewards))
+    if not 1 <= len(shape) <= 2 or sizes.has_tokens(shape[0]) or shape[1:] not in ((), (1,)):
         return None
     with graph.inserting_before(output):
-        total: fx.Node | None = None
-        for node in trained:
-            own = _made(graph, node, torch.sum, node)
-            total = own if total is None else _made(graph, node, operator.add, total, own)
-    return total
-
-
-def _made(
-    graph: fx.Graph, origin: fx.Node, function: Callable[..., Any], *args: Any, value: Any = None
-) -> fx.Node:
-    """A new call with its example value, in the place of `origin`'s code."""
-    made = graph.call_function(function, args)
-    if value is None:
-        value = function(*(example(x) if isinstance(x, fx.Node) else x for x in args))
-    made.meta = {**origin.meta, "example_value": value}
-    return made
+        return made_call(graph, rewards, torch.sum, rewards)
 
 
 def _of_all_tokens(
@@ -119,7 +121,7 @@ def _of_all_tokens(
             f"those of hidden[:, :-1] for labels[:, 1:], at {where(node)}"
         )
     how = (temperature, softcap, scale)
-    make = partial(_made, graph, node)
+    make = partial(made_call, graph, node)
     with graph.inserting_before(node):
         for dtype in casts:
             rows = make(torch.Tensor.to, rows, dtype)
@@ -148,4 +150,4 @@ def _of_all_tokens(
     return flat, Outside(loss, found)
 
 
-__all__ = ["Outside", "find_outside"]
+__all__ = ["Outside", "find_outside", "refuse_unweighted"]

@@ -96,20 +96,20 @@ def find_parts(
     body: Piece,
     facts: Facts,
     structure: Structure,
-    exit: Exit | None,
+    cut: Exit | None,
     outputs: Outputs,
     carrying: Iterable[fx.Node],
     config: SeekConfig,
 ) -> Parts | str:
     """Let a body be run in parts; or the reason why all kept tokens are learned in one.
 
-    `body` ends in the exit's entry, with the rows of constants gathered; it is not to be used
+    `body` ends in the entry of `cut`, with the rows of constants gathered; it is not to be used
     afterwards.
     """
-    reason = _not_cut(exit, outputs, facts, set(carrying), config)
+    reason = _not_cut(cut, outputs, facts, set(carrying), config)
     if reason is not None:
         return reason
-    assert exit is not None
+    assert cut is not None
     found = _Mixing(body)
     reason = found.look()
     if reason is not None:
@@ -123,8 +123,8 @@ def find_parts(
     return Parts(
         body,
         schedule(body, structure, config),
-        exit.entry,
-        exit.rows,
+        cut.entry,
+        cut.rows,
         tuple(found.masks),
         masks,
         frozenset(cuts),
@@ -133,7 +133,7 @@ def find_parts(
 
 
 def _not_cut(
-    exit: Exit | None,
+    cut: Exit | None,
     outputs: Outputs,
     facts: Facts,
     carrying: set[fx.Node],
@@ -142,13 +142,13 @@ def _not_cut(
     """What of the configuration, the loss or the outputs is in the way."""
     if config.backend != "eager":
         return f"backend={config.backend!r} compiles the learn stage as a whole"
-    if exit is None:
+    if cut is None:
         return "the loss is no sum over tokens after the last attention"
-    if exit.entry not in carrying:
+    if cut.entry not in carrying:
         return "nothing is trained before the end of the last attention"
-    after = descendants([exit.end])
+    after = descendants([cut.end])
     queue = [node for _, node in outputs.wanted]
-    seen = {exit.end}
+    seen = {cut.end}
     while queue:
         node = queue.pop()
         if node in seen or node.op == "placeholder":

@@ -19,7 +19,6 @@ from fxseek.passes.facts import (
     ancestors,
     descendants,
     example,
-    needs_grad,
     tensors_of,
     user_tensors,
 )
@@ -66,14 +65,12 @@ def plan_scores(
             "cross-entropy over tokens that fxseek knows. Pass a share of the tokens, such as "
             "ratio=0.1."
         )
-    if config.select == "sample" and not structure.has_loss and targets is None:
-        sized = [x for x in structure.outputs if needs_grad(x) and facts.token_sized(x)]
-        if sized:
-            raise GraphError(
-                "select='sample' weighs each token's loss, and the loss is computed outside the "
-                "captured graph, from values of all tokens. Pass labels to the model, or use "
-                "select='topk'."
-            )
+    if config.select == "sample" and structure.left:
+        raise GraphError(
+            "select='sample' weighs each token's loss, and the loss is computed outside the "
+            "captured graph, from values of all tokens. Pass labels to the model, or use "
+            "select='topk'."
+        )
     if config.supervised_only and targets is None:
         raise GraphError(
             "supervised_only=True selects among the positions that have a label, and the captured "
@@ -106,7 +103,7 @@ def plan_scores(
         )
     reads = () if plan.context is None else plan.context.reads
     gradient = _gradient(graph, facts, structure, stream, reads, head, config.prefill_chunk)
-    return replace(plan, gradient=gradient)
+    return replace(plan, gradient=gradient, of_loss=structure.has_loss or bool(structure.losses))
 
 
 def _rows_of(facts: Facts, node: fx.Node) -> Rows | None:

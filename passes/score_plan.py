@@ -178,6 +178,8 @@ class ScorePlan:
     hidden: Stream | None
     context: AttentionMap | None
     gradient: GradientPlan | None
+    of_loss: bool = True
+    """The gradient is that of a loss, and not of rewards whose loss is the caller's."""
 
     def kept(self) -> list[fx.Node]:
         """Values that the stage reads for itself, and lets others have."""

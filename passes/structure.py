@@ -39,14 +39,15 @@ class Structure:
     loss of a classifier, a sum of several), or None; `unrestricted`: operations by which other
     values of tokens are made a part of what is minimised; `pooled`: places in a row that the model
     reads one by one on the way to an objective without token loss, as constants or as nodes that
-    hold positions; `outputs`: what the graph returns; `has_loss`: a scalar with gradient is among
-    them, and the loss is not the caller's; `attentions`: attention nodes in order (SDPA
-    calls, or the softmax of tokens × tokens); `block_input` and `block_exit`: the stream before and
-    after the last attention.
+    hold positions; `outputs`: what the graph returns; `has_loss`: the loss is among them; `left`:
+    it is left to the caller, who is given values of tokens; `attentions`: attention nodes in order
+    (SDPA calls, or the softmax of tokens × tokens); `block_input` and `block_exit`: the stream
+    before and after the last attention.
     """
 
     outputs: tuple[fx.Node, ...]
     has_loss: bool
+    left: bool
     losses: tuple[fx.Node, ...]
     objective: fx.Node | None
     unrestricted: tuple[fx.Node, ...]
@@ -63,6 +64,11 @@ class Structure:
 
     def notes(self) -> list[str]:
         """What of the loss is not taken over selected tokens, for a person."""
+        if self.left:
+            return [
+                "the loss is computed outside the model, from values of all tokens; their gradients"
+                " are those of the selected tokens, and get smaller with the ratio"
+            ]
         if not self.losses and (self.pooled or not self.has_loss):
             return []
         if not self.losses:
@@ -84,12 +90,19 @@ def _name(node: fx.Node) -> str:
 
 
 def find_structure(
-    graph: fx.Graph, facts: Facts, *, loss_first: bool = False, loss: fx.Node | None = None
+    graph: fx.Graph,
+    facts: Facts,
+    *,
+    loss_first: bool = False,
+    loss: fx.Node | None = None,
+    labelled: bool = True,
 ) -> Structure:
     """Find loss, attentions and cut points of a graph with token facts.
 
     `loss_first`: what is minimised is the first scalar that the graph returns, and no other.
-    `loss`: it is this one, which stands for a loss outside the graph.
+    `loss`: it is this one, which stands for a loss outside the graph. Without labels
+    (`labelled`), a graph that has no cross-entropy and returns values of tokens leaves its loss to
+    the caller, whatever scalars it returns.
     """
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     outputs = tuple(output.all_input_nodes)
@@ -108,7 +121,11 @@ def find_structure(
         and facts.rows[node] is None
     ]
     unrestricted = _unrestricted(minimised, losses, facts) if losses else []
-    if len(losses) == 1:
+    sized = [node for node in results if needs_grad(node) and facts.token_sized(node)]
+    left = loss is None and not losses and bool(sized) and not (scalars and labelled)
+    if left:
+        objective = None
+    elif len(losses) == 1:
         objective = losses[0]
     else:
         objective = minimised[0] if len(minimised) == 1 else None
@@ -129,7 +146,8 @@ def find_structure(
     pooled = () if losses else tuple(_pooled(graph, facts, before))
     return Structure(
         outputs,
-        bool(scalars) and loss is None,
+        loss is None and not left and bool(scalars),
+        left,
         tuple(losses),
         objective,
         tuple(unrestricted),

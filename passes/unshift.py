@@ -17,6 +17,7 @@ term belongs to a token, so that the loss can be taken over selected tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,17 @@ def next_labels(labels: torch.Tensor, ignored: int) -> torch.Tensor:
 def scale_of_all(scale: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The scale of the terms of all positions but the last, for all: [batch, tokens]."""
     return F.pad(scale.reshape(labels.shape[0], -1), (0, 1))
+
+
+def made_call(
+    graph: fx.Graph, origin: fx.Node, function: Callable[..., Any], *args: Any, value: Any = None
+) -> fx.Node:
+    """A new call with its example value (`value`, or what the call makes), for code of `origin`."""
+    made = graph.call_function(function, args)
+    if value is None:
+        value = function(*(example(x) if isinstance(x, fx.Node) else x for x in args))
+    made.meta = {**origin.meta, "example_value": value}
+    return made
 
 
 def unshift(graph: fx.Graph, sizes: Sizes) -> fx.Graph:
@@ -76,30 +88,19 @@ def _unshift(graph: fx.Graph, node: fx.Node, sizes: Sizes) -> None:
     if sizes.expression(width) != sizes.expression(example(loss.logits).shape[1]):
         return
 
+    make = partial(made_call, graph, node)
     with graph.inserting_before(node):
-
-        def make(function: Callable[..., Any], *args: Any) -> fx.Node:
-            made = graph.call_function(function, args)
-            values = [example(a) if isinstance(a, fx.Node) else a for a in args]
-            made.meta = {**node.meta, "example_value": function(*values)}
-            return made
-
         x: Any = whole
         for dtype in casts:
             x = make(torch.Tensor.to, x, dtype)
         x = make(torch.reshape, x, (-1, width)) if flat else make(torch.transpose, x, 1, 2)
-        y = graph.call_function(next_labels, (labels, loss.ignore_index))
-        y.meta = {**node.meta, "example_value": example(labels)}
+        y = make(next_labels, labels, loss.ignore_index, value=example(labels))
         for dtype in target_casts:
             y = make(torch.Tensor.to, y, dtype)
         y = make(torch.reshape, y, (-1,)) if flat else y
         if loss.scale is not None:
-            scale = graph.call_function(scale_of_all, (loss.scale, labels))
-            like = example(labels)
-            scale.meta = {
-                **node.meta,
-                "example_value": torch.ones_like(like, dtype=example(loss.scale).dtype),
-            }
+            ones = torch.ones_like(example(labels), dtype=example(loss.scale).dtype)
+            scale = make(scale_of_all, loss.scale, labels, value=ones)
             scale = make(torch.reshape, scale, (-1,)) if flat else scale
             node.replace_input_with(loss.scale, scale)
     node.replace_input_with(loss.logits, x)

@@ -119,25 +119,31 @@ def make_backend(
     *,
     full_outputs: bool,
     token_inputs: Sequence[str] | None = None,
+    labelled: Callable[[], bool] = lambda: True,
     run: Callable[[Step, Made], Callable[..., Any]] | None = None,
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """A backend for `torch.compile` that compiles training graphs and leaves others alone.
 
     `token_inputs` are the arguments that count tokens; by default all that are long enough.
+    `labelled` says whether the call that is captured has labels.
     `run` makes the compiled function of a step; by default the step itself. It is given what makes
     the step again, for another configuration.
     """
 
-    def made(graph: fx.Graph, config: SeekConfig) -> Step:
-        return assemble(build(graph, config, full_outputs=full_outputs, token_inputs=token_inputs))
+    def made(graph: fx.Graph, labelled: bool, config: SeekConfig) -> Step:
+        program = build(
+            graph, config, full_outputs=full_outputs, labelled=labelled, token_inputs=token_inputs
+        )
+        return assemble(program)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if not trains(gm.graph):
             return gm.forward
         start = time.perf_counter()
-        step = made(gm.graph, config)
+        make = partial(made, gm.graph, labelled())
+        step = make(config)
         program, structure = step.program, step.program.structure
-        for note in structure.notes():
+        for note in [] if full_outputs and not structure.losses else structure.notes():
             log.warning("fxseek: %s", note)
         if program.parts and isinstance(program.parts, str):
             log.warning("fxseek: %s", ONE_PART.format(reason=program.parts))
@@ -145,7 +151,7 @@ def make_backend(
         recorder.compile_seconds += time.perf_counter() - start
         if run is None:
             return _compiled(step, recorder)
-        return run(step, partial(made, gm.graph))
+        return run(step, make)
 
     return backend
 

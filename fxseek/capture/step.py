@@ -21,7 +21,7 @@ from fxseek.capture.limits import refuse_model
 from fxseek.capture.patches import capture_settings
 from fxseek.capture.quantised import trace_dequantisation
 from fxseek.capture.recorders import install_recorders
-from fxseek.capture.trl import traceable_log_probs
+from fxseek.capture.trl import refuse_untraceable, traceable_log_probs
 from fxseek.capture.uncomputed import Uncomputed, cleared
 from fxseek.config import SeekConfig
 from fxseek.errors import CaptureError, FxseekError, InputError
@@ -71,6 +71,8 @@ class SeekStep:
         self._restore: list[Callable[[], None]] = []
         self._buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         """Each module's buffers as they were at a capture, until its first step is done."""
+        self._labelled = True
+        """Whether the call at hand has labels, or a loss that fxseek was given."""
         self._told: set[str] = set()
         self._fitted = (0, 0)
         """The most rows, and the most tokens of one, that a memory budget was asked for."""
@@ -84,6 +86,7 @@ class SeekStep:
             self.config,
             self.recorder,
             full_outputs=False,
+            labelled=lambda: self._labelled,
             token_inputs=self.calls.token_inputs,
             run=self.run,
         )
@@ -125,12 +128,9 @@ class SeekStep:
         refuse_model(modules, InputError)
         calls = self.calls
         batch = calls.bind(args, kwargs)
-        if self.config.loss is None and not calls.has_labels(batch):
-            self._tell(
-                "a call without labels: its loss is computed outside the model. Outputs are those "
-                "of all tokens, with gradients at the selected ones; for inference call "
-                "model.eval() or use torch.no_grad()"
-            )
+        if batch.get("fused_lm_head"):
+            refuse_untraceable()
+        self._labelled = self.config.loss is not None or calls.has_labels(batch)
         self.switch_off_checkpointing(modules)
         calls.refuse_cache(batch)
         calls.without_cache(batch)

@@ -13,15 +13,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fxseek.errors import InputError
 from fxseek.ops.log_probs import STATISTICS, token_statistics
 
-__all__ = ["traceable_log_probs"]
+__all__ = ["rebind_fused_heads", "refuse_untraceable", "traceable_log_probs"]
 
 _LOCK = threading.RLock()
 _users = 0
@@ -62,6 +64,56 @@ def _every_token(device: torch.device) -> bool:
 
 
 _STAND_INS = {"_ChunkedLogProbFunction": _Statistics, "_use_triton": _every_token}
+
+
+def refuse_untraceable() -> None:
+    """Refuse a call with `fused_lm_head=True` of a TRL that has no such function.
+
+    Raises:
+        InputError: TRL computes log-probabilities in another way.
+    """
+    module = sys.modules.get("trl.trainer.utils")
+    missing = [name for name in _STAND_INS if not hasattr(module, name)]
+    if missing:
+        raise InputError(
+            f"fused_lm_head=True: trl.trainer.utils has no {missing[0]}, by which TRL 1.16 "
+            "computes log-probabilities. Install a version of TRL that has it, or train without "
+            "fxseek."
+        )
+
+
+def rebind_fused_heads(copies: Mapping[nn.Module, nn.Module]) -> None:
+    """Let the fused heads of copied modules call the copies: their functions hold the originals.
+
+    `copies`: the copy of each module.
+    """
+    for copy in copies.values():
+        forward = vars(copy).get("forward")
+        function: Any = getattr(forward, "__func__", None)
+        if not _holds_forward(function):
+            continue
+        cells = [_rebound(cell, copies) for cell in function.__closure__ or ()]
+        own = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__,
+            tuple(cells),
+        )  # fmt: skip
+        own.__kwdefaults__ = function.__kwdefaults__
+        own.__dict__.update(vars(function))
+        copy.forward = types.MethodType(own, copy)
+
+
+def _holds_forward(function: Any) -> bool:
+    """Whether a function has TRL's name for the forward that it replaces."""
+    code = getattr(function, "__code__", None)
+    return code is not None and "original_forward" in code.co_freevars
+
+
+def _rebound(cell: types.CellType, copies: Mapping[nn.Module, nn.Module]) -> types.CellType:
+    held = cell.cell_contents
+    owner = getattr(held, "__self__", None)
+    if not isinstance(owner, nn.Module) or owner not in copies:
+        return cell
+    return types.CellType(types.MethodType(held.__func__, copies[owner]))
 
 
 @contextlib.contextmanager

@@ -62,8 +62,9 @@ def check_gradients(
         model: a model compiled by `fxseek.compile`, in training mode.
         tolerance: largest relative error; by default by the lowest precision that the model
             computes in (float64 1e-9, float32 1e-4, float16 3e-2, bfloat16 1e-1).
-        loss: ``loss(outputs, batch)``, what is minimised where the loss is outside the model: of
-            TRL's ``fused_lm_head=True``. Default: the mean negative log-likelihood.
+        loss: ``loss(outputs, batch)``, for a call that leaves the loss to its caller: one without
+            labels, or with TRL's ``fused_lm_head=True``, where the default is the mean negative
+            log-likelihood.
         batch: the arguments of a training step.
 
     Raises:
@@ -89,12 +90,13 @@ def check_gradients(
             f"dropout is on in {noisy[0]!r} (and {len(noisy) - 1} more): gradients are exact with "
             "dropout off. Set its p to 0 for the check (and leave the model in training mode)."
         )
-    if batch.get("fused_lm_head"):
+    fused = bool(batch.get("fused_lm_head"))
+    if fused:
         loss = loss or _likelihood
-    elif loss is not None:
+    elif loss is not None and (step.config.loss is not None or step.calls.has_labels(batch)):
         raise InputError(
-            "loss= is for a call that leaves the loss to its caller (fused_lm_head=True); this one "
-            "has the model's own, or that of fxseek.compile"
+            "loss= is for a call that leaves the loss to its caller, without labels or with "
+            "fused_lm_head=True; this one has the model's own, or that of fxseek.compile"
         )
     with _put_back(model, step) as restore:
         output = model(**batch)
@@ -108,7 +110,7 @@ def check_gradients(
         if loss is None:
             reference = _reference(model, step, last, batch)
         else:
-            reference = _of_outside(model, step, last, batch, loss)
+            reference = _of_outside(model, step, last, batch, loss, fused=fused)
     allowed = _tolerance(step) if tolerance is None else tolerance
     worst = compare(found, reference.gradients)
     if not worst.error <= allowed:
@@ -157,8 +159,10 @@ def _of_outside(
     last: StepReport,
     batch: dict[str, Any],
     loss: Callable[[Any, Mapping[str, Any]], Tensor],
+    *,
+    fused: bool,
 ) -> Reference:
-    """Masked full backprop of a loss of log-probabilities, each with its position's weight."""
+    """Masked full backprop of a loss outside; log-probabilities have their positions' weights."""
     latest = step.recorder.latest
     assert latest is not None
 
@@ -178,7 +182,9 @@ def _of_outside(
 
     virtual = latest.program.facts.sizes.virtual
     with traceable_log_probs():  # of the model's precision, where TRL's are of float32
-        return masked_backprop(model, batch, last.selected, loss=weighed, virtual=virtual)
+        return masked_backprop(
+            model, batch, last.selected, loss=weighed if fused else loss, virtual=virtual
+        )
 
 
 def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxseek.capture.trl import rebind_fused_heads
 from fxseek.errors import ConfigError
 from fxseek.inspect.memory import module_tensors
 
@@ -47,7 +48,9 @@ def _weightless(model: nn.Module) -> nn.Module:
     for tensor in model.parameters():  # what a quantised one carries has its copy by now
         twin = known[id(tensor)]
         vars(twin).update(copy.deepcopy(vars(tensor), known))
-    return copy.deepcopy(model, known)
+    twin = copy.deepcopy(model, known)
+    rebind_fused_heads({module: known[id(module)] for module in model.modules()})
+    return twin
 
 
 def _meta_of(tensor: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def _columns(logits: Tensor, labels: Tensor, wanted: tuple[str, ...]) -> Tensor:
     columns = {"log_probs": of_label - total}
     if "entropy" in wanted:
         shares = (logits - total.unsqueeze(-1)).exp()
-        columns["entropy"] = total - (shares * logits).sum(-1)
+        columns["entropy"] = torch.special.entr(shares).sum(-1)
     if "log_sum_sq_probs" in wanted:
         columns["log_sum_sq_probs"] = (2 * logits).logsumexp(-1) - 2 * total
     if "mean_logits" in wanted:
@@ -204,11 +204,10 @@ def _slope(logits: Tensor, labels: Tensor, slope: Tensor, has_entropy: bool) -> 
     """∂ / ∂ logits from the slopes of `log_probs` and `entropy`, the first two columns."""
     slope = slope.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
     of_log_prob, of_entropy = slope[:, :1], slope[:, 1:2]
-    logs = logits.log_softmax(-1)
-    shares = logs.exp()
+    shares = logits.softmax(-1)
     found = -of_log_prob * shares
     found.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), of_log_prob)
     if has_entropy:
-        entropy = -(shares * logs).sum(-1, keepdim=True)
-        found -= of_entropy * shares * (logs + entropy)
+        terms = torch.special.entr(shares)  # -p log p, 0 of a p of 0
+        found += of_entropy * (terms - shares * terms.sum(-1, keepdim=True))
     return found

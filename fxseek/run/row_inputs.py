@@ -87,7 +87,6 @@ def first_tokens(valid: Tensor, count: int, virtual: int) -> Tensor:
     """
     own = valid.clone()
     own[:, :virtual] = False
-    at = torch.arange(own.shape[1], device=own.device)
-    first = torch.where(own, at, own.shape[1] - 1).amin(-1, keepdim=True)
-    last = torch.where(own, at, 0).amax(-1, keepdim=True)
-    return torch.minimum(first + at[:count], torch.maximum(first, last))
+    order = own.long().argsort(dim=-1, descending=True, stable=True)
+    last = own.sum(-1, keepdim=True).clamp_min(1) - 1
+    return order.gather(-1, torch.arange(count, device=own.device).minimum(last))

@@ -98,7 +98,8 @@ class Score(nn.Module):
             made = {} if begun is None else begun.made
             parts["context"] = self.context.sums(env, made, valid, self.config.chunk_bytes)
         if self.gradient is not None and begun is not None:
-            parts["gradient"], full_loss = self.gradient.finish(env, begun, valid, supervised)
+            parts["gradient"], found = self.gradient.finish(env, begun, valid, supervised)
+            full_loss = found if self.plan.of_loss else None
         at = self.plan.hidden
         given = ScoreInputs(
             input_ids=None if self.plan.tokens.ids is None else env.read(self.plan.tokens.ids),

@@ -318,6 +318,73 @@ def test_sampled_gradients_are_unbiased():
     assert error[labels != IGNORED].max() < 4.5
 
 
+def test_a_masked_vocabulary_has_finite_gradients():
+    """A logit of -inf has no probability, and nothing but its own gradient is touched by it."""
+    hidden = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(11, dtype=torch.float64)
+    bias[7] = -torch.inf
+    weight = torch.randn(11, 5, dtype=torch.float64)
+    found = token_statistics(hidden, weight, bias, torch.tensor([1, 2, 3]))
+    assert found[:, :2].isfinite().all()
+    found[:, :2].sum().backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+def test_estimates_and_budgets_of_a_fused_head():
+    """TRL's function holds the model's own forward: a copy's calls the copy."""
+    model = fused().float()
+    assert fxseek.estimate(model, tokens=64).peak_bytes > 0
+    fxseek.compile(model, 0.3, memory_budget_bytes="1GiB")
+    given: dict[str, Any] = batch(VOCABULARY, 2, 9)
+    model(fused_lm_head=True, **given).loss.backward()
+
+
+def test_calls_without_labels_have_values_of_all_tokens_and_a_gradient_check(caplog):
+    """Also of a mixture of experts, which returns a loss of its router."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    given: dict[str, Any] = {"input_ids": batch(VOCABULARY, 2, 9)["input_ids"]}
+
+    def squares(outputs: Any, _: Any) -> Tensor:
+        return outputs.logits.square().mean()
+
+    with double_throughout():
+        model = fxseek.compile(tiny_llama().double().train(), 0.4, score="context")
+        fxseek.check_gradients(model, loss=squares, **given)
+    assert "computed outside the model, from values of all tokens" in caplog.text
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    model = fxseek.compile(MixtralForCausalLM(config).train(), 0.4, score="random")
+    outputs = model(output_router_logits=True, **given)
+    assert outputs.logits.shape[:2] == (2, 9)
+    fxseek.uncompile(model)
+    fxseek.compile(model, 0.4)
+    with pytest.raises(fxseek.GraphError, match="Pass labels"):
+        model(output_router_logits=True, **given)
+
+
+def test_rewards_are_scored_by_their_own_gradient_and_logits_of_classes_are_not():
+    from transformers import LlamaForSequenceClassification
+
+    config: Any = tiny_llama().config
+    config.pad_token_id = 0
+    given: dict[str, Any] = batch(VOCABULARY, 2, 9, padding="right")
+    del given["labels"]
+    for classes in (1, 5):
+        config.num_labels = classes
+        model: Any = LlamaForSequenceClassification(config).train()
+        fxseek.compile(model, 0.4)
+        if classes == 1:
+            model(**given).logits.sum().backward()
+            report = fxseek.report(model)
+            assert report.gradient is not None and report.full_loss is None
+        else:
+            with pytest.raises(fxseek.GraphError, match="needs the gradient of the loss"):
+                model(**given)
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -343,6 +410,15 @@ def test_log_probs_of_other_tokens_are_refused():
     given = batch(VOCABULARY, 2, 9)
     with pytest.raises(fxseek.GraphError, match=r"hidden\[:, :-1\] for labels\[:, 1:\]"):
         model(fused_lm_head=True, **given)
+
+
+def test_another_trl_is_told_apart(monkeypatch):
+    import trl.trainer.utils as utils
+
+    model = fxseek.compile(fused(), 0.3)
+    monkeypatch.delattr(utils, "_use_triton")
+    with pytest.raises(fxseek.InputError, match=r"has no _use_triton.*TRL 1\.16"):
+        model(fused_lm_head=True, **batch(VOCABULARY, 2, 9))
 
 
 def test_a_sample_needs_the_loss():

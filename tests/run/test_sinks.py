@@ -49,9 +49,11 @@ def test_more_sinks_than_tokens():
     given: dict[str, Any] = batch(VOCABULARY, 3, 9)
     assert kept_of(model, given) == [set(range(9))] * 3
     valid = torch.tensor([[False, True, True, False], [True] * 4, [False] * 4])
-    wanted = [[1, 2, 2], [0, 1, 2], [3, 3, 3]]
+    wanted = [[1, 2, 2], [0, 1, 2], [0, 0, 0]]
     assert first_tokens(valid, 3, 0).tolist() == wanted
-    assert first_tokens(valid, 2, 1).tolist() == [[1, 2], [1, 2], [3, 3]]
+    assert first_tokens(valid, 2, 1).tolist() == [[1, 2], [1, 2], [0, 0]]
+    hole = torch.tensor([[True, False, True, True]])
+    assert first_tokens(hole, 2, 0).tolist() == [[0, 2]]
 
 
 def test_sinks_change_nothing_where_all_are_kept_and_are_told():
