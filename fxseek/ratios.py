@@ -7,7 +7,7 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -26,7 +26,9 @@ _FORMS = (
 
 
 class Ratio(ABC):
-    """How many tokens of a row are kept."""
+    """How many tokens of a row are kept. `follows_training`: not the same in all steps."""
+
+    follows_training: ClassVar[bool] = False
 
     @abstractmethod
     def plain(self) -> float | str | Callable[[int], Any]:
@@ -78,6 +80,8 @@ class Labelled(Ratio):
 class Linear(Ratio):
     """A share that goes from one to another, by the same amount each step."""
 
+    follows_training = True
+
     first: float
     last: float
 
@@ -97,6 +101,8 @@ class Linear(Ratio):
 @dataclass(frozen=True)
 class Called(Ratio):
     """A share that a function of the step returns."""
+
+    follows_training = True
 
     function: Callable[[int], Any]
 

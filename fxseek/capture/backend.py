@@ -21,7 +21,6 @@ from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, GraphError, InputError
 from fxseek.passes.facts import tensors_of
 from fxseek.program import Writes, build, trains
-from fxseek.ratios import Called, Linear
 from fxseek.run.assemble import Ran, Step, assemble
 from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import functions_of
@@ -158,7 +157,7 @@ def make_backend(
 
 def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
     config, writes, dropped = step.program.config, step.program.writes, step.program.dropped
-    varies = isinstance(config.parsed_ratio, (Linear, Called))
+    varies = config.parsed_ratio.follows_training
     drawn = scorer_of(config).draws or config.select == "sample" or config.draws_spans or varies
 
     def run(*inputs: Any) -> Any:

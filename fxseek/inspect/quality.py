@@ -22,7 +22,7 @@ from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
 from fxseek.inspect.state import state_of
-from fxseek.ratios import Called, Fixed, Linear
+from fxseek.ratios import Fixed
 from fxseek.run.saved import SavedBytes
 from fxseek.scores import scorer_of
 
@@ -216,7 +216,7 @@ def _choices(
     for span in spans:
         for ratio in ratios:
             config = dataclasses.replace(base, ratio=ratio, span=span, memory_budget_bytes=None)
-            if isinstance(config.parsed_ratio, (Called, Linear)):
+            if config.parsed_ratio.follows_training:
                 raise InputError(
                     f"ratios has {ratio!r}, which follows training: try the shares that it "
                     "goes through, such as 0.1 and 0.5"

@@ -16,7 +16,6 @@ from fxseek.api import resume
 from fxseek.capture.backend import StepReport
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import InputError
-from fxseek.ratios import Called, Linear
 
 try:
     import resource
@@ -122,7 +121,7 @@ class SeekCallback(TrainerCallback, ExportableState):
             return
         self._steps, self._last = step.recorder.step, report
         self._add("selected", (report.selected >= 0).sum() / report.valid.sum())
-        if isinstance(step.config.parsed_ratio, (Linear, Called)):
+        if step.config.parsed_ratio.follows_training:
             self._add("ratio", report.ratio)
         if report.full_loss is not None:
             self._add("full_loss", report.full_loss)
