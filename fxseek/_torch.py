@@ -51,11 +51,7 @@ def symbol_hints(size: torch.SymInt) -> dict[sympy.Symbol, int]:
     """Example lengths of the symbols in `size`, from its shape environment."""
     env = size.node.shape_env
     hints = getattr(env, "backed_var_to_val", None) or env.var_to_val
-    found: dict[sympy.Symbol, int] = {}
-    for symbol in size.node.expr.free_symbols:
-        if symbol in hints:
-            found[symbol] = int(hints[symbol])
-    return found
+    return {x: int(hints[x]) for x in size.node.expr.free_symbols if x in hints}
 
 
 _LAST_KEY = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|(\d+))\]$""")
@@ -76,13 +72,15 @@ def source_name(node: fx.Node) -> str | None:
 
 
 def source_path(node: fx.Node) -> str | None:
-    """Dynamo's full source expression of a placeholder, or None."""
-    graph_argument = node.meta.get("grapharg")
-    source = getattr(graph_argument, "source", None)
-    if source is None:
-        return None
-    name = source.name
-    return str(name() if callable(name) else name)
+    """Dynamo's full source expression of a placeholder, or None.
+
+    It is noted when it is asked for first: Dynamo forgets it at the end of a capture.
+    """
+    noted = "fxseek: source"
+    if noted not in node.meta:
+        name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", None)
+        node.meta[noted] = name() if callable(name) else name
+    return node.meta[noted]
 
 
 def is_module_state(node: fx.Node) -> bool:

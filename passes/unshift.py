@@ -46,7 +46,8 @@ def made_call(
     """A new call with its example value (`value`, or what the call makes), for code of `origin`."""
     made = graph.call_function(function, args)
     if value is None:
-        value = function(*(example(x) if isinstance(x, fx.Node) else x for x in args))
+        with torch.enable_grad():  # whether it carries gradient is the graph's to say
+            value = function(*(example(x) if isinstance(x, fx.Node) else x for x in args))
     made.meta = {**origin.meta, "example_value": value}
     return made
 

@@ -139,6 +139,8 @@ def make_backend(
         if not trains(gm.graph):
             return gm.forward
         start = time.perf_counter()
+        for node in gm.graph.find_nodes(op="placeholder"):
+            _torch.source_path(node)  # which is noted, for when the step is made again
         make = partial(made, gm.graph, labelled())
         step = make(config)
         program, structure = step.program, step.program.structure

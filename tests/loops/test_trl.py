@@ -150,7 +150,9 @@ def fused(tuner: str = "full", **options: Any) -> Any:
 EXACT = [
     {"ratio": 0.3},
     {"ratio": 0.4, "select": "sample"},
-    {"ratio": 0.3, "prefill_chunk": 4, "chunk_bytes": 300, "recompute": "block"},
+    pytest.param(
+        {"ratio": 0.3, "prefill_chunk": 4, "chunk_bytes": 300, "recompute": "block"}, marks=SWEEP
+    ),
     {"ratio": 1.0, "learn_chunk": 4},
     pytest.param(
         {"ratio": 0.4, "select": "sample", "learn_chunk": 2, "recompute": "block", "kv": "offload"},
