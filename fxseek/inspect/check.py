@@ -50,7 +50,7 @@ def check_gradients(
     model: nn.Module,
     /,
     tolerance: float | None = None,
-    loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
+    loss: Any = None,  # a Callable; a batch that is a dict[str, Tensor] is no mistake
     **batch: Any,
 ) -> GradientCheck:
     """Compare one step's gradients with masked full backprop of the same selection.
