@@ -145,6 +145,14 @@ def _reference(
         return masked_backprop(model, batch, last.selected, loss=loss or _own_loss, virtual=virtual)
 
 
+def _by_position(report: StepReport, length: int) -> tuple[Tensor, Tensor]:
+    """Which of the first `length` positions are selected, and their weights: [batch, length]."""
+    weights = report.weights.new_zeros(len(report.selected), report.tokens + 1)
+    at = report.selected.where(report.selected >= 0, report.tokens)  # -1: a place of its own
+    chosen = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, at, True)
+    return chosen[:, :length], weights.scatter_(1, at, report.weights)[:, :length]
+
+
 def _likelihood(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     return -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
 
@@ -168,11 +176,8 @@ def _of_outside(
 
     def weighed(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
         mask = outputs.label_mask
-        weights = last.weights.new_zeros(len(mask), last.tokens + 1)
-        at = last.selected.where(last.selected >= 0, last.tokens)
-        weights = weights.scatter_(1, at, last.weights)[:, : mask.shape[1]]
-        selected = mask.new_zeros(len(mask), last.tokens + 1).scatter_(1, at, True)
-        kept = mask & selected[:, : mask.shape[1]]
+        chosen, weights = _by_position(last, mask.shape[1])
+        kept = mask & chosen
         weights = weights.double() * kept * mask.sum() / kept.sum().clamp(min=1)
         for name in _PER_TOKEN:
             x = getattr(outputs, name)
@@ -259,13 +264,8 @@ class _SelectedCrossEntropy(TorchFunctionMode):
 
     def _selected(self, terms: _Terms, scale: Tensor, reduction: str) -> Tensor:
         """The weighted mean over selected positions, or that times the mass of all."""
-        report = self.report
-        shape, length = terms.losses.shape, terms.losses.numel() // report.selected.shape[0]
-        per_token = report.weights.new_zeros(len(report.selected), report.tokens + 1)
-        at = report.selected.where(report.selected >= 0, report.tokens)  # -1: a place of its own
-        chosen = torch.zeros_like(per_token, dtype=torch.bool).scatter_(1, at, True)
-        chosen = chosen[:, :length].reshape(shape)
-        weights = per_token.scatter_(1, at, report.weights)[:, :length].reshape(shape)
+        shape, length = terms.losses.shape, terms.losses.numel() // len(self.report.selected)
+        chosen, weights = (x.reshape(shape) for x in _by_position(self.report, length))
         masses = terms.masses * scale.abs()
         total = (terms.losses * scale * weights).masked_fill(~chosen, 0).sum()
         mass = masses[chosen].sum()
