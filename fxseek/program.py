@@ -24,8 +24,8 @@ from fxseek.passes.masks import read_whole, use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
 from fxseek.passes.outputs import ends_in, find_outputs, refuse_unselected, returns
-from fxseek.passes.outside import find_outside, refuse_unweighted
-from fxseek.passes.parts import Exit, Parts, find_parts
+from fxseek.passes.outside import find_outside, refuse_unweighted, reuse_values
+from fxseek.passes.parts import Exit, Parts, draws, find_parts
 from fxseek.passes.scale import scale_terms
 from fxseek.passes.schedule import Schedule, schedule
 from fxseek.passes.score import plan_scores
@@ -168,6 +168,9 @@ def build(
         ditch, graph, facts, carrying=carrying, outputs=wanted, given=given, constants=constants
     )
     learn = then(hoist_gathers, learn)
+    drawn = draws(learn) or (isinstance(parts, Parts) and parts.draws)
+    if outside is not None and outside.read is not None and kind == "full" and not drawn:
+        learn = then(reuse_values, learn, facts, outside)
     if ending is not None:
         learn = then(attach_head, learn, ending)
     learn = then(returns, learn, outputs)

@@ -23,7 +23,7 @@ the loss.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,8 @@ from torch import fx
 
 from fxseek.errors import GraphError
 from fxseek.ops.log_probs import IGNORED, STATISTICS, by_weight, token_statistics
-from fxseek.passes.facts import Facts, Sizes, example, is_tensor, needs_grad, where
+from fxseek.passes.facts import Facts, Rows, Sizes, example, is_tensor, needs_grad, where
+from fxseek.passes.ir import Gathered, Piece, placeholder_of
 from fxseek.passes.rules import argument, operation
 from fxseek.passes.unshift import cuts, made_call, next_labels, sliced
 
@@ -83,6 +84,34 @@ def refuse_unweighted(facts: Facts, outside: Outside | None) -> None:
             "selected ones could not be weighed. This is a defect of fxseek: please report it with "
             "the model's configuration."
         )
+
+
+def reuse_values(learn: Piece, facts: Facts, outside: Outside) -> Piece:
+    """Let a learn stage read the statistics of kept tokens, which the prefill makes of all.
+
+    Before::
+
+        s = token_statistics(hidden_rows, weight, bias, label_rows, ...)
+
+    After::
+
+        s = token_statistics(hidden_rows, ..., known=statistics)   # the prefill's, gathered
+
+    Its forward makes no logits then. The stage is not to draw at random: its values would be
+    others. The graph of `learn` is not to be used afterwards.
+    """
+    assert outside.read is not None
+    statistics: Any = outside.read.args[0]
+    made = learn.compact.get(statistics)
+    rows = facts.rows.get(statistics)
+    if made is None or made.target is not token_statistics or not isinstance(rows, Rows):
+        return learn
+    item = Gathered(statistics, 0, rows)
+    items = learn.placeholders()
+    with learn.graph.inserting_before(next(iter(learn.graph.nodes))):
+        known = placeholder_of(learn.graph, item)
+    made.update_kwarg("known", known)
+    return replace(learn, inputs=[item, *items.values()])
 
 
 def _sum_of_rewards(graph: fx.Graph, sizes: Sizes) -> fx.Node | None:
@@ -150,4 +179,4 @@ def _of_all_tokens(
     return flat, Outside(loss, found)
 
 
-__all__ = ["Outside", "find_outside", "refuse_unweighted"]
+__all__ = ["Outside", "find_outside", "refuse_unweighted", "reuse_values"]

@@ -46,7 +46,7 @@ from fxseek.passes.rules import argument, called, find_rule, operation
 from fxseek.passes.schedule import Schedule, schedule
 from fxseek.passes.structure import Structure
 
-__all__ = ["Exit", "Parts", "find_parts"]
+__all__ = ["Exit", "Parts", "draws", "find_parts"]
 
 
 class Hides(NamedTuple):
@@ -128,7 +128,7 @@ def find_parts(
         tuple(found.masks),
         masks,
         frozenset(cuts),
-        any(_draws(node) for node in body.graph.nodes),
+        draws(body),
     )
 
 
@@ -345,6 +345,11 @@ def _compares_positions(mask: fx.Node) -> bool:
 
 def _is_square(node: fx.Node) -> bool:
     return any(x.dim() == 2 and x.shape[0] == x.shape[1] for x in tensors_of(example(node)))
+
+
+def draws(piece: Piece) -> bool:
+    """Whether a piece is random (dropout)."""
+    return any(_draws(node) for node in piece.graph.nodes)
 
 
 def _draws(node: fx.Node) -> bool:

@@ -60,12 +60,14 @@ def token_statistics(
     scale: float = 1.0,
     wanted: Sequence[str] = STATISTICS,
     chunk_bytes: int = 2**26,
+    known: Tensor | None = None,
 ) -> Tensor:
     """The `STATISTICS` of each token's distribution, all 0 where the label is -100.
 
     `log_probs` of the label and `entropy` have gradient; `log_sum_sq_probs` (log Σ p²),
     `mean_logits` and `is_top1` (whether the label is the first of the likeliest, 1 or 0) have none.
-    A column that is not `wanted` is 0. `chunk_bytes` bounds the logits that exist at once.
+    A column that is not `wanted` is 0. `chunk_bytes` bounds the logits that exist at once. `known`
+    are the statistics themselves, where they have been made: then the forward makes no logits.
 
     Shapes: hidden [..., width]; weight [vocabulary, width]; bias [vocabulary]; labels [...] →
     [..., 5], of the precision of the projection and float32 at least.
@@ -76,8 +78,9 @@ def token_statistics(
     how = _Logits(temperature, softcap, scale, dtype)
     rows = hidden.flatten(0, -2)
     found: Any = _Statistics.apply(
-        rows, weight, bias, labels.flatten(), how, tuple(wanted), chunk_bytes
-    )
+        rows, weight, bias, labels.flatten(), how, tuple(wanted), chunk_bytes,
+        None if known is None else known.flatten(0, -2),
+    )  # fmt: skip
     return found.unflatten(0, labels.shape)
 
 
@@ -143,9 +146,12 @@ class _Statistics(torch.autograd.Function):
         how: _Logits,
         wanted: tuple[str, ...],
         chunk_bytes: int,
+        known: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(rows, weight, bias, labels)
         ctx.how, ctx.has_entropy, ctx.chunk_bytes = how, "entropy" in wanted, chunk_bytes
+        if known is not None:
+            return known.view_as(known)
         with torch.autocast(rows.device.type, enabled=False):
             parts = [
                 _columns(how.of(rows[chunk], weight, bias), labels[chunk], wanted)
@@ -177,7 +183,7 @@ class _Statistics(torch.autograd.Function):
             torch.cat(of_rows).to(rows.dtype) if needed[0] else None,
             None if of_weight is None else of_weight.to(weight.dtype),
             None if of_bias is None else of_bias.to(bias.dtype),
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 

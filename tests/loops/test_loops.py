@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -424,14 +423,11 @@ def test_an_adapter_is_saved_reloaded_and_merged(tmp_path):
 
 
 def test_ddp_on_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(ddp.worker, (port, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
+    outcomes = ddp.run(ddp.worker, tmp_path)
     single = fxseek.compile(tiny_llama(), **ddp.OPTIONS)
     single(**ddp.rows(0, 4)).loss.backward()
     wanted = gradients(single)
-    for found in (torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")):
+    for found in outcomes:
         for way in ("gradients", "in_parts"):
             assert compare(found[way], wanted).error <= 1e-5, way
         assert "compile the inner module before wrapping" in found["compile_ddp"]

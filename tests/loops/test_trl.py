@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import ddp
 import pytest
 import torch
 import torch.nn.functional as F
 from models import batch, double_throughout, tiny_llama, tiny_lora
-from torch import Tensor, nn
+from torch import Tensor
 
 import fxseek
 from fxseek.capture.step import step_of
@@ -22,7 +22,7 @@ from fxseek.selecting import select_sample
 
 trl = pytest.importorskip("trl")
 
-from trainers import VOCABULARY, trainer  # noqa: E402
+from trainers import VOCABULARY, base_of, trainer  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 QUIET = pytest.mark.filterwarnings(
@@ -41,18 +41,15 @@ def lora(kind: str) -> Any:
     )  # fmt: skip
 
 
-def base_of(kind: str) -> nn.Module:
-    """A model that TRL can load once more, as its reference."""
-    model: Any = tiny_llama()
-    if kind == "reward":
-        from transformers import LlamaForSequenceClassification
+def in_four_bits(folder: str) -> Any:
+    """A model of `folder` in NF4."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        model.config.num_labels, model.config.pad_token_id = 1, 0
-        model = LlamaForSequenceClassification(model.config)
-    folder = tempfile.mkdtemp()
-    model.save_pretrained(folder)
-    model.config._name_or_path = model.name_or_path = folder
-    return model
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
 def outcome(
@@ -61,9 +58,12 @@ def outcome(
     """The logs of some steps, and the trained weights; `compiled`: options of fxseek.compile."""
     options = dict(options)
     torch.manual_seed(0)
+    base: Any = base_of(kind)
+    if options.pop("quantised", False):
+        base = in_four_bits(base.name_or_path)
     if options.pop("lora", False):
         options["peft_config"] = lora(kind)
-    made = trainer(kind, folder, base_of(kind), **options)
+    made = trainer(kind, folder, base, **options)
     if compiled is not None:
         fxseek.compile(made.model, **compiled)
     torch.manual_seed(3)
@@ -89,6 +89,8 @@ CASES = [
     ("grpo", {"lora": True, "beta": 0.1, "num_iterations": 2}),
     ("reward", {}),
     pytest.param("sft", {}, marks=SWEEP),
+    pytest.param("sft", {"quantised": True, "lora": True}, marks=SWEEP),
+    pytest.param("dpo", {"quantised": True, "lora": True}, marks=SWEEP),
     pytest.param("sft", {"loss_type": "dft"}, marks=SWEEP),
     pytest.param("sft", {"gradient_accumulation_steps": 2}, marks=SWEEP),
     pytest.param("sft", {"label_smoothing_factor": 0.1}, marks=SWEEP),
@@ -128,6 +130,14 @@ def test_values_are_those_of_all_tokens(kind, tmp_path):
     first, wanted = found[0], logs[0]
     assert first.pop("grad_norm") != wanted.pop("grad_norm")
     assert first == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_ratio_one_is_trl_itself_under_ddp(kind, tmp_path):
+    for found in ddp.run(ddp.trl_worker, tmp_path, kind):
+        for name, weight in found["alone"].items():
+            torch.testing.assert_close(found["compiled"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 # ---- gradients, in float64 -----------------------------------------------------------------------
@@ -287,12 +297,28 @@ def test_no_stage_has_the_logits_of_all_tokens(monkeypatch):
     model = fxseek.compile(fused(), 0.3, chunk_bytes=8 * VOCABULARY * 5)
     given = batch(VOCABULARY, 4, 19, labels="some")
     model(fused_lm_head=True, **given).log_probs.sum().backward()
-    assert max(rows) == 5 and sum(rows) == 4 * 19 + 2 * 4 * fxseek.report(model).selected.shape[1]
+    # those of all tokens for their values, those of kept ones for their gradients
+    assert max(rows) == 5 and sum(rows) == 4 * 19 + 4 * fxseek.report(model).selected.shape[1]
     step: Any = step_of(model)
     program = step.recorder.latest.program
     for piece in (program.prefill, program.learn):
         weights = [x for x in piece.graph.nodes if x.op == "placeholder" and "lm_head" in x.name]
         assert {operation(user) for x in weights for user in x.users} == {"token_statistics"}
+
+
+def test_values_of_a_model_that_draws_are_those_of_its_gradient():
+    """Dropout draws anew for kept tokens: their values are not the prefill's."""
+    for drops in (0.0, 0.5):
+        model: Any = tiny_llama()
+        add_fused_lm_head(model, temperature=1.0, outputs=("log_probs",))
+        model = tiny_lora(model, lora_dropout=drops).train()
+        fxseek.compile(model, 0.4)
+        given: dict[str, Any] = batch(VOCABULARY, 2, 9)
+        model(fused_lm_head=True, **given).log_probs.sum().backward()
+        step: Any = step_of(model)
+        learn = step.recorder.latest.program.learn
+        (made,) = (x for x in learn.graph.nodes if operation(x) == "token_statistics")
+        assert (made.kwargs.get("known") is None) == (drops > 0)
 
 
 def test_sampled_gradients_are_unbiased():

@@ -1,4 +1,4 @@
-"""What each of two processes does in `test_loops.test_ddp_on_two_processes`.
+"""What each of two processes does in the tests of DDP.
 
 A module of its own, for a spawned process imports the module of its function.
 """
@@ -6,12 +6,15 @@ A module of its own, for a spawned process imports the module of its function.
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import batch, tiny_llama
 from torch.nn.parallel import DistributedDataParallel
+from trainers import base_of, trainer
 
 import fxseek
 
@@ -23,13 +26,44 @@ def rows(first: int, last: int) -> dict[str, Any]:
     return {name: x[first:last] for name, x in batch(37, 4, 13).items()}
 
 
+def run(worker: Callable[..., None], folder: Path, *arguments: Any) -> list[Any]:
+    """What `worker` has saved in each of two processes: `worker(rank, port, folder, ...)`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, str(folder), *arguments), nprocs=2)  # type: ignore[attr-defined]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _join(rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
+def trl_worker(rank: int, port: int, folder: str, kind: str) -> None:
+    """Two steps of TRL's trainer without fxseek, and with it at ratio 1.0: the trained weights."""
+    _join(rank, port)
+    found: dict[str, Any] = {}
+    ways = ("alone", "compiled")
+    bases = [base_of(kind) for _ in ways]  # only one process saves, once there is a group
+    for way, base in zip(ways, bases, strict=True):
+        torch.manual_seed(0)
+        made = trainer(kind, Path(folder) / way, base)
+        if way == "compiled":
+            fxseek.compile(made.model, 1.0)
+        made.train()
+        found[way] = dict(made.model.named_parameters())
+        assert isinstance(made.model_wrapped, DistributedDataParallel)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     """Two rows by DDP of accelerate, and what is refused; results go into a file."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    _join(rank, port)
     # Many buckets, as large models have: Dynamo splits graphs at them unless told not to.
     setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 500)  # noqa: B010 - not exported
     buckets = DistributedDataParallelKwargs(bucket_cap_mb=0.001)  # type: ignore[arg-type]

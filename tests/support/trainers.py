@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ def rows(kind: str, count: int = 8) -> Any:
 def reward(completions: list[str], **_: Any) -> list[float]:
     """How many different words a completion has."""
     return [float(len(set(completion.split()))) for completion in completions]
+
+
+def base_of(kind: str) -> nn.Module:
+    """A model that TRL can load once more, as its reference."""
+    model: Any = tiny_llama()
+    if kind == "reward":
+        from transformers import LlamaForSequenceClassification
+
+        model.config.num_labels, model.config.pad_token_id = 1, 0
+        model = LlamaForSequenceClassification(model.config)
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    model.config._name_or_path = model.name_or_path = folder
+    return model
 
 
 def trainer(kind: str, folder: Path, model: nn.Module | None = None, **options: Any) -> Any:
