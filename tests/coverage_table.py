@@ -295,9 +295,11 @@ LOOPS = (
     ("HF Trainer, save and resume", "test_a_resumed_run_is_the_uninterrupted_one",
      "the uninterrupted run, bit for bit, with `SeekCallback`"),
     ("`SeekCallback`", "test_the_callback_logs_through_reporters", "logs by every reporter"),
-    ("TRL: SFT, DPO, KTO, GRPO, RLOO and reward trainers, unmodified",
+    ("TRL: SFT, DPO, KTO, GRPO, RLOO and reward trainers, unmodified; QLoRA in SFT and DPO",
      "test_ratio_one_is_trl_itself",
      "TRL's own losses, metrics and weights at ratio 1.0 (float32)"),
+    ("TRL: DDP on two processes (gloo)", "test_ratio_one_is_trl_itself_under_ddp",
+     "the weights of TRL alone at ratio 1.0 (float32)"),
     ("TRL: losses of log-probabilities at smaller ratios",
      "test_gradients_are_those_of_masked_backprop", "exact"),
     ("TRL: NEFTune", "test_neftune_is_refused_and_the_trainer_stays_usable",
@@ -317,7 +319,7 @@ def loop_rows() -> list[str]:
     """The lines of the table of training loops, by a run of their tests."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.xml"
-        tests = Path(__file__).parent / "loops" / "test_loops.py"
+        tests = Path(__file__).parent / "loops"
         command = [sys.executable, "-m", "pytest", "-q", str(tests), "-m", "sweep or not sweep"]
         subprocess.run([*command, f"--junitxml={found}"], stdout=sys.stderr, check=False)
         cases = list(ElementTree.parse(found).iter("testcase"))
