@@ -3,11 +3,12 @@
     python examples/demo.py
     python examples/demo.py --data my.jsonl --model Qwen/Qwen2.5-0.5B --full
 
-The ways are ordinary fine-tuning, gradient checkpointing, fxseek on every token (which learns the
-same), and fxseek on a share of the tokens that is drawn at random, chosen by TokenSeek (the
-best-scoring), or sampled by TokenSeek's scores. Each starts from the same weights and sees the same
-batches in the same order, in a process of its own, so that their memory can be compared. Without
---data the text is the documentation of installed libraries.
+The ways are ordinary fine-tuning, gradient checkpointing, fxseek on every token in parts (which
+learns the same), on the labelled tokens, on a quarter of them, sampled by their gradients, and
+TokenSeek as published, on the tenth that scores best. Each starts from the same weights and sees
+the same batches in the same order, in a process of its own, so that their memory can be compared.
+They are judged after the same number of steps, and when their steps have taken as long as those of
+gradient checkpointing. Without --data the text is the documentation of installed libraries.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from tqdm import tqdm
 import common
 from common import ExampleError, ModelSource, Row
 
-# The options of fxseek.compile for each way; None is a way without fxseek. Only the answers carry
-# labels, so a selection among all tokens would spend a part of itself on prompt tokens that teach
-# nothing: supervised_only keeps it to the answers (sampling does so by itself).
+# The options of fxseek.compile for each way; None is a way without fxseek.
 METHODS: dict[str, dict[str, Any] | None] = {
     "ordinary": None,
     "checkpointing": None,
     "every": {"ratio": 1.0, "learn_chunk": 128},
-    "random": {"score": "random", "supervised_only": True},
-    "topk": {"score": "tokenseek", "select": "topk", "supervised_only": True},
-    "sample": {"score": "tokenseek", "select": "sample"},
+    "labelled": {"ratio": "labelled", "learn_chunk": 128},
+    "sampled": {"ratio": 0.25, "score": "gradient", "select": "sample"},
+    "tokenseek": {"ratio": 0.1},
 }
 NAMES = {
     "ordinary": "ordinary",
     "checkpointing": "gradient checkpointing",
     "every": "fxseek, every token",
-    "random": "fxseek, random tokens",
-    "topk": "fxseek, TokenSeek top-k",
-    "sample": "fxseek, TokenSeek sampled",
+    "labelled": "fxseek, labelled tokens",
+    "sampled": "fxseek, sampled, 25 %",
+    "tokenseek": "fxseek, TokenSeek, 10 %",
 }
+PACE = "checkpointing"  # equal time is the time that its steps take
+MOST = 4  # times as many steps as the others, in equal time
 UNTIMED_STEPS = 2  # the first captures the graph; in the second saved tensors are counted
 
 
@@ -62,7 +63,8 @@ class Job:
     pad_id: int
     batch: int
     steps: int
-    ratio: float
+    seconds: float | None  # of equal time; None where it is not known
+    judge_first: bool  # the loss before training, which is the same for all
     full: bool
     rate: float
     seed: int
@@ -78,8 +80,10 @@ class Result:
     saved_bytes: int
     peak_bytes: int
     step_seconds: float
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after_steps: float
+    loss_at_time: float | None
+    steps_at_time: int | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +106,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", help="a JSONL file in Alpaca's format (default: docstrings)")
     add("--full", action="store_true", help="train every parameter, not LoRA adapters")
     add("--methods", default=",".join(METHODS), help="some of %(default)s")
-    add("--ratio", type=float, default=0.1, help="share of tokens to train on (%(default)s)")
     add("--steps", type=int, default=16, help="training steps of each way (%(default)s)")
     add("--batch", type=int, default=1, help="rows of a step (%(default)s)")
     add("--tokens", type=int, default=512, help="the longest row (%(default)s)")
@@ -119,8 +122,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, least in (("steps", UNTIMED_STEPS + 1), ("batch", 1), ("tokens", 2), ("held_out", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if not 0 < options.ratio <= 1:
-        parser.error(f"--ratio must be in (0, 1], not {options.ratio}")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.rate = options.rate or (2e-5 if options.full else 5e-4)
     return options
@@ -138,7 +139,7 @@ def compare(options: argparse.Namespace) -> list[Result]:
         pairs = common.docstring_pairs(least_characters=600)
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
-    rows = options.steps * options.batch
+    rows = MOST * options.steps * options.batch  # quick ways take more steps in equal time
     train, held_out = common.split_rows(
         pairs, tokenizer, options.tokens, rows, options.held_out, options.seed
     )
@@ -150,20 +151,22 @@ def compare(options: argparse.Namespace) -> list[Result]:
         flush=True,
     )
     spawn = multiprocessing.get_context("spawn")
+    results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         # dequantised once, not in every process
         source = common.plain_source(source, getattr(torch, options.dtype), folder)
-        results = []
-        for method in options.methods:
+        for method in sorted(options.methods, key=lambda method: method != PACE):
+            pace = results.get(PACE)
             job = Job(
                 method=method, source=source, train=train, held_out=held_out,
                 pad_id=pad_id, batch=options.batch, steps=options.steps,
-                ratio=options.ratio, full=options.full, rate=options.rate, seed=options.seed,
+                seconds=None if pace is None else pace.step_seconds * options.steps,
+                judge_first=not results, full=options.full, rate=options.rate, seed=options.seed,
                 device=options.device, dtype=options.dtype,
             )  # fmt: skip
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                results.append(pool.submit(run, job).result())
-    return results
+                results[method] = pool.submit(run, job).result()
+    return [results[method] for method in options.methods]
 
 
 def run(job: Job) -> Result:
@@ -182,20 +185,23 @@ def run(job: Job) -> Result:
     if options is not None:
         import fxseek
 
-        fxseek.compile(model, **{"ratio": job.ratio, "seed": job.seed, **options})
+        fxseek.compile(model, seed=job.seed, **options)
     elif job.method == "checkpointing":
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    before = common.held_out_loss(model, job.held_out, job.pad_id, device)
+    judged = (job.held_out, job.pad_id, device)
+    before = common.held_out_loss(model, *judged) if job.judge_first else None
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=0.0)
     seconds: list[float] = []
     saved_bytes = 0
+    after_steps: float | None = None
+    at_time: tuple[float, int] | None = None
     model.train()
     with common.PeakBytes(device) as peak:
-        bar = tqdm(range(job.steps), desc=f"{NAMES[job.method]:26}", unit="step", leave=True)
-        for step in bar:
+        bar = tqdm(desc=f"{NAMES[job.method]:24}", unit="step", total=job.steps)
+        for step in range(MOST * job.steps):
             batch = common.batch_of(job.train, step, job.batch, job.pad_id, device)
             with common.timed(device, seconds):
                 if step == 1:
@@ -207,39 +213,63 @@ def run(job: Job) -> Result:
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             del loss
+            ends, in_time = step + 1 == job.steps, at_time is None and _spent(seconds, job.seconds)
+            if ends or in_time:
+                found = common.held_out_loss(model, *judged)
+                after_steps = found if ends else after_steps
+                at_time = (found, step + 1) if in_time else at_time
+            if after_steps is not None and (at_time is not None or job.seconds is None):
+                break
+        bar.close()
+    assert after_steps is not None
+    if job.method == PACE:
+        at_time = (after_steps, job.steps)
     return Result(
         method=job.method,
         saved_bytes=saved_bytes,
         peak_bytes=peak.bytes,
         step_seconds=statistics.median(seconds[UNTIMED_STEPS:]),
         loss_before=before,
-        loss_after=common.held_out_loss(model, job.held_out, job.pad_id, device),
+        loss_after_steps=after_steps,
+        loss_at_time=None if at_time is None else at_time[0],
+        steps_at_time=None if at_time is None else at_time[1],
     )
+
+
+def _spent(seconds: Sequence[float], most: float | None) -> bool:
+    """Whether another step would not fit the time, if all took what the median takes."""
+    if most is None or len(seconds) <= UNTIMED_STEPS:
+        return False
+    return (len(seconds) + 1) * statistics.median(seconds[UNTIMED_STEPS:]) > most
 
 
 def show(results: Sequence[Result], options: argparse.Namespace) -> None:
     """Print the table and what its columns mean."""
-    header = ["", "saved MiB", "peak MiB", "s / step", "loss before", "loss after"]
+    header = ["", "saved MiB", "peak MiB", "s / step", "loss", "steps", "loss at equal time"]
     rows = [
         [
             NAMES[result.method],
             f"{result.saved_bytes / common.MIB:.0f}",
             f"{result.peak_bytes / common.MIB:.0f}",
             f"{result.step_seconds:.2f}",
-            f"{result.loss_before:.3f}",
-            f"{result.loss_after:.3f}",
+            f"{result.loss_after_steps:.3f}",
+            "-" if result.steps_at_time is None else str(result.steps_at_time),
+            "-" if result.loss_at_time is None else f"{result.loss_at_time:.3f}",
         ]
         for result in results
     ]
     what = "every parameter" if options.full else "LoRA adapters"
-    print(f"\nTraining {what} ({options.device}); selections are {options.ratio:.0%} of a row:\n")
+    before = next(result.loss_before for result in results if result.loss_before is not None)
+    print(f"\nTraining {what} ({options.device}), {options.steps} steps, from {before:.3f}:\n")
     print(common.table(header, rows))
     print(
         "\nsaved: what one forward keeps for its backward, parameters aside; peak: the most memory "
         "that training used above the loaded model's; loss: nats per held-out answer token, of the "
-        "ordinary model. Selections are among answer tokens, for only they carry labels."
+        "ordinary model, after these steps, and after as many as fit the time that gradient "
+        "checkpointing took."
     )
 
 
