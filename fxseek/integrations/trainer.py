@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from fxseek.api import resume
-from fxseek.capture.backend import StepReport
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import InputError
+from fxseek.reports.step import StepReport
 
 try:
     import resource
