@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxseek import _torch
+from fxseek.capture.progress import say
 from fxseek.capture.uncomputed import Uncomputed
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, GraphError, InputError
@@ -29,7 +30,14 @@ from fxseek.scores import scorer_of
 
 log = logging.getLogger("fxseek")
 
-__all__ = ["Made", "Recorder", "fxseek_backend", "latest_recorder", "make_backend"]
+__all__ = [
+    "Made",
+    "Recorder",
+    "fxseek_backend",
+    "latest_is_released",
+    "latest_recorder",
+    "make_backend",
+]
 
 
 Made = Callable[[SeekConfig], Step]
@@ -67,6 +75,11 @@ _LATEST = _Latest()
 def latest_recorder() -> Recorder | None:
     """The recorder of the last step that ran in this thread through the plain backend."""
     return None if _LATEST.recorder is None else _LATEST.recorder()
+
+
+def latest_is_released() -> bool:
+    """Whether such a step has run, and nobody holds its compiled function any more."""
+    return _LATEST.recorder is not None and _LATEST.recorder() is None
 
 
 def make_backend(
@@ -268,8 +281,11 @@ def fxseek_backend(
             "would select tokens of its own. Set torch._dynamo.config.optimize_ddp = False, or use "
             "fxseek.compile(model) in the place of torch.compile"
         )
+    say("fxseek: rewriting a captured graph of %s operations ...", len(gm.graph.nodes))
     # The step holds its recorder, which lives as long as the compiled function.
-    step = make_backend(config, Recorder(), full_outputs=True)(gm, example_inputs)
+    recorder = Recorder()
+    step = make_backend(config, recorder, full_outputs=True)(gm, example_inputs)
+    say("fxseek: rewritten in %.1f s", recorder.compile_seconds)
     return torch.compiler.disable(_part(step, continues=_torch.continues(gm.graph)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fxseek.errors import InputError
-from fxseek.reports.tokens import LEVELS, Scale, Tokens
+from fxseek.reports.tokens import LEVELS, Scale, Tokens, check_place
 from fxseek.selecting import select_topk
 
 __all__ = ["draw"]
@@ -22,7 +22,7 @@ _MOST = 600
 _COLUMNS = 84
 """Characters of a line."""
 
-_WIDTH, _LINE = 0.092, 0.22
+_WIDTH, _LINE = 0.07, 0.2
 """Inches of a character and of a line."""
 
 _TINTS = {"context": "#0b4fa8", "gradient": "#9a3a00"}
@@ -40,9 +40,8 @@ def draw(tokens: Tokens, path: str | Path | None, row: int, first: int) -> None:
     if path is None or Path(path).suffix.lower() not in (".png", ".svg"):
         raise InputError(f"path={str(path)!r} must end in .png or .svg, the formats of a plot")
     batch, length = tokens.ids.shape
-    for name, at, size in (("row", row, batch), ("first", first, length)):
-        if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < size:
-            raise InputError(f"{name}={at!r} must be an integer from 0 to {size - 1}")
+    check_place("row", row, batch)
+    check_place("first", first, length)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -72,8 +71,9 @@ def draw(tokens: Tokens, path: str | Path | None, row: int, first: int) -> None:
     kept = tokens.kept_labelled(row)
     share = f"{kept[0]} of {kept[1]} labelled tokens kept; " if kept else ""
     figure.suptitle(
-        f"step {tokens.report.step}, row {row}{of}: {share}frame: selected by the score alone, "
-        "underlined: selected by the step",
+        f"step {tokens.report.step}, row {row}{of}: {share}"
+        "framed: selected by the score alone, underlined: by the step, italic: without a label, "
+        "grey: padding",
         fontsize="small",
     )
     with warnings.catch_warnings():
@@ -170,7 +170,7 @@ def _token(
         va="center",
         family="monospace",
         fontsize=7.5,
-        color=ink if valid else "#8a8a8a",
+        color=ink if valid else "#6b6b6b",
         style="normal" if labelled else "italic",
         weight="bold" if framed else "normal",
         parse_math=False,

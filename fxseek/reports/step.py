@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from fxseek.errors import InputError
+from fxseek.reports.markdown import markdown_of
 from fxseek.reports.page import framed, page_of
 from fxseek.reports.picture import draw
-from fxseek.reports.tokens import tokens_of
+from fxseek.reports.tokens import check_place, tokens_of
 
 __all__ = ["StepReport"]
 
@@ -95,6 +96,16 @@ class StepReport:
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
+
+    def to_markdown(self, tokenizer: Any = None, *, row: int = 0) -> str:
+        """The scores of a step as a table, and up to 1000 tokens of a row, selected ones bold.
+
+        Raises:
+            InputError: as `to_html`; or there is no such row.
+        """
+        tokens = tokens_of(self, tokenizer)
+        check_place("row", row, len(tokens.ids))
+        return markdown_of(tokens, row)
 
     def show(
         self, tokenizer: Any = None, *, height: int = 600, input_ids: Tensor | None = None

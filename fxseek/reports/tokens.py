@@ -15,7 +15,7 @@ from fxseek.reports.texts import check_tokenizer, texts_of
 if TYPE_CHECKING:
     from fxseek.reports.step import StepReport
 
-__all__ = ["LEVELS", "Band", "Scale", "Tokens", "tokens_of"]
+__all__ = ["LEVELS", "Band", "Scale", "Tokens", "check_place", "tokens_of"]
 
 LEVELS = 7
 """Shades that scores are coloured by."""
@@ -122,6 +122,16 @@ def tokens_of(report: StepReport, tokenizer: Any, input_ids: Tensor | None = Non
         None if report.spans is None else report.spans.cpu(),
         tuple(_scale(name, part.cpu(), valid, selected) for name, part in scored.items()),
     )
+
+
+def check_place(name: str, at: int, size: int) -> None:
+    """There must be such a row or position.
+
+    Raises:
+        InputError: there is none.
+    """
+    if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < size:
+        raise InputError(f"{name}={at!r} must be an integer from 0 to {size - 1}")
 
 
 def _check_scored(report: StepReport) -> None:
