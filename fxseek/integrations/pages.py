@@ -57,23 +57,21 @@ class TokenPages:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             report.to_html(self.tokenizer, path)
-            text = report.to_markdown(self.tokenizer)
         except (OSError, FxseekError) as error:
             if not self._told:
                 self._told = True
                 log.warning("fxseek: no token page of step %s: %s", step, error)
             return
         for reporter in reporters:
-            _hand_over(reporter, path, text, step)
+            self._hand_over(reporter, report, path, step)
 
-
-def _hand_over(reporter: Any, path: Path, text: str, step: int) -> None:
-    """Give the page to a reporter of transformers that can show it."""
-    name = type(reporter).__name__
-    if name == "TensorBoardCallback" and reporter.tb_writer is not None:
-        reporter.tb_writer.add_text(_KEY, text, step)
-    for kind, attribute in (("WandbCallback", "_wandb"), ("TrackioCallback", "_trackio")):
-        library = getattr(reporter, attribute, None)
-        if name == kind and library is not None:
-            page = library.Html(str(path), inject=False)
-            library.log({_KEY: page, "train/global_step": step})
+    def _hand_over(self, reporter: Any, report: StepReport, path: Path, step: int) -> None:
+        """Give the page to a reporter of transformers that can show it."""
+        name = type(reporter).__name__
+        if name == "TensorBoardCallback" and reporter.tb_writer is not None:
+            reporter.tb_writer.add_text(_KEY, report.to_markdown(self.tokenizer), step)
+        for kind, attribute in (("WandbCallback", "_wandb"), ("TrackioCallback", "_trackio")):
+            library = getattr(reporter, attribute, None)
+            if name == kind and library is not None:
+                page = library.Html(str(path), inject=False)
+                library.log({_KEY: page, "train/global_step": step})
