@@ -26,7 +26,7 @@ _WIDTH, _LINE = 0.07, 0.2
 """Inches of a character and of a line."""
 
 _TINTS = {"context": "#0b4fa8", "gradient": "#9a3a00"}
-_SHADES = (0.0, 0.07, 0.15, 0.25, 0.36, 0.78, 1.0)
+_SHADES = (0.0, 0.07, 0.15, 0.25, 0.36, 0.86, 1.0)
 """How much tint a level has; text is white on the last two."""
 
 

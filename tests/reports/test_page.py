@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import html
+import itertools
 import json
 import math
 import re
@@ -121,13 +122,15 @@ def test_bands_hold_every_token_once(kind: str):
     assert max(levels) <= 6
     by_level = {band["level"]: band for band in bands}
     for row in data["rows"]:
-        for value, level in zip(row["scales"][0]["values"], row["scales"][0]["levels"], strict=True):
+        for value, level in zip(
+            row["scales"][0]["values"], row["scales"][0]["levels"], strict=True
+        ):
             if value is None:
                 assert level == "-"
             else:
                 band = by_level[int(level)]
                 assert band["low"] <= value <= band["high"]
-    assert all(a["high"] < b["low"] for a, b in zip(bands, bands[1:], strict=False))
+    assert all(a["high"] < b["low"] for a, b in itertools.pairwise(bands))
     chosen = values.gather(1, found.selected)
     assert sum(band["selected"] for band in bands) == int(chosen.isfinite().sum())
 
