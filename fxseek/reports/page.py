@@ -26,7 +26,7 @@ _VALID, _LABELLED, _SELECTED = 1, 2, 4
 
 def page_of(tokens: Tokens) -> str:
     """The page as text."""
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    template = resources.files("fxseek.reports").joinpath("page.html").read_text(encoding="utf-8")
     script = template.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     head, _, tail = template.replace("{{script}}", f"sha256-{digest}").partition("{{data}}")

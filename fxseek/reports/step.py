@@ -116,8 +116,8 @@ class StepReport:
             InputError: as `to_html`; or no notebook is running.
         """
         try:
-            from IPython.core.getipython import get_ipython
-            from IPython.display import HTML, display
+            from IPython.core.getipython import get_ipython  # pyright: ignore
+            from IPython.display import HTML, display  # pyright: ignore
         except ImportError as error:
             raise InputError(
                 "show() is for notebooks, and IPython is not installed: write a page by "

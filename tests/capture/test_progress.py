@@ -63,7 +63,7 @@ def test_a_capture_that_fails_has_no_end(caplog: pytest.LogCaptureFixture):
 
 def test_the_backend_of_torch_compile_announces_its_part(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "fxseek")
-    options = {"score": "random"}
+    options: Any = {"score": "random"}
     compiled: Any = torch.compile(
         decoder(), backend="fxseek", dynamic=True, fullgraph=True, options=options
     )

@@ -372,12 +372,14 @@ def test_token_pages_never_stop_a_run(tmp_path, caplog):
 
 def test_what_token_pages_need_is_said_before_a_run(tmp_path):
     words = Words([" w"] * VOCABULARY)
-    for options, given, told in (
-        ({}, {}, "pass tokenizer=, or give the Trainer a processing_class"),
-        ({"score": "random"}, {"tokenizer": words}, "the model is compiled to measure none"),
-        ({"ratio": "labelled"}, {"tokenizer": words}, "the model is compiled to measure none"),
-    ):
-        callback = fxseek.SeekCallback(html_every=1, **given)
+    measured = "the model is compiled to measure none"
+    cases: list[tuple[Any, Any, str]] = [
+        ({}, None, "pass tokenizer=, or give the Trainer a processing_class"),
+        ({"score": "random"}, words, measured),
+        ({"ratio": "labelled"}, words, measured),
+    ]
+    for options, tokenizer, told in cases:
+        callback = fxseek.SeekCallback(html_every=1, tokenizer=tokenizer)
         model = compiled(small(), **options)
         trainer = Trainer(model, arguments(tmp_path), train_dataset=Rows(8), callbacks=[callback])
         with pytest.raises(fxseek.InputError, match=told):

@@ -258,7 +258,8 @@ def test_the_picture_has_a_panel_for_each_score(tmp_path: Path):
     for bad in ("row.pdf", None):
         with pytest.raises(fxseek.InputError, match=r"\.png or \.svg"):
             found.plot(words, bad)
-    for bad in ({"row": 1}, {"row": True}, {"first": 8}, {"first": -1}):
+    places: list[Any] = [{"row": 1}, {"row": True}, {"first": 8}, {"first": -1}]
+    for bad in places:
         with pytest.raises(fxseek.InputError, match="must be an integer from 0 to"):
             found.plot(words, tmp_path / "row.png", **bad)
 
