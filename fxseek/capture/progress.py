@@ -1,7 +1,7 @@
 """What is said of a capture: a line when it starts, and one when it is done.
 
 Dynamo tells when it starts to compile by a callback handler that has no public spelling
-(``torch._dynamo.callback_handler``, in torch 2.11 to 2.14); nothing else says that a call which has
+(``torch._dynamo.callback``, in torch 2.11 to 2.14); nothing else says that a call which has
 run before is captured again.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch._dynamo.callback import callback_handler
 
 __all__ = ["Captures", "say"]
 
@@ -47,7 +47,6 @@ class Captures:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """A call that may be captured."""
-        handler: Any = torch._dynamo.callback_handler  # pyright: ignore[reportAttributeAccessIssue]
         thread = threading.get_ident()
 
         def start(_: Any) -> None:
@@ -55,12 +54,12 @@ class Captures:
                 self._start()
 
         self._started = None
-        handler.register_start_callback(start)
+        callback_handler.register_start_callback(start)
         try:
             yield
         finally:
-            if start in handler.start_callbacks:  # torch._dynamo.reset() takes all
-                handler.remove_start_callback(start)
+            if start in callback_handler.start_callbacks:  # torch._dynamo.reset() takes all
+                callback_handler.remove_start_callback(start)
 
     def _start(self) -> None:
         self._started = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import TinyConfig, TinyDecoder, batch
+from torch._dynamo.callback import callback_handler
 
 import fxseek
 from fxseek.capture.progress import Captures, say
@@ -39,7 +40,7 @@ def test_each_capture_is_announced_and_no_other_step(caplog: pytest.LogCaptureFi
     start, end = lines(caplog)
     assert "again, for another kind of batch" in start
     assert "captured and rewritten" in end
-    assert torch._dynamo.callback_handler.start_callbacks == []  # type: ignore[attr-defined]
+    assert callback_handler.start_callbacks == []
 
 
 @pytest.mark.sweep
@@ -87,5 +88,5 @@ def test_without_logging_it_is_said_on_stderr(
 def test_a_reset_within_a_call_takes_the_callback():
     captures = Captures("model")
     with captures.watched():
-        torch._dynamo.callback_handler.clear()  # type: ignore[attr-defined]
+        callback_handler.clear()
     assert captures.count == 0
