@@ -7,7 +7,6 @@ model(input_ids=..., attention_mask=..., labels=...).loss.backward()
 from typing import TYPE_CHECKING, Any
 
 from fxseek.api import compile, report, resume, uncompile
-from fxseek.capture.backend import StepReport
 from fxseek.config import SeekConfig
 from fxseek.errors import (
     CaptureError,
@@ -23,6 +22,7 @@ from fxseek.inspect.estimate import Estimate, estimate
 from fxseek.inspect.explain import Explanation, Fallback, explain
 from fxseek.inspect.profile import Profile, profile
 from fxseek.inspect.quality import GradientQuality, gradient_quality
+from fxseek.reports.step import StepReport
 from fxseek.scores import ScoreInputs
 
 if TYPE_CHECKING:

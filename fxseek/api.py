@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fxseek import _torch
-from fxseek.capture.backend import StepReport, latest_recorder
+from fxseek.capture.backend import latest_is_released, latest_recorder
 from fxseek.capture.limits import refuse_model
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, InputError
 from fxseek.inspect.budget import within_budget
+from fxseek.reports.step import StepReport
 
 __all__ = ["compile", "report", "resume", "uncompile"]
 
@@ -87,7 +88,8 @@ def report(model: nn.Module | None = None) -> StepReport:
     Without a model: the last step of ``torch.compile(..., backend="fxseek")`` in this thread.
 
     Raises:
-        InputError: the model is not compiled by fxseek, or no training step has run.
+        InputError: the model is not compiled by fxseek, no training step has run, or the compiled
+            function of the last one is gone. A report that was asked for before stays.
     """
     if model is None:
         recorder = latest_recorder()
@@ -96,6 +98,11 @@ def report(model: nn.Module | None = None) -> StepReport:
         if step is None:
             raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
         recorder = step.recorder
+    if model is None and latest_is_released():
+        raise InputError(
+            "the compiled function of the last step in this thread is gone, and its report with "
+            "it: keep the function, or ask for the report before it is released"
+        )
     if recorder is None or recorder.last is None:
         raise InputError(
             "no training step has run: call the model in training mode, with labels and with "

@@ -135,6 +135,7 @@ def _token_inputs(
         batch_dim=None if sizes.batch is None else 0,
         virtual=sizes.virtual,
         required=structure.pooled,
+        own_ids=by_name.get("decoder_input_ids", by_name.get("input_ids")),
     )
 
 

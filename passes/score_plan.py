@@ -30,7 +30,8 @@ __all__ = [
 class TokenInputs:
     """The inputs of the captured graph that say how many tokens there are, and which.
 
-    `ids`, `mask`, `positions`: None where there is none; `primary`: one that counts the tokens;
+    `ids`, `mask`, `positions`: None where there is none; `own_ids`: those of the tokens that are
+    counted, which `ids` are not where they are an encoder's; `primary`: one that counts the tokens;
     `batch_dim`: its batch dimension, None where the batch is 1; `virtual`: tokens that the model
     puts in front of those it is given (prompt tuning); `required`: places in a row that it reads
     one by one.
@@ -43,6 +44,7 @@ class TokenInputs:
     batch_dim: int | None
     virtual: int
     required: tuple[Place, ...]
+    own_ids: fx.Node | None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ LAYERS = (
     ("checks", "ratios", "scores", "spans", "selecting", "config"),
     ("passes",),
     ("program",),
-    ("run",),
+    ("run", "reports"),
     ("capture",),
     ("inspect",),
     ("api",),

@@ -63,6 +63,10 @@ def test_it_tells_type_checkers_that_it_is_typed(wheel: Path) -> None:
     assert "fxseek/py.typed" in names(wheel)
 
 
+def test_the_token_page_is_in_it(wheel: Path) -> None:
+    assert "fxseek/reports/page.html" in names(wheel)
+
+
 def test_it_declares_the_dynamo_backend(wheel: Path) -> None:
     entries = configparser.ConfigParser()
     entries.read_string(read(wheel, "entry_points.txt"))

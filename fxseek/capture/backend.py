@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, fx
 
 from fxseek import _torch
+from fxseek.capture.progress import say
 from fxseek.capture.uncomputed import Uncomputed
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, GraphError, InputError
 from fxseek.passes.facts import tensors_of
 from fxseek.program import Writes, build, trains
+from fxseek.reports.step import StepReport
 from fxseek.run.assemble import Ran, Step, assemble
 from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import functions_of
@@ -28,55 +30,18 @@ from fxseek.scores import scorer_of
 
 log = logging.getLogger("fxseek")
 
-__all__ = ["Made", "Recorder", "StepReport", "fxseek_backend", "latest_recorder", "make_backend"]
+__all__ = [
+    "Made",
+    "Recorder",
+    "fxseek_backend",
+    "latest_is_released",
+    "latest_recorder",
+    "make_backend",
+]
 
 
 Made = Callable[[SeekConfig], Step]
 """What makes the step of a captured graph."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What the last training step selected, scored and saved.
-
-    `selected`: LongTensor[batch, kept], ascending; a row keeps its ratio of its own valid tokens
-    (at ratio 1.0 all positions), and one that keeps fewer than another ends in -1. `weights`:
-    FloatTensor[batch, kept], the loss weight of each (0 where there is none). `valid`:
-    BoolTensor[batch, tokens], False at padding. `scores`: FloatTensor[batch, tokens]; `parts`: what
-    they are made of, by name, of the same shape (``"context"``, ``"gradient"``), where the score
-    measures any.
-    `full_loss`: the loss over all labelled tokens in nats, None where scoring did not compute it.
-    `saved_bytes`: bytes that autograd keeps for backward, parameters and buffers excluded, shared
-    memory counted once. `tokens`: tokens of a row. `step`: how many steps were run before.
-    `ratio`: the share of each row's tokens that the step was to keep, None where rows decide.
-    `spans`: LongTensor[batch, tokens], the span that each token was selected with (equal numbers
-    are a span), None where tokens are selected one by one. `timings`: seconds of each stage
-    (prefill, score, select, gather, learn; the backward is none), where `Recorder.timed` asks for
-    them.
-    """
-
-    selected: Tensor
-    weights: Tensor
-    valid: Tensor
-    scores: Tensor
-    parts: dict[str, Tensor]
-    full_loss: Tensor | None
-    saved_bytes: int
-    tokens: int
-    step: int
-    ratio: float | None
-    spans: Tensor | None = None
-    timings: dict[str, float] | None = None
-
-    @property
-    def context(self) -> Tensor | None:
-        """The context score, None where the score does not use it."""
-        return self.parts.get("context")
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """The gradient score, None where the score does not use it."""
-        return self.parts.get("gradient")
 
 
 @dataclass
@@ -110,6 +75,11 @@ _LATEST = _Latest()
 def latest_recorder() -> Recorder | None:
     """The recorder of the last step that ran in this thread through the plain backend."""
     return None if _LATEST.recorder is None else _LATEST.recorder()
+
+
+def latest_is_released() -> bool:
+    """Whether such a step has run, and nobody holds its compiled function any more."""
+    return _LATEST.recorder is not None and _LATEST.recorder() is None
 
 
 def make_backend(
@@ -188,7 +158,7 @@ def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
             outputs = list(outputs)
             for at, stand_in in zip(dropped, recorder.uncomputed, strict=True):
                 outputs[at] = stand_in
-        recorder.last = _report(ran, index, ratio, timings)
+        recorder.last = _report(ran, config, index, ratio, timings)
         _LATEST.recorder = weakref.ref(recorder)
         return outputs
 
@@ -235,7 +205,11 @@ def stage_seconds(module: fx.GraphModule, timings: dict[str, float]) -> Iterator
 
 
 def _report(
-    ran: Ran, step: int, ratio: float | None, timings: dict[str, float] | None
+    ran: Ran,
+    config: SeekConfig,
+    step: int,
+    ratio: float | None,
+    timings: dict[str, float] | None,
 ) -> StepReport:
     scores = ran.scores
     return StepReport(
@@ -251,7 +225,19 @@ def _report(
         ratio=ratio,
         spans=ran.selection.spans,
         timings=timings,
+        input_ids=scores.input_ids,
+        labels=scores.labels,
+        supervised=scores.supervised,
+        score=_score_name(config),
     )
+
+
+def _score_name(config: SeekConfig) -> str | None:
+    """What tokens are ranked by; None where all are kept, or all that have a label."""
+    if not config.is_scored:
+        return None
+    score = config.score
+    return score if isinstance(score, str) else getattr(score, "__name__", type(score).__name__)
 
 
 def fxseek_backend(
@@ -295,8 +281,11 @@ def fxseek_backend(
             "would select tokens of its own. Set torch._dynamo.config.optimize_ddp = False, or use "
             "fxseek.compile(model) in the place of torch.compile"
         )
+    say("fxseek: rewriting a captured graph of %s operations ...", len(gm.graph.nodes))
     # The step holds its recorder, which lives as long as the compiled function.
-    step = make_backend(config, Recorder(), full_outputs=True)(gm, example_inputs)
+    recorder = Recorder()
+    step = make_backend(config, recorder, full_outputs=True)(gm, example_inputs)
+    say("fxseek: rewritten in %.1f s", recorder.compile_seconds)
     return torch.compiler.disable(_part(step, continues=_torch.continues(gm.graph)))
 
 

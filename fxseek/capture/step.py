@@ -19,6 +19,7 @@ from fxseek.capture.backend import Made, Recorder, make_backend
 from fxseek.capture.call import Calls
 from fxseek.capture.limits import refuse_model
 from fxseek.capture.patches import capture_settings
+from fxseek.capture.progress import Captures
 from fxseek.capture.quantised import trace_dequantisation
 from fxseek.capture.recorders import install_recorders
 from fxseek.capture.trl import refuse_untraceable, traceable_log_probs
@@ -68,6 +69,7 @@ class SeekStep:
         self.fit = fit
         self.run = run
         self.recorder = Recorder()
+        self.captures = Captures(type(model).__name__)
         self._restore: list[Callable[[], None]] = []
         self._buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         """Each module's buffers as they were at a capture, until its first step is done."""
@@ -107,7 +109,7 @@ class SeekStep:
 
         def capture(gm: fx.GraphModule, examples: Any) -> Callable[..., Any]:
             self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
-            return backend(gm, examples)
+            return self.captures.done(backend(gm, examples))
 
         self._plain = with_loss
         self._compiled = torch.compile(with_loss, backend=capture, **options)
@@ -185,6 +187,7 @@ class SeekStep:
                 capture_settings(captures=_CAPTURES, first=first),
                 traceable_log_probs(),
                 _quiet(batch),
+                self.captures.watched(),
             ):
                 result = self._captured(batch)
         except FxseekError:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxseek.capture.backend import StepReport
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.capture.trl import traceable_log_probs
 from fxseek.errors import GradientMismatch, InputError
@@ -22,6 +21,7 @@ from fxseek.inspect.reference import Reference, masked_backprop
 from fxseek.inspect.state import state_of
 from fxseek.passes.facts import Facts, Rows, example, module_path, needs_grad, tensors_of, where
 from fxseek.passes.rules import Full, Plan, called, wants_of
+from fxseek.reports.step import StepReport
 
 __all__ = ["GradientCheck", "check_gradients"]
 

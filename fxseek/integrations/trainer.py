@@ -13,9 +13,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from fxseek.api import resume
-from fxseek.capture.backend import StepReport
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.errors import InputError
+from fxseek.integrations.pages import TokenPages
+from fxseek.reports.step import StepReport
 
 try:
     import resource
@@ -45,10 +46,24 @@ class SeekCallback(TrainerCallback, ExportableState):
 
     Args:
         timings: measure the stages; a device is waited for at the end of each.
+        html_every: steps of the optimiser after which the token page (`StepReport.to_html`) is
+            written to ``<output_dir>/fxseek/tokens-<step>.html``, each time they have passed; None
+            for never. Once attached, trackio and wandb get the page, TensorBoard a text. Of several
+            processes the first writes what it selected.
+        tokenizer: what made the ids; by default the Trainer's ``processing_class``.
+
+    Raises:
+        InputError: `html_every` is no number of steps; or when training starts, there is no
+            tokenizer or no score to show, or the model is not compiled.
     """
 
-    def __init__(self, timings: bool = True) -> None:
+    def __init__(
+        self, timings: bool = True, html_every: int | None = None, tokenizer: Any = None
+    ) -> None:
         self.timings = timings
+        self.html_every = html_every
+        self._pages = None if html_every is None else TokenPages(html_every, tokenizer)
+        self._handler: Any = None
         self._steps = 0
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
@@ -56,12 +71,14 @@ class SeekCallback(TrainerCallback, ExportableState):
 
     def attach(self, trainer: Any) -> SeekCallback:
         """Add this callback to a Trainer, before its reporters; returns it."""
-        trainer.callback_handler.callbacks.insert(0, self)
+        self._handler = trainer.callback_handler
+        self._handler.callbacks.insert(0, self)
         return self
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
-        return {"args": {"timings": self.timings}, "attributes": {"_steps": self._steps}}
+        given = {"timings": self.timings, "html_every": self.html_every}
+        return {"args": given, "attributes": {"_steps": self._steps}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start at the forward that a checkpoint ended with; ask for timings."""
@@ -73,6 +90,9 @@ class SeekCallback(TrainerCallback, ExportableState):
                 "Trainer that is given peft_config wraps the model that it is given, and the "
                 "wrapper is what has to be compiled."
             )
+        if self._pages is not None:
+            config = step.config
+            self._pages.check(kwargs.get("processing_class"), config.score, config.is_scored)
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step and isinstance(saved, dict):
             resume(step.model, saved["attributes"]["_steps"])
@@ -96,8 +116,14 @@ class SeekCallback(TrainerCallback, ExportableState):
         self._collect(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take in the last micro-batch of a step."""
+        """Take in the last micro-batch of a step; write its page where it is time."""
         self._collect(kwargs["model"])
+        pages, report = self._pages, self._last
+        if pages is None or report is None or state.global_step % pages.every:
+            return
+        if state.is_world_process_zero:
+            reporters = [] if self._handler is None else self._handler.callbacks
+            pages.write(report, args, state, reporters)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the means to a log of training."""

@@ -13,7 +13,7 @@ from fxseek.passes.score_plan import Targets, TokenInputs
 from fxseek.passes.structure import Place
 from fxseek.run.env import Env
 
-__all__ = ["beginnings", "first_tokens", "labels_of", "positions_at", "valid_tokens"]
+__all__ = ["beginnings", "first_tokens", "ids_of", "labels_of", "positions_at", "valid_tokens"]
 
 
 def valid_tokens(
@@ -50,6 +50,22 @@ def labels_of(
         counts = env.read(targets.full[2]).reshape(valid.shape) != 0
         supervised = counts if supervised is None else supervised & counts
     return labels, supervised
+
+
+def ids_of(inputs: TokenInputs, env: Env, valid: Tensor) -> Tensor | None:
+    """A copy of the ids of the tokens, Long, -1 at virtual ones; None without ids.
+
+    The caller may write another batch to the tensor that it gave.
+    """
+    if inputs.own_ids is None:
+        return None
+    given = env.read(inputs.own_ids)
+    ids = torch.full(valid.shape, -1, dtype=torch.int64, device=valid.device)
+    own = ids[:, inputs.virtual :]
+    if given.numel() != own.numel():  # several for each token
+        return None
+    own.copy_(given.reshape(own.shape))
+    return ids
 
 
 def beginnings(inputs: TokenInputs, env: Env, valid: Tensor) -> Tensor | None:

@@ -33,6 +33,7 @@ from fxseek.run.piece import Runner, SweptRegion, at_positions, every_position
 from fxseek.run.row_inputs import (
     beginnings,
     first_tokens,
+    ids_of,
     labels_of,
     positions_at,
     valid_tokens,
@@ -69,6 +70,10 @@ class Scores:
     """Tokens that the model put in front (prompt tuning): parameters, kept beside the ratio."""
     begins: Tensor | None = None
     """Where a document of a packed row begins, for spans; None without positions of tokens."""
+    input_ids: Tensor | None = None
+    """Of the tokens that are scored, for the report: a copy, -1 at virtual ones."""
+    labels: Tensor | None = None
+    """What the prediction at each position is compared with, for the report: a copy."""
 
 
 class Score(nn.Module):
@@ -128,6 +133,8 @@ class Score(nn.Module):
             torch.cat(required, dim=1) if required else None,
             virtual,
             beginnings(inputs, env, valid) if self.config.draws_spans else None,
+            ids_of(inputs, env, valid),
+            None if targets is None else targets.clone(),
         )
 
 

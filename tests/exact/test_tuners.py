@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from tuners import TUNERS, VIRTUAL, Tuner, tuned
 
 import fxseek
-from fxseek.capture.backend import StepReport
 from fxseek.capture.step import step_of
 from fxseek.errors import CaptureError, InputError
 from fxseek.inspect.compare import compare
 from fxseek.inspect.reference import Reference, masked_backprop
 from fxseek.passes.rules import operation
+from fxseek.reports.step import StepReport
 
 # Dynamo makes an instance where a model applies an autograd function of its own (LoHa).
 pytestmark = pytest.mark.filterwarnings(

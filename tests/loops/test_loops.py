@@ -6,12 +6,14 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ddp
 import pytest
 import torch
 from models import batch, tiny_llama, tiny_lora
+from reports import Words
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -317,6 +319,73 @@ def test_the_callback_as_trainer_takes_callbacks(tmp_path):
     trainer.train()
     keys = {key for entry in trainer.state.log_history for key in entry if "fxseek" in key}
     assert keys == {"fxseek/selected", "fxseek/saved_mib", "fxseek/peak_mib"}
+
+
+class WandbCallback(TrainerCallback):
+    """A reporter with a library that takes pages, as wandb's and trackio's are."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+        self._wandb = SimpleNamespace(
+            Html=lambda path, inject: (path, inject), log=self.logs.append
+        )
+
+
+class TensorBoardCallback(TrainerCallback):
+    def __init__(self) -> None:
+        self.texts: list[tuple[str, str, int]] = []
+        self.tb_writer = SimpleNamespace(add_text=lambda *given: self.texts.append(given))
+
+
+def test_the_callback_writes_token_pages(tmp_path):
+    model, wandb, board = compiled(small()), WandbCallback(), TensorBoardCallback()
+    args = arguments(tmp_path, max_steps=4, gradient_accumulation_steps=2)
+    words = Words([f" w{i}" for i in range(VOCABULARY)])
+    trainer, watch = watched(model, args, train_dataset=Rows(16), callbacks=[wandb, board])
+    fxseek.SeekCallback(html_every=2, tokenizer=words).attach(trainer)
+    trainer.train()
+    written = sorted(path.name for path in (tmp_path / "fxseek").iterdir())
+    assert written == ["tokens-2.html", "tokens-4.html"]
+    assert len(watch.reports) == 8
+    for step in (2, 4):
+        page = (tmp_path / "fxseek" / f"tokens-{step}.html").read_text()
+        assert page == watch.reports[2 * step - 1].to_html(
+            words
+        )  # the last micro-batch of the step
+    assert [entry["train/global_step"] for entry in wandb.logs] == [2, 4]
+    assert wandb.logs[0]["fxseek/tokens"] == (str(tmp_path / "fxseek" / "tokens-2.html"), False)
+    assert [(name, step) for name, _, step in board.texts] == [("fxseek/tokens", x) for x in (2, 4)]
+    assert "<strong>" in board.texts[0][1]
+
+
+def test_token_pages_never_stop_a_run(tmp_path, caplog):
+    (tmp_path / "fxseek").write_text("in the way of a folder")
+    callback = fxseek.SeekCallback(html_every=1, tokenizer=Words([" w"] * VOCABULARY))
+    trainer = Trainer(
+        compiled(small()), arguments(tmp_path), train_dataset=Rows(8), callbacks=[callback]
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert sum("no token page" in message for message in caplog.messages) == 1
+
+
+def test_what_token_pages_need_is_said_before_a_run(tmp_path):
+    words = Words([" w"] * VOCABULARY)
+    measured = "the model is compiled to measure none"
+    cases: list[tuple[Any, Any, str]] = [
+        ({}, None, "pass tokenizer=, or give the Trainer a processing_class"),
+        ({"score": "random"}, words, measured),
+        ({"ratio": "labelled"}, words, measured),
+    ]
+    for options, tokenizer, told in cases:
+        callback = fxseek.SeekCallback(html_every=1, tokenizer=tokenizer)
+        model = compiled(small(), **options)
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=Rows(8), callbacks=[callback])
+        with pytest.raises(fxseek.InputError, match=told):
+            trainer.train()
+    for every in (0, -1, True, 1.5):
+        with pytest.raises(fxseek.InputError, match="must be a number of steps"):
+            fxseek.SeekCallback(html_every=every)  # type: ignore[arg-type]
 
 
 def test_the_callback_tells_that_the_model_is_not_compiled(tmp_path):

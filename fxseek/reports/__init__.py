@@ -1,0 +1,1 @@
+"""What a training step did: numbers, a page of its tokens, a picture of them."""

@@ -1,0 +1,85 @@
+"""What a person reads of a token."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import fxseek
+from fxseek.reports.texts import check_tokenizer, legible, texts_of
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" the", " the"),
+        (" ", "·"),
+        ("    x", "····x"),
+        ("x ", "x·"),
+        ("\n\n", "↵\n↵\n"),
+        ("\r\n\t", "␍↵\n⇥"),
+        ("a\u2028b", "a⟨2028⟩b"),
+        ("\u200b", "⟨200B⟩"),
+        ("\u202etext", "⟨202E⟩text"),
+        ("\xa0", "⟨A0⟩"),
+        ("\u0301", "◌\u0301"),
+        ("\u200d", "⟨200D⟩"),
+        ("👩\u200d🔬", "👩\u200d🔬"),
+        ("שלום", "שלום"),
+        ("\ud800", "⟨D800⟩"),
+    ],
+)
+def test_what_cannot_be_seen_is_written_out(text: str, shown: str):
+    assert legible(text) == shown
+
+
+def byte_level() -> Any:
+    """A byte-level tokenizer without merges: the id of a byte is its place in the alphabet."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def test_parts_of_characters_are_bytes():
+    tokenizer = byte_level()
+    ids = tokenizer("é x")["input_ids"]
+    texts = texts_of(tokenizer, ids)
+    assert [texts[i] for i in ids] == ["⟨C3⟩", "⟨A9⟩", "·", "x"]
+
+
+def test_sentencepiece_keeps_its_spaces_and_bytes():
+    tokens = {0: "▁the", 1: "re", 2: "<0xE2>"}
+    decoded = {0: "the", 1: "re", 2: "\ufffd"}
+    tokenizer = SimpleNamespace(
+        convert_ids_to_tokens=tokens.get, decode=lambda ids: decoded[ids[0]]
+    )
+    assert texts_of(tokenizer, [0, 1, 2]) == {0: " the", 1: "re", 2: "⟨E2⟩"}
+
+
+def test_ids_that_have_no_text_are_numbers():
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda i: None)
+    assert texts_of(tokenizer, [49152, -1, -200]) == {
+        49152: "⟨49152⟩",
+        -1: "⟨virtual⟩",
+        -200: "⟨-200⟩",
+    }
+
+
+def test_what_is_no_tokenizer():
+    with pytest.raises(fxseek.InputError, match=r"none was given.*AutoTokenizer"):
+        check_tokenizer(None)
+    with pytest.raises(fxseek.InputError, match="got int"):
+        check_tokenizer(3)
+    inner = SimpleNamespace(decode=lambda ids: "a")
+    assert check_tokenizer(SimpleNamespace(tokenizer=inner)) is inner  # a processor
+    words = ["a"]
+    broken = SimpleNamespace(decode=lambda ids: words[ids[0]])
+    with pytest.raises(fxseek.InputError, match="no text for the id 5: list index"):
+        texts_of(broken, [5])
