@@ -8,7 +8,8 @@ learns the same), on the labelled tokens, on a quarter of them, sampled by their
 TokenSeek as published, on the tenth that scores best. Each starts from the same weights and sees
 the same batches in the same order, in a process of its own, so that their memory can be compared.
 They are judged after the same number of steps, and when their steps have taken as long as those of
-gradient checkpointing. Without --data the text is the documentation of installed libraries.
+gradient checkpointing. A page shows which tokens TokenSeek has selected in its last step. Without
+--data the text is the documentation of installed libraries.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
-from common import ExampleError, ModelSource, Row
+from common import ExampleError, ModelSource, Row, Tokenizer
 
 # The options of fxseek.compile for each way; None is a way without fxseek.
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -47,6 +49,7 @@ NAMES = {
     "sampled": "fxseek, sampled, 25 %",
     "tokenseek": "fxseek, TokenSeek, 10 %",
 }
+SHOWN = "tokenseek"  # a page shows its last step
 PACE = "checkpointing"  # equal time is the time that its steps take
 MOST = 4  # times as many steps as the others, in equal time
 UNTIMED_STEPS = 2  # the first captures the graph; in the second saved tensors are counted
@@ -60,7 +63,8 @@ class Job:
     source: ModelSource
     train: list[Row]
     held_out: list[Row]
-    pad_id: int
+    tokenizer: Tokenizer
+    page: Path
     batch: int
     steps: int
     seconds: float | None  # of equal time; None where it is not known
@@ -114,6 +118,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the split, the order and the adapters")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    add("--page", type=Path, default=Path("build/tokens.html"), help="of tokens (%(default)s)")
     options = parser.parse_args(arguments)
     options.methods = options.methods.split(",")
     unknown = [method for method in options.methods if method not in METHODS]
@@ -137,8 +142,6 @@ def compare(options: argparse.Namespace) -> list[Result]:
         pairs = common.read_alpaca(options.data)
     else:
         pairs = common.docstring_pairs(least_characters=600)
-    pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
     rows = MOST * options.steps * options.batch  # quick ways take more steps in equal time
     train, held_out = common.split_rows(
         pairs, tokenizer, options.tokens, rows, options.held_out, options.seed
@@ -159,7 +162,7 @@ def compare(options: argparse.Namespace) -> list[Result]:
             pace = results.get(PACE)
             job = Job(
                 method=method, source=source, train=train, held_out=held_out,
-                pad_id=pad_id, batch=options.batch, steps=options.steps,
+                tokenizer=tokenizer, page=options.page, batch=options.batch, steps=options.steps,
                 seconds=None if pace is None else pace.step_seconds * options.steps,
                 judge_first=not results, full=options.full, rate=options.rate, seed=options.seed,
                 device=options.device, dtype=options.dtype,
@@ -189,7 +192,9 @@ def run(job: Job) -> Result:
     elif job.method == "checkpointing":
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    judged = (job.held_out, job.pad_id, device)
+    pad_id = job.tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    judged = (job.held_out, pad_id, device)
     before = common.held_out_loss(model, *judged) if job.judge_first else None
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -202,7 +207,7 @@ def run(job: Job) -> Result:
     with common.PeakBytes(device) as peak:
         bar = tqdm(desc=f"{NAMES[job.method]:24}", unit="step", total=job.steps)
         for step in range(MOST * job.steps):
-            batch = common.batch_of(job.train, step, job.batch, job.pad_id, device)
+            batch = common.batch_of(job.train, step, job.batch, pad_id, device)
             with common.timed(device, seconds):
                 if step == 1:
                     with common.SavedBytes(model) as saved:
@@ -225,6 +230,11 @@ def run(job: Job) -> Result:
                 break
         bar.close()
     assert after_steps is not None
+    if job.method == SHOWN:
+        import fxseek
+
+        job.page.parent.mkdir(parents=True, exist_ok=True)
+        fxseek.report(model).to_html(job.tokenizer, job.page)
     if job.method == PACE:
         at_time = (after_steps, job.steps)
     return Result(
@@ -271,6 +281,8 @@ def show(results: Sequence[Result], options: argparse.Namespace) -> None:
         "ordinary model, after these steps, and after as many as fit the time that gradient "
         "checkpointing took."
     )
+    if SHOWN in options.methods:
+        print(f"\nThe tokens of a step: {options.page}")
 
 
 if __name__ == "__main__":

@@ -392,10 +392,13 @@ class InThisProcess:
 
 
 def test_the_ways_of_the_demo_learn_and_fxseek_saves_less(
-    folder: Path, alpaca: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "ProcessPoolExecutor", InThisProcess)
-    arguments = f"--model {folder} --data {alpaca} --steps 3 --tokens 128 --held-out 2"
+    page = tmp_path / "new" / "tokens.html"
+    arguments = (
+        f"--model {folder} --data {alpaca} --steps 3 --tokens 128 --held-out 2 --page {page}"
+    )
     results = demo.compare(demo.parse([*arguments.split(), "--device", "cpu"]))
     assert [result.method for result in results] == list(demo.METHODS)
     ordinary, pace, *ours = results
@@ -405,6 +408,7 @@ def test_the_ways_of_the_demo_learn_and_fxseek_saves_less(
     for way in (pace, ours[0]):  # these learn what ordinary training learns
         assert way.loss_after_steps == pytest.approx(ordinary.loss_after_steps, abs=1e-4)
     assert (pace.steps_at_time, pace.loss_at_time) == (3, pace.loss_after_steps)
+    assert "<html" in page.read_text(encoding="utf-8")
     assert demo._spent([9, 9, 2, 2, 2], 11) and not demo._spent([9, 9, 2, 2], 11)
 
 
