@@ -65,8 +65,9 @@ class MemoryComparison:
     def __str__(self) -> str:
         """A Markdown table that lines up in a terminal too."""
         unit, scale = unit_of(max(bar.estimate.peak_bytes for bar in self.bars))
-        head = ("tuning", "rows", "way", *PARTS, "peak", "of ordinary", "activations at most")
-        rows = [head]
+        rows: list[tuple[str, ...]] = [
+            ("tuning", "rows", "way", *PARTS, "peak", "of ordinary", "activations at most")
+        ]
         for bar in self.bars:
             peak = bar.estimate.peak_bytes
             share = f"{100 * peak / self._ordinary(bar).estimate.peak_bytes:.0f} %"
@@ -114,7 +115,7 @@ class MemoryComparison:
             handles, names = panels[0].get_legend_handles_labels()
             figure.suptitle(self.model)
             figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-            plain = {"metadata": {"Date": None}} if Path(path).suffix.lower() == ".svg" else {}
+            plain: dict[str, Any] = {"metadata": {"Date": None}} if Path(path).suffix.lower() == ".svg" else {}
             figure.savefig(path, dpi=150, **plain)
 
 

@@ -1,0 +1,79 @@
+"""What is known of the paper's settings, each with its source, and what runs here take instead.
+
+The paper is arXiv 2601.19739. What its abstract doesn't say, and what nothing else that was read
+says of it, is "not known" here; no value is guessed to be the paper's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+ABSTRACT = "abstract of arXiv 2601.19739"
+METHOD = "arXiv 2601.19739, section 3 (docs/scoring.md)"
+TABLE = "the paper's table of methods"
+TOKENTUNE = "defaults of TokenTune's published training script, from a public copy"
+OURS = "not known: ours"
+
+FIGURE = "2.8 GB, 14.8 % of the memory of ordinary training, on Llama-3.2-1B"
+"""The abstract's figure; which of the paper's rows and columns it is of, is not known."""
+
+FEWSHOT = {"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "winogrande": 0}
+"""Examples in a prompt, by task. Source: a public index of the paper's benchmarks (wizwand.com)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting: what the paper has, and where that is from."""
+
+    name: str
+    paper: str
+    source: str
+
+
+SETTINGS = (
+    Setting("model", "Llama-3.2-1B among others", ABSTRACT),
+    Setting("data", "Open-Platypus", TABLE),
+    Setting("tasks", "MMLU, ARC, HellaSwag, TruthfulQA, WinoGrande", TABLE),
+    Setting("examples in prompts", "5, 25, 10, 0, 0", "an index of the paper's benchmarks"),
+    Setting("share of tokens", "10 %", "README"),
+    Setting("selection", "top-k, among all tokens", METHOD),
+    Setting("alpha, beta", "equal", METHOD),
+    Setting("gradient score", "sum of magnitudes", METHOD),
+    Setting("rows of a step", "not known", "TokenTune's script: 128"),
+    Setting("longest row", "not known", "TokenTune's script: 1024"),
+    Setting("epochs", "not known", "TokenTune's script: 1"),
+    Setting("learning rate", "not known", "TokenTune's script: 1.5e-4, cosine"),
+    Setting("weight decay", "not known", "TokenTune's script: 0.01"),
+    Setting("adapters", "not known", "TokenTune's script: rank 8, alpha 16, dropout 0.05"),
+    Setting("memory of a run", "not known", "TokenTune's script: the allocator's reserved bytes"),
+)
+
+RATES = {
+    "full": 2e-5, "ia3": 5e-3, "lora": 5e-4, "lokr": 1e-3, "boft": 1e-3, "bone": 5e-4,
+    "loha": 1e-3, "qlora": 5e-4,
+}  # fmt: skip
+"""Learning rates by tuner. Source: ours, chosen without a search; the paper's are not known."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Sources: model, data, tasks as above; batch, tokens, epochs, schedule and decay: TOKENTUNE.
+    "paper": {
+        "model": "meta-llama/Llama-3.2-1B", "data": "garage-bAInd/Open-Platypus",
+        "tasks": ",".join(FEWSHOT), "seeds": 1, "steps": 0, "batch": 4, "accumulate": 32,
+        "tokens": 1024, "held_out": 256, "questions": 0, "schedule": "cosine", "decay": 0.01,
+        "dtype": "bfloat16", "what": "table,ablations", "also": "",
+    },
+    # On two cores: hours.
+    "offline": {
+        "model": None, "data": None, "tasks": "continuation", "seeds": 3, "steps": 48, "batch": 4,
+        "accumulate": 1, "tokens": 512, "held_out": 24, "questions": 96, "schedule": "constant",
+        "decay": 0.0, "dtype": "float32", "what": "table,ablations", "also": "recommended,parts",
+    },
+    # On two cores: minutes.
+    "small": {
+        "model": None, "data": None, "tasks": "continuation", "seeds": 1, "steps": 8, "batch": 2,
+        "accumulate": 1, "tokens": 192, "held_out": 8, "questions": 16, "schedule": "constant",
+        "decay": 0.0, "dtype": "float32", "what": "table", "also": "",
+    },
+}  # fmt: skip
+"""Defaults of the arguments. `steps` of 0 are one epoch."""

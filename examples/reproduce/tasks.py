@@ -1,0 +1,122 @@
+"""Tasks by lm-eval (EleutherAI's harness), and one made of the held-out text."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import random
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common import IGNORED, Row, Tokenizer
+from reproduce.paper import FEWSHOT
+
+LOCAL = "continuation"
+"""The task made of the held-out text: which of four pieces of answers goes on a given one."""
+
+WORDS, CHOICES = 12, 4
+METRICS = ("acc_norm,none", "acc,none", "exact_match,none")
+"""What counts as a task's score: the first of these that it has, as leaderboards of lm-eval do."""
+
+
+def documents(
+    rows: Sequence[Row], tokenizer: Tokenizer, count: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Questions about held-out rows, at most `count`.
+
+    Each is a prompt with the beginning of its answer, cut at a random word, and four pieces of
+    `WORDS` words: what follows, and pieces of other rows' answers.
+    """
+    draw = random.Random(seed)
+    texts: list[tuple[str, list[str]]] = []
+    for row in rows:
+        prompt = [i for i, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
+        answer = [i for i, label in zip(row.ids, row.labels, strict=True) if label != IGNORED]
+        words = re.findall(r"\s*\S+", _text(tokenizer, answer, skip_special_tokens=True))
+        if len(words) >= 2 * WORDS:
+            texts.append((_text(tokenizer, prompt), words))
+    found: list[dict[str, Any]] = []
+    while len(texts) >= CHOICES and len(found) < count:
+        prompt, words = texts[len(found) % len(texts)]
+        at = draw.randint(WORDS, len(words) - WORDS)
+        others = draw.sample([some for _, some in texts if some is not words], CHOICES - 1)
+        choices = [_piece(some, draw.randint(WORDS, len(some) - WORDS)) for some in others]
+        right = draw.randrange(CHOICES)
+        choices.insert(right, _piece(words, at))
+        question = prompt + "".join(words[:at])
+        found.append({"question": question, "choices": choices, "answer": right})
+    return found
+
+
+def _piece(words: Sequence[str], at: int) -> str:
+    return "".join(words[at : at + WORDS])
+
+
+def _text(tokenizer: Tokenizer, ids: list[int], **options: Any) -> str:
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options)
+    assert isinstance(text, str)
+    return text
+
+
+def write(folder: Path, found: Sequence[dict[str, Any]]) -> None:
+    """The local task, as lm-eval's --include_path takes it too."""
+    data = folder / f"{LOCAL}.jsonl"
+    data.write_text("".join(f"{json.dumps(line)}\n" for line in found), encoding="utf-8")
+    task = {
+        "task": LOCAL,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True}
+            for name in ("acc", "acc_norm")
+        ],
+    }
+    (folder / f"{LOCAL}.yaml").write_text(json.dumps(task), encoding="utf-8")  # YAML too
+
+
+def lacking() -> str | None:
+    """What lm-eval needs that is not installed."""
+    for package in ("lm_eval", "datasets"):
+        if importlib.util.find_spec(package) is None:
+            return f'{package} is not installed: pip install ".[reproduce]"'
+    return None
+
+
+def evaluate(
+    model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], folder: Path, batch: int
+) -> dict[str, float]:
+    """Each task's score in per cent, of the ordinary model."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model.eval()
+    scores: dict[str, float] = {}
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        known = TaskManager(include_path=str(folder), include_defaults=set(names) != {LOCAL})
+        language: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)  # type: ignore[arg-type]
+        for name in names:
+            found: Any = simple_evaluate(
+                language, tasks=[name], num_fewshot=FEWSHOT.get(name, 0), task_manager=known,
+                bootstrap_iters=0, log_samples=False,
+            )  # fmt: skip
+            results = {**found["results"], **found.get("groups", {})}[name]
+            metric = next(metric for metric in METRICS if metric in results)
+            scores[name] = 100 * float(results[metric])
+    return scores
