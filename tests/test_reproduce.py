@@ -117,7 +117,7 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(
     assert program.main(arguments) == 1
     printed = capsys.readouterr().err
     assert 'QLoRA: bitsandbytes is not installed: pip install "fxseek[peft]"' in printed
-    assert "tasks mmlu: lm_eval is not installed" in printed
+    assert "task mmlu: lm_eval is not installed" in printed
     assert [run["way"]["tuner"] for run in page.read(tmp_path / "runs")] == ["full"]
     monkeypatch.setattr(train, "available", lambda device: 0)
     assert program.main(given(folder, tmp_path, "--methods", "full,lora")) == 1

@@ -198,12 +198,11 @@ def apart(job: Job) -> dict[str, Any]:
 
 
 def lacking_tasks(options: argparse.Namespace) -> list[str]:
-    """Leave tasks out whose packages are missing; the held-out loss remains."""
+    """Leave tasks out that can't be had; the held-out loss remains."""
     reason = tasks.lacking() if options.tasks else None
-    if reason is None:
-        return []
-    names, options.tasks = options.tasks, []
-    return [f"tasks {', '.join(names)}: {reason}"]
+    found = dict.fromkeys(options.tasks, reason) if reason else tasks.unusable(options.tasks)
+    options.tasks = [name for name in options.tasks if name not in found]
+    return [f"task {name}: {reason}" for name, reason in found.items()]
 
 
 # ------------------------------------------------------------------------------ what they share

@@ -96,6 +96,30 @@ def lacking() -> str | None:
     return None
 
 
+def unusable(names: Sequence[str]) -> dict[str, str]:
+    """Tasks that lm-eval doesn't know, or whose data can't be had, and why.
+
+    What data can be had is downloaded by this, before any run.
+    """
+    names = [name for name in names if name != LOCAL]
+    if not names:
+        return {}
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    found: dict[str, str] = {}
+    known = TaskManager()
+    for name in names:
+        if name not in known.all_tasks:
+            found[name] = "lm-eval has no such task"
+            continue
+        try:
+            get_task_dict([name], known)
+        except Exception as error:  # of the network, of the hub, of the data set
+            found[name] = f"its data can't be had ({str(error).splitlines()[0]})"
+    return found
+
+
 def evaluate(
     model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], folder: Path, batch: int
 ) -> dict[str, float]:
