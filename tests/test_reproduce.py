@@ -143,6 +143,36 @@ def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         page.read(tmp_path / "runs")
 
 
+def test_data_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    lines = [
+        {"instruction": "Add.", "input": "1 2", "output": "3", "data_source": "MATH"},
+        {"instruction": "Greet.", "input": "", "output": "Hello", "data_source": "airoboros"},
+        {"instruction": "Greet.", "input": None, "output": "Bye", "data_source": "ARB"},
+        {"instruction": "Be silent.", "input": "", "output": "", "data_source": "ARB"},
+    ]
+    asked: list[str] = []
+
+    def load(name: str, split: str) -> datasets.Dataset:
+        asked.append(f"{name} {split}")
+        if name != "some/data":
+            raise ConnectionError("no network")
+        return datasets.Dataset.from_list(lines)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert program.read("some/data") == [
+        common.Pair("Add.\n\n1 2", "3"), common.Pair("Greet.", "Bye"),
+    ]  # fmt: skip
+    assert asked == ["some/data train"]
+    with pytest.raises(ExampleError, match="can't load --data other/data: no network"):
+        program.read("other/data")
+    lines[0]["answer"] = lines[0].pop("output")
+    lines[:] = lines[:1]
+    with pytest.raises(ExampleError, match="has no output"):
+        program.read("some/data")
+
+
 def test_the_papers_settings_are_the_defaults_with_a_model() -> None:
     options = program.parse(["--model", "meta-llama/Llama-3.2-1B"])
     assert options.data == "garage-bAInd/Open-Platypus"
@@ -178,9 +208,12 @@ def test_questions_are_about_what_was_held_out(tokenizer: PreTrainedTokenizerFas
 def test_lm_eval_asks_them(folder: Path, tmp_path: Path, here: None) -> None:
     pytest.importorskip("lm_eval")
     arguments = given(folder, tmp_path, "--methods", "full", "--tasks", "continuation")
-    assert program.main([*arguments, "--questions", "8"]) == 0
+    assert program.main([*arguments, "--questions", "8", "--tokens", "160"]) == 0
     (run,) = page.read(tmp_path / "runs")
     assert 0 <= run["found"]["scores"]["continuation"] <= 100
+    assert tasks.unusable(["continuation", "no-such-task"]) == {
+        "no-such-task": "lm-eval has no such task"
+    }
 
 
 @pytest.mark.sweep

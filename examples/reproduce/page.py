@@ -41,8 +41,8 @@ def read(folder: Path) -> list[Run]:
     for file in sorted(folder.glob("*.json")):
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
+            assert way_of(run) and run["setting"] and run["seed"] >= 0
             assert run["found"]["memory"] and run["found"]["losses"]
-            way_of(run), run["setting"], run["seed"]
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise ExampleError(
                 f"{file} is no run ({error}): delete it, and it is run again"

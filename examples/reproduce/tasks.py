@@ -104,7 +104,7 @@ def unusable(names: Sequence[str]) -> dict[str, str]:
     names = [name for name in names if name != LOCAL]
     if not names:
         return {}
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import TaskManager, get_task_dict  # pyright: ignore[reportMissingImports]
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found: dict[str, str] = {}
@@ -124,9 +124,9 @@ def evaluate(
     model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], folder: Path, batch: int
 ) -> dict[str, float]:
     """Each task's score in per cent, of the ordinary model."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model.eval()

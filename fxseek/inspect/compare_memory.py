@@ -13,7 +13,7 @@ from fxseek.inspect.memory import unit_of
 
 __all__ = ["MemoryBar", "MemoryComparison", "compare_memory"]
 
-PARTS = ("parameters", "gradients and optimiser state", "activations")
+PARTS: tuple[str, ...] = ("parameters", "gradients and optimiser state", "activations")
 """What a bar is stacked of."""
 
 _OWNED = {"parameters": 0, "gradients": 1, "optimiser state": 1}
