@@ -210,18 +210,20 @@ def scatter(file: Path, runs: Sequence[Run], main: Sequence[Run]) -> None:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
     kinds = (("average score", scores), ("held-out loss", losses))
-    for number, (name, some) in enumerate(grouped(runs).items()):
+    for name, some in grouped(runs).items():
+        way = way_of(some[0])
+        colour, marker = [*TUNERS].index(way.tuner), [*SELECTIONS].index(way.selection)
         x = shares(some, main, "average")
         for panel, (_, values) in zip(panels, kinds, strict=True):
             y = values(some)
             if x and y:
                 panel.errorbar(
                     statistics.mean(x), statistics.mean(y), xerr=deviation(x), yerr=deviation(y),
-                    marker=("o", "^", "s", "D")[number // 10 % 4], color=f"C{number % 10}",
+                    marker="o^sDv"[marker], color=f"C{colour}",
                     label=name, ms=5, lw=1,
                 )  # fmt: skip
     for panel, (name, _) in zip(panels, kinds, strict=True):
-        panel.set(xlabel="average memory, % of full-parameter training on every token", ylabel=name)
+        panel.set(xlabel="average memory, % of full parameter", ylabel=name)
     panels[1].invert_yaxis()
     handles, names = panels[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
