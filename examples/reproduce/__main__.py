@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -193,8 +194,21 @@ def run_all(options: argparse.Namespace) -> list[str]:
 
 def apart(job: Job) -> dict[str, Any]:
     """A run in a fresh process, which gives all of its memory back."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
         return pool.submit(train.run, job).result()
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is killed, whatever it is at."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def lacking_tasks(options: argparse.Namespace) -> list[str]:
