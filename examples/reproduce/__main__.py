@@ -17,13 +17,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ import common
 from common import ExampleError, ModelSource, Pair, Row
 from reproduce import methods, page, paper, tasks, train
 from reproduce.methods import Way
-from reproduce.train import Job
+from reproduce.train import Job, apart
 
 DOCS = Path(__file__).parents[2] / "docs"
 SETTING = ("tokens", "batch", "accumulate", "steps", "held_out", "questions", "schedule", "decay",
@@ -190,25 +188,6 @@ def run_all(options: argparse.Namespace) -> list[str]:
                     problems.append(f"{way.name}: {type(error).__name__}: {error}")
                 bar.update()
     return problems
-
-
-def apart(job: Job) -> dict[str, Any]:
-    """A run in a fresh process, which gives all of its memory back."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
-        return pool.submit(train.run, job).result()
-
-
-def end_with_parent() -> None:
-    """Let this process end when the one that started it is killed, whatever it is at."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def lacking_tasks(options: argparse.Namespace) -> list[str]:

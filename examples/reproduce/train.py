@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +59,25 @@ class Job:
 
 class Lacking(ExampleError):
     """What a run needs and the machine has not."""
+
+
+def apart(job: Job) -> dict[str, Any]:
+    """A run in a fresh process, which gives all of its memory back."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
+        return pool.submit(run, job).result()
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is killed, whatever it is at."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def run(job: Job) -> dict[str, Any]:
