@@ -200,8 +200,11 @@ def test_questions_are_about_what_was_held_out(tokenizer: PreTrainedTokenizerFas
         follows = line["choices"][line["answer"]].split()
         row = next(some for some in words if some[0] == start[0])
         assert start + follows == row[: len(start) + tasks.WORDS]
-        others = [x for i, x in enumerate(line["choices"]) if i != line["answer"]]
-        assert all(row[0][0] not in x for x in others)
+        others = [x.split() for i, x in enumerate(line["choices"]) if i != line["answer"]]
+        behind = row[len(start) + tasks.WORDS :]
+        assert all(x == behind[behind.index(x[0]) :][: tasks.WORDS] for x in others)
+        assert len({tuple(x) for x in others}) == tasks.CHOICES - 1
+    assert tasks.documents([Row([1, 2], [common.IGNORED, 2])], tokenizer, 20) == []
 
 
 @pytest.mark.sweep

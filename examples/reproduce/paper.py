@@ -40,7 +40,7 @@ SETTINGS = (
             "SmolLM2-135M-Instruct: there is no hub, and two cores train it"),
     Setting("data", "Open-Platypus", UNCHECKED, "installed documentation: there is no hub"),
     Setting("tasks", "MMLU, ARC, HellaSwag, TruthfulQA, WinoGrande", INDEX,
-            "which of four pieces of text goes on"),
+            "which of four pieces of a held-out text comes next"),
     Setting("examples in prompts", "5, 25, 10, 0, 0", INDEX, "none"),
     Setting("share of tokens", "10 %", UNCHECKED, "10 %"),
     Setting("selection", "top-k, among all tokens", METHOD, "the same"),

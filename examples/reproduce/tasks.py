@@ -20,9 +20,9 @@ from common import IGNORED, Row, Tokenizer
 from reproduce.paper import FEWSHOT
 
 LOCAL = "continuation"
-"""The task made of the held-out text: which of four pieces of answers goes on a given one."""
+"""The task made of the held-out text: which of four pieces of an answer comes next in it."""
 
-WORDS, CHOICES = 12, 4
+WORDS, CHOICES = 8, 4
 METRICS = ("acc_norm,none", "acc,none", "exact_match,none")
 """What counts as a task's score: the first of these that it has, as leaderboards of lm-eval do."""
 
@@ -33,7 +33,8 @@ def documents(
     """Questions about held-out rows, at most `count`.
 
     Each is a prompt with the beginning of its answer, cut at a random word, and four pieces of
-    `WORDS` words: what follows, and pieces of other rows' answers.
+    `WORDS` words: what follows, and pieces from further behind in the same answer. Rows whose
+    answer is too short are passed over.
     """
     draw = random.Random(seed)
     texts: list[tuple[str, list[str]]] = []
@@ -41,23 +42,19 @@ def documents(
         prompt = [i for i, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
         answer = [i for i, label in zip(row.ids, row.labels, strict=True) if label != IGNORED]
         words = re.findall(r"\s*\S+", _text(tokenizer, answer, skip_special_tokens=True))
-        if len(words) >= 2 * WORDS:
+        if len(words) >= (CHOICES + 1) * WORDS:
             texts.append((_text(tokenizer, prompt), words))
     found: list[dict[str, Any]] = []
-    while len(texts) >= CHOICES and len(found) < count:
+    while texts and len(found) < count:
         prompt, words = texts[len(found) % len(texts)]
-        at = draw.randint(WORDS, len(words) - WORDS)
-        others = draw.sample([some for _, some in texts if some is not words], CHOICES - 1)
-        choices = [_piece(some, draw.randint(WORDS, len(some) - WORDS)) for some in others]
+        at = draw.randint(WORDS, len(words) - CHOICES * WORDS)
+        pieces = ["".join(words[i : i + WORDS]) for i in range(at, len(words) - WORDS + 1, WORDS)]
+        choices = draw.sample(pieces[1:], CHOICES - 1)
         right = draw.randrange(CHOICES)
-        choices.insert(right, _piece(words, at))
+        choices.insert(right, pieces[0])
         question = prompt + "".join(words[:at])
         found.append({"question": question, "choices": choices, "answer": right})
     return found
-
-
-def _piece(words: Sequence[str], at: int) -> str:
-    return "".join(words[at : at + WORDS])
 
 
 def _text(tokenizer: Tokenizer, ids: list[int], **options: Any) -> str:
