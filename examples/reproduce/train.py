@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import statistics
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def run(job: Job) -> dict[str, Any]:
     largest.
     """
     common.quiet()
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # kernels of BOFT
     device = torch.device(job.device)
     dtype = getattr(torch, job.dtype)
     refuse_what_does_not_fit(job, dtype)
