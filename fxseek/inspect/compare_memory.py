@@ -115,8 +115,9 @@ class MemoryComparison:
             handles, names = panels[0].get_legend_handles_labels()
             figure.suptitle(self.model)
             figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-            plain: dict[str, Any] = {"metadata": {"Date": None}} if Path(path).suffix.lower() == ".svg" else {}
-            figure.savefig(path, dpi=150, **plain)
+            is_vector = Path(path).suffix.lower() == ".svg"
+            undated: dict[str, Any] = {"metadata": {"Date": None}} if is_vector else {}
+            figure.savefig(path, dpi=150, **undated)
 
 
 def _draw(panel: Any, bars: Sequence[MemoryBar], scale: int) -> None:
