@@ -133,6 +133,9 @@ def run(job: Job) -> dict[str, Any]:
         if step not in measured or device.type == "cuda":  # a profiler takes time
             seconds += alone
         schedule.step()
+    if job.way.tuner not in ("full", "qlora") and dtype is torch.float32:
+        merge: Any = model.merge_adapter  # type: ignore[union-attr]  # of peft
+        merge()  # in each forward BOFT would make its matrices anew
     found = {
         "losses": [[0, before], [job.steps, common.held_out_loss(model, *judged)]],
         "memory": {"average": statistics.mean(peaks), "maximal": max(peaks), "steps": len(peaks)},
