@@ -82,10 +82,15 @@ def section(runs: Sequence[Run], stem: Path) -> str:
     about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items()
                       if name not in ("model", "data"))  # fmt: skip
     machines = ", ".join(sorted({run["found"]["machine"] for run in runs}))
-    before = statistics.mean(run["found"]["losses"][0][1] for run in runs)
+    before = {
+        kind: [run["found"]["losses"][0][1] for run in runs
+               if (way_of(run).tuner == "qlora") == (kind != "")]
+        for kind in ("", " in NF4")
+    }  # fmt: skip
+    told = [f"{statistics.mean(x):.3f}{kind}" for kind, x in before.items() if x]
     text = [
         f"## {setting['model']}, {setting['data']}\n",
-        f"{about}; on {machines}. Held-out loss before: {before:.3f}.\n",
+        f"{about}; on {machines}. Held-out loss before: {', '.join(told)}.\n",
     ]
     main = [run for run in runs if way_of(run).is_named]
     tables: list[tuple[str, list[Run], Callable[[Path, Sequence[Run], Sequence[Run]], None]]] = [
