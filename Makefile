@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench quality test sweep coverage lint format docs wheel clean
+.PHONY: help venv demo bench quality reproduce test sweep coverage lint format docs wheel clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -34,6 +34,13 @@ bench: $(STAMP) ## Measure step time and memory; write docs/benchmarks.md and it
 
 quality: $(STAMP) ## Measure what a share of the tokens teaches; write docs/quality.md (hours)
 	$(BIN)/python examples/quality.py $(ARGS)
+
+$(VENV)/.reproduce: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[reproduce]'
+	@touch $@
+
+reproduce: $(VENV)/.reproduce ## Run the paper's table and ablations; write docs/reproduction.md (hours)
+	$(BIN)/python examples/reproduce $(ARGS)
 
 # One thread a worker: the tests' tensors are small, so two workers beat two threads.
 test: $(STAMP) ## Run the tests

@@ -37,14 +37,19 @@ def step_peak(
         parameter.grad = None
     if device.type == "cuda":
         return _cuda_peak(step, parameters, device)
+    events = trace_of(step)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return peak_of(events, {gradient.untyped_storage().data_ptr() for gradient in gradients})
+
+
+def trace_of(step: Callable[[], object]) -> list[dict[str, Any]]:
+    """Run ``step``, and return the events of its Chrome trace, each allocation among them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return peak_of(events, {gradient.untyped_storage().data_ptr() for gradient in gradients})
+        return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
 
 
 def _cuda_peak(

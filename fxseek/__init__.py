@@ -18,6 +18,7 @@ from fxseek.errors import (
     ScoreError,
 )
 from fxseek.inspect.check import GradientCheck, check_gradients
+from fxseek.inspect.compare_memory import MemoryComparison, compare_memory
 from fxseek.inspect.estimate import Estimate, estimate
 from fxseek.inspect.explain import Explanation, Fallback, explain
 from fxseek.inspect.profile import Profile, profile
@@ -42,6 +43,7 @@ __all__ = [
     "GradientQuality",
     "GraphError",
     "InputError",
+    "MemoryComparison",
     "Profile",
     "ScoreError",
     "ScoreInputs",
@@ -49,6 +51,7 @@ __all__ = [
     "SeekConfig",
     "StepReport",
     "check_gradients",
+    "compare_memory",
     "compile",
     "estimate",
     "explain",

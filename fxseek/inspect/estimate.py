@@ -33,7 +33,7 @@ from fxseek.inspect.memory import (
     module_tensors,
     saved_as_activations,
 )
-from fxseek.inspect.meta import batch_of, on_meta, tuned
+from fxseek.inspect.meta import batch_of, checkpointed, on_meta, tuned
 from fxseek.ops.attention import kernel
 from fxseek.ops.masks import read_tokens
 from fxseek.run.assemble import Step
@@ -43,6 +43,12 @@ __all__ = ["Estimate", "estimate"]
 TUNINGS = ("full", "lora", "qlora")
 DEVICES = {"cuda": 512, "hopper": 512, "cpu": 1}
 """Devices whose attention kernels are known, and the bytes that their allocators round up to."""
+
+_ORDINARY: dict[bool | str, str] = {
+    False: "",
+    True: ", ordinary training",
+    "checkpointing": ", gradient checkpointing",
+}
 
 Optimiser = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -99,7 +105,7 @@ def estimate(
     optimizer: str | Optimiser | None = "adamw",
     dtype: torch.dtype = torch.bfloat16,
     lora_rank: int = 16,
-    ordinary: bool = False,
+    ordinary: bool | str = False,
     device: str = "cuda",
     **options: Any,
 ) -> Estimate:
@@ -121,7 +127,8 @@ def estimate(
             function of the trained parameters that makes an optimiser.
         dtype: of weights that are not quantised and of activations, where a configuration is given.
         lora_rank: rank of the adapters.
-        ordinary: estimate training on all tokens, without fxseek, instead.
+        ordinary: estimate training on all tokens, without fxseek, instead; ``"checkpointing"`` is
+            that with gradient checkpointing of every layer, as transformers does it.
         device: whose attention kernels, and whose rounding: ``"cuda"``, ``"hopper"`` (CUDA on
             compute capability 9.0 and 10.0, where cuDNN's attention comes first) or ``"cpu"``.
         options: fields of `SeekConfig`, but for ``memory_budget_bytes``; ``backend`` must be
@@ -133,7 +140,7 @@ def estimate(
         CaptureError, GraphError: as the training step would.
     """
     config = SeekConfig.make(ratio, **options)
-    _check(config, tokens, batch, tuning, optimizer, lora_rank, device)
+    _check(config, tokens, batch, tuning, optimizer, lora_rank, ordinary, device)
     most = config.ratio_range[1]
     shown = most if config.ratio_range == (most, most) else f"up to {most}"
     config = _estimated(config)
@@ -147,10 +154,11 @@ def estimate(
         "trainable": sum(p.numel() for p in trained),
         "device": device,
         "description": f"{_name(config_or_model)}, {tuning}"
-        + (", ordinary training" if ordinary else f", ratio {shown}"),
+        + (_ORDINARY[ordinary] or f", ratio {shown}"),
     }
     run = _Run(device, optimizer)
     if ordinary:
+        model = checkpointed(model) if ordinary == "checkpointing" else model
         run.ordinary(model, inputs)
         return Estimate(**run.tracker.result(), kept=tokens, **about)
     captured = capture(_step(model, config), inputs)
@@ -212,6 +220,7 @@ def _check(
     tuning: str,
     optimizer: object,
     rank: int,
+    ordinary: object,
     device: str,
 ) -> None:
     problems = [
@@ -225,6 +234,8 @@ def _check(
     ]
     if tuning not in TUNINGS:
         problems.append(f"tuning={tuning!r} must be one of {', '.join(map(repr, TUNINGS))}")
+    if ordinary not in (False, True, "checkpointing"):
+        problems.append(f"ordinary={ordinary!r} must be False, True or 'checkpointing'")
     if device not in DEVICES:
         problems.append(f"device={device!r} must be one of {', '.join(map(repr, DEVICES))}")
     if optimizer not in ("adamw", None) and not callable(optimizer):

@@ -35,6 +35,7 @@ __all__ = [
     "loss_of",
     "module_tensors",
     "saved_as_activations",
+    "unit_of",
 ]
 
 CATEGORIES: tuple[str, ...] = (
@@ -285,7 +286,7 @@ class StepMemory:
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
         shown = [name for name in CATEGORIES if self.largest[name]]
-        unit, scale = _unit(self.peak_bytes)
+        unit, scale = unit_of(self.peak_bytes)
         heights = [[series[name][i] / scale for i in at] for name in shown]
         axes.stackplot(at, *heights, labels=shown)
         for index, (name, start) in enumerate(self.stages):
@@ -316,7 +317,8 @@ def _most_telling(series: dict[str, list[int]]) -> list[int]:
     return [max(part, key=totals.__getitem__) for part in parts]
 
 
-def _unit(count: int) -> tuple[str, int]:
+def unit_of(count: int) -> tuple[str, int]:
+    """The unit that a number of bytes is told in, and its size."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return unit, scale
@@ -325,7 +327,7 @@ def _unit(count: int) -> tuple[str, int]:
 
 def formatted(count: int) -> str:
     """Bytes for a person: ``"1.5 GiB"``."""
-    unit, scale = _unit(count)
+    unit, scale = unit_of(count)
     return f"{count / scale:.1f} {unit}"
 
 

@@ -13,7 +13,7 @@ from fxseek.capture.trl import rebind_fused_heads
 from fxseek.errors import ConfigError
 from fxseek.inspect.memory import module_tensors
 
-__all__ = ["batch_of", "on_meta", "tuned"]
+__all__ = ["batch_of", "checkpointed", "on_meta", "tuned"]
 
 
 def on_meta(config_or_model: Any, dtype: torch.dtype) -> nn.Module:
@@ -76,6 +76,21 @@ def tuned(model: nn.Module, tuning: str, rank: int, dtype: torch.dtype) -> nn.Mo
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.device("meta"):
         return get_peft_model(model, config)  # type: ignore[arg-type]  # any module will do
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """The model with every layer checkpointed, as transformers does it."""
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    try:
+        if enable is None:
+            raise ValueError("it has no gradient_checkpointing_enable")
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"ordinary='checkpointing' needs a model that transformers can checkpoint, and "
+            f"{type(model).__name__} is none ({error})"
+        ) from error
+    return model
 
 
 def _quantise(model: nn.Module, dtype: torch.dtype) -> None:

@@ -236,6 +236,7 @@ def test_it_prints_and_plots(tmp_path):
         ({"tokens": 1}, "tokens=1 must be an integer of at least 2"),
         ({"batch": 0}, "batch=0 must be an integer of at least 1"),
         ({"tuning": "lore"}, "tuning='lore' must be one of 'full', 'lora', 'qlora'"),
+        ({"ordinary": "checkpoint"}, "ordinary='checkpoint' must be False, True or"),
         ({"device": "tpu"}, "device='tpu' must be one of"),
         ({"optimizer": "adam"}, "optimizer='adam' must be 'adamw', None, or a function"),
         ({"backend": "inductor"}, "backend='inductor' cannot be estimated"),
@@ -255,8 +256,21 @@ def test_a_model_that_checkpoints_itself():
     """Its blocks run again in backward, with the attention of the device."""
     model = AutoModelForCausalLM.from_config(small())
     plain = fxseek.estimate(model, 128, ordinary=True).peak_bytes
+    asked = fxseek.estimate(model, 128, ordinary="checkpointing").peak_bytes
+    assert asked < plain
+    assert not model.is_gradient_checkpointing
     model.gradient_checkpointing_enable()
-    assert fxseek.estimate(model.train(), 128, ordinary=True).peak_bytes < plain
+    assert fxseek.estimate(model.train(), 128, ordinary=True).peak_bytes == asked
+
+
+def test_checkpointing_of_a_real_step():
+    estimated = fxseek.estimate(
+        small(), 101, 2, dtype=torch.float32, device="cpu", ordinary="checkpointing"
+    )
+    model = AutoModelForCausalLM.from_config(small(), dtype=torch.float32).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    peak = training_peak(model, rows(101), optimise=True)
+    assert estimated.peak_bytes == pytest.approx(peak, rel=0.02)
 
 
 def test_an_attention_that_cannot_be_compiled():

@@ -1,0 +1,263 @@
+"""The page of the runs: the paper's table, its ablations, and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+from common import ExampleError
+from quality_page import spread
+from reproduce import paper
+from reproduce.methods import SELECTIONS, TUNERS, Way, ablations
+
+Run = dict[str, Any]
+
+HEAD = """# Reproduction
+
+Written by `make reproduce` (`examples/reproduce/`), from the runs in `{folder}`: the methods and
+ablations of TokenSeek ([arXiv 2601.19739](https://arxiv.org/abs/2601.19739)).
+
+*Memory* is all that tensors take in a step: weights, gradients, AdamW's state and activations. A
+step's figure is its peak; *average* is the mean over steps, *maximal* the largest, both as a share
+of full-parameter training on every token. On the CPU a few steps of a run are measured, the one
+with the longest row among them; on CUDA every step, by the allocator. *Score* is the mean over the
+tasks, in per cent; the loss is that of held-out answers, in nats per token. Both are of the
+ordinary model. ± is the deviation over seeds.
+"""
+
+
+def read(folder: Path) -> list[Run]:
+    """The runs of a folder; none where there is no folder.
+
+    Raises:
+        ExampleError: a file is no run.
+    """
+    runs: list[Run] = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            run = json.loads(file.read_text(encoding="utf-8"))
+            assert way_of(run) and run["setting"] and run["seed"] >= 0
+            assert run["found"]["memory"] and run["found"]["losses"]
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ExampleError(
+                f"{file} is no run ({error}): delete it, and it is run again"
+            ) from error
+        runs.append(run)
+    return runs
+
+
+def write_run(file: Path, run: Run) -> None:
+    """Write a run, all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def way_of(run: Run) -> Way:
+    return Way(**run["way"])
+
+
+def write(page: Path, folder: Path) -> None:
+    """The page, and its pictures beside it."""
+    runs = read(folder)
+    settings = list({json.dumps(run["setting"], sort_keys=True): run for run in runs}.values())
+    sections = [HEAD.format(folder=folder.name)]
+    for number, first in enumerate(settings):
+        some = [run for run in runs if run["setting"] == first["setting"]]
+        sections.append(section(some, page.with_name(f"{page.stem}-{number}")))
+    sections.append(beside())
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(sections), encoding="utf-8")
+
+
+def section(runs: Sequence[Run], stem: Path) -> str:
+    """One setting: the table of methods, the ablations, and their pictures."""
+    setting = runs[0]["setting"]
+    about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items()
+                      if name not in ("model", "data"))  # fmt: skip
+    machines = ", ".join(sorted({run["found"]["machine"] for run in runs}))
+    before = {
+        kind: [run["found"]["losses"][0][1] for run in runs
+               if (way_of(run).tuner == "qlora") == (kind != "")]
+        for kind in ("", " in NF4")
+    }  # fmt: skip
+    told = [f"{statistics.mean(x):.3f}{kind}" for kind, x in before.items() if x]
+    text = [
+        f"## {setting['model']}, {setting['data']}\n",
+        f"{about}; on {machines}. Held-out loss before: {', '.join(told)}.\n",
+    ]
+    main = [run for run in runs if way_of(run).is_named]
+    tables: list[tuple[str, list[Run], Callable[[Path, Sequence[Run], Sequence[Run]], None]]] = [
+        ("", main, scatter),
+    ]
+    for tuner, (name, *_) in TUNERS.items():
+        for part, ways in ablations(tuner).items():
+            some = [run for run in runs if way_of(run) in ways]
+            if any(not way_of(run).is_named for run in some):
+                tables.append((f"{name}, {part} of TokenSeek", some, bars))
+    for number, (title, some, draw) in enumerate(tables):
+        if not some:
+            continue
+        picture = stem.with_name(f"{stem.name}-{number}.svg")
+        text += [f"### {title}\n"] if title else []
+        text += [f"{table(some, main)}\n"]
+        if drawn(lambda some=some, draw=draw, picture=picture: draw(picture, some, main)):
+            text += [f"![{title or 'Memory and score'}]({picture.name})\n"]
+    return "\n".join(text)
+
+
+def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each way, in the order of the paper's table."""
+    order = [*TUNERS], [*SELECTIONS]
+
+    def place(run: Run) -> tuple[Any, ...]:
+        way = way_of(run)
+        options = json.dumps(way.options)
+        selected = order[1].index(way.selection)
+        return bool(selected), order[0].index(way.tuner), selected, options, run["seed"]
+
+    found: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=place):
+        found.setdefault(way_of(run).name, []).append(run)
+    return found
+
+
+def base(runs: Iterable[Run], kind: str) -> float | None:
+    """Bytes of full-parameter training on every token; None where it was not run."""
+    found = [run["found"]["memory"][kind] for run in runs if way_of(run) == Way("full", "", None)]
+    return statistics.mean(found) if found else None
+
+
+def shares(some: Iterable[Run], main: Sequence[Run], kind: str) -> list[float]:
+    """Memory in per cent of full-parameter training on every token."""
+    whole = base(main, kind)
+    return [] if whole is None else [100 * run["found"]["memory"][kind] / whole for run in some]
+
+
+def scores(some: Iterable[Run]) -> list[float]:
+    """The mean score of each run that has any."""
+    found = [run["found"].get("scores") for run in some]
+    return [statistics.mean(x.values()) for x in found if x]
+
+
+def losses(some: Iterable[Run]) -> list[float]:
+    return [run["found"]["losses"][-1][1] for run in some]
+
+
+def table(runs: Sequence[Run], main: Sequence[Run]) -> str:
+    """The paper's columns, and the held-out loss; each task's score where there are several."""
+    names = list(dict.fromkeys(name for run in runs for name in run["found"].get("scores", {})))
+    each = names if len(names) > 1 else []
+    header = ["method", "seeds", "average memory", "maximal memory", *each, "average score",
+              "held-out loss"]  # fmt: skip
+    rows = []
+    for name, some in grouped(runs).items():
+        tasks = [[run["found"]["scores"][task] for run in some
+                  if task in run["found"].get("scores", {})] for task in each]  # fmt: skip
+        rows.append(
+            [
+                name,
+                str(len(some)),
+                *(spread(shares(some, main, kind), "{:.1f}", " %")
+                  for kind in ("average", "maximal")),
+                *(spread(values, "{:.1f}") for values in tasks),
+                spread(scores(some), "{:.1f}"),
+                spread(losses(some), "{:.3f}"),
+            ]
+        )  # fmt: skip
+    return common.table(header, rows)
+
+
+def beside() -> str:
+    """What is known of the paper's settings and figures."""
+    header = ["setting", "the paper", "source", "offline"]
+    rows = [[x.name, x.paper, x.source, x.offline] for x in paper.SETTINGS]
+    rates = ", ".join(f"{TUNERS[tuner][0]} {rate:g}" for tuner, rate in paper.RATES.items())
+    return "\n".join(
+        [
+            "## Beside the paper\n",
+            f"The paper's abstract has one figure of memory: {paper.FIGURE}. That is of a model in "
+            "which activations have another share of the memory than in a smaller one, so that "
+            "percentages of other models are not to be compared with it. The settings, as far as "
+            "the paper's are known here:\n",
+            f"{common.table(header, rows)}\n",
+            f"Learning rates are ours, chosen without a search: {rates}. Pairs of alpha and beta "
+            "in {0, 1, 5} that rank tokens alike are run once.\n",
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def drawn(draw: Callable[[], None]) -> bool:
+    """Draw, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    style = {"svg.fonttype": "none", "svg.hashsalt": "fxseek", "font.size": 8}
+    with matplotlib.rc_context(style):  # type: ignore[arg-type]  # its keys are literals
+        draw()
+    return True
+
+
+def scatter(file: Path, runs: Sequence[Run], main: Sequence[Run]) -> None:
+    """Average memory against score and held-out loss; whiskers are deviations over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    kinds = (("average score", scores), ("held-out loss", losses))
+    for name, some in grouped(runs).items():
+        way = way_of(some[0])
+        colour, marker = [*TUNERS].index(way.tuner), [*SELECTIONS].index(way.selection)
+        x = shares(some, main, "average")
+        for panel, (_, values) in zip(panels, kinds, strict=True):
+            y = values(some)
+            if x and y:
+                panel.errorbar(
+                    statistics.mean(x), statistics.mean(y), xerr=deviation(x), yerr=deviation(y),
+                    marker="o^sDv"[marker], color=f"C{colour}",
+                    label=name, ms=5, lw=1,
+                )  # fmt: skip
+    for panel, (name, _) in zip(panels, kinds, strict=True):
+        panel.set(xlabel="average memory, % of full parameter", ylabel=name)
+    panels[1].invert_yaxis()
+    handles, names = panels[1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def bars(file: Path, runs: Sequence[Run], main: Sequence[Run]) -> None:
+    """The held-out loss, and the average memory, of each choice."""
+    from matplotlib.figure import Figure
+
+    found = grouped(runs)
+    names = [name.rpartition("TokenSeek")[2].strip(", ") or "as published" for name in found]
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, title, values in (
+        (panels[0], "held-out loss", [losses(some) for some in found.values()]),
+        (
+            panels[1],
+            "average memory, %",
+            [shares(some, main, "average") for some in found.values()],
+        ),
+    ):
+        means = [statistics.mean(some) if some else 0.0 for some in values]
+        panel.errorbar(means, range(len(means)), xerr=[deviation(x) for x in values], fmt="o", ms=4)
+        panel.set_yticks(range(len(names)), names)
+        panel.set_xlabel(title)
+        panel.invert_yaxis()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

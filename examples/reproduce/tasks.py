@@ -1,0 +1,143 @@
+"""Tasks by lm-eval (EleutherAI's harness), and one made of the held-out text."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import random
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common import IGNORED, Row, Tokenizer
+from reproduce.paper import FEWSHOT
+
+LOCAL = "continuation"
+"""The task made of the held-out text: which of four pieces of an answer comes next in it."""
+
+WORDS, CHOICES = 8, 4
+METRICS = ("acc_norm,none", "acc,none", "exact_match,none")
+"""What counts as a task's score: the first of these that it has, as leaderboards of lm-eval do."""
+
+
+def documents(
+    rows: Sequence[Row], tokenizer: Tokenizer, count: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Questions about held-out rows, at most `count`.
+
+    Each is a prompt with the beginning of its answer, cut at a random word, and four pieces of
+    `WORDS` words: what follows, and pieces from further behind in the same answer. Rows whose
+    answer is too short are passed over.
+    """
+    draw = random.Random(seed)
+    texts: list[tuple[str, list[str]]] = []
+    for row in rows:
+        prompt = [i for i, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
+        answer = [i for i, label in zip(row.ids, row.labels, strict=True) if label != IGNORED]
+        words = re.findall(r"\s*\S+", _text(tokenizer, answer, skip_special_tokens=True))
+        if len(words) >= (CHOICES + 1) * WORDS:
+            texts.append((_text(tokenizer, prompt), words))
+    found: list[dict[str, Any]] = []
+    while texts and len(found) < count:
+        prompt, words = texts[len(found) % len(texts)]
+        at = draw.randint(WORDS, len(words) - CHOICES * WORDS)
+        pieces = ["".join(words[i : i + WORDS]) for i in range(at, len(words) - WORDS + 1, WORDS)]
+        choices = draw.sample(pieces[1:], CHOICES - 1)
+        right = draw.randrange(CHOICES)
+        choices.insert(right, pieces[0])
+        question = prompt + "".join(words[:at])
+        found.append({"question": question, "choices": choices, "answer": right})
+    return found
+
+
+def _text(tokenizer: Tokenizer, ids: list[int], **options: Any) -> str:
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options)
+    assert isinstance(text, str)
+    return text
+
+
+def write(folder: Path, found: Sequence[dict[str, Any]]) -> None:
+    """The local task, as lm-eval's --include_path takes it too."""
+    data = folder / f"{LOCAL}.jsonl"
+    data.write_text("".join(f"{json.dumps(line)}\n" for line in found), encoding="utf-8")
+    task = {
+        "task": LOCAL,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True}
+            for name in ("acc", "acc_norm")
+        ],
+    }
+    (folder / f"{LOCAL}.yaml").write_text(json.dumps(task), encoding="utf-8")  # YAML too
+
+
+def lacking() -> str | None:
+    """What lm-eval needs that is not installed."""
+    for package in ("lm_eval", "datasets"):
+        if importlib.util.find_spec(package) is None:
+            return f'{package} is not installed: pip install ".[reproduce]"'
+    return None
+
+
+def unusable(names: Sequence[str]) -> dict[str, str]:
+    """Tasks that lm-eval doesn't know, or whose data can't be had, and why.
+
+    What data can be had is downloaded by this, before any run.
+    """
+    names = [name for name in names if name != LOCAL]
+    if not names:
+        return {}
+    from lm_eval.tasks import TaskManager, get_task_dict  # pyright: ignore[reportMissingImports]
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    found: dict[str, str] = {}
+    known = TaskManager()
+    for name in names:
+        if name not in known.all_tasks:
+            found[name] = "lm-eval has no such task"
+            continue
+        try:
+            get_task_dict([name], known)
+        except Exception as error:  # of the network, of the hub, of the data set
+            found[name] = f"its data can't be had ({str(error).splitlines()[0]})"
+    return found
+
+
+def evaluate(
+    model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], folder: Path, batch: int
+) -> dict[str, float]:
+    """Each task's score in per cent, of the ordinary model."""
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model.eval()
+    scores: dict[str, float] = {}
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        known = TaskManager(include_path=str(folder), include_defaults=set(names) != {LOCAL})
+        language: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)  # type: ignore[arg-type]
+        for name in names:
+            found: Any = simple_evaluate(
+                language, tasks=[name], num_fewshot=FEWSHOT.get(name, 0), task_manager=known,
+                bootstrap_iters=0, log_samples=False,
+            )  # fmt: skip
+            results = {**found["results"], **found.get("groups", {})}[name]
+            metric = next(metric for metric in METRICS if metric in results)
+            scores[name] = 100 * float(results[metric])
+    return scores
