@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
+from fxseek.ops.shards import Sharding
 from fxseek.passes.adapters import merge_adapters
 from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import ditch
@@ -34,6 +35,7 @@ from fxseek.passes.sizes import find_sizes
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens, made_from_rows
 from fxseek.passes.unbatch import unbatch
+from fxseek.passes.unshard import place_by_blocks, sharding_of, unshard
 from fxseek.passes.unshift import unshift
 
 __all__ = ["Passes", "Program", "Writes", "build", "places_of", "trains"]
@@ -89,6 +91,12 @@ class Program:
     def learned(self) -> list[Piece]:
         """What is run with gradient, in order."""
         return [self.parts.body, self.learn] if isinstance(self.parts, Parts) else [self.learn]
+
+    @property
+    def shardings(self) -> list[Sharding]:
+        """How the parameters are sharded that are, in the order of the graph's inputs."""
+        found = map(sharding_of, self.graph.find_nodes(op="placeholder"))
+        return [x for x in found if x is not None]
 
     @property
     def whole(self) -> set[fx.Node]:
@@ -193,6 +201,11 @@ def build(
     prefill = then(merge_adapters, prefill)  # the score's block would keep the merged weights
     scored = set(score.scored())
     prefill = then(send_to_host, prefill, [node for node in on_host if node not in scored])
+    if any(map(sharding_of, graph.nodes)):
+        prefill = then(unshard, prefill, place_by_blocks(prefill, structure))
+        for piece, segments in [(learn, plan.segments), *segments_of(parts)]:
+            assert segments is not None  # the caller has chosen recompute="block"
+            then(unshard, piece, segments)
 
     return Program(
         graph, config, facts, structure, prefill, score, learn, parts, plan, head,
@@ -267,6 +280,11 @@ def joined(parts: Parts | str) -> list[fx.Node]:
     if isinstance(parts, str):
         return []
     return [item.node for item in parts.body.inputs if isinstance(item, Joined)]
+
+
+def segments_of(parts: Parts | str) -> list[tuple[Piece, dict[fx.Node, int] | None]]:
+    """The body of parts, and the segment of each of its nodes."""
+    return [] if isinstance(parts, str) else [(parts.body, parts.schedule.segments)]
 
 
 def prefilled(learn: Piece, parts: Parts | str, score: ScorePlan) -> list[fx.Node]:

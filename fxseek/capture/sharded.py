@@ -1,0 +1,246 @@
+"""Models that FSDP2 has sharded: what stands for their parameters in a capture, and in a step.
+
+Dynamo captures neither the hooks by which FSDP gathers parameters nor tensors beside DTensors. So
+a call is captured with stand-ins, parameters of full size without memory, and without the hooks. A
+step is given this process's shards in their place; its graph gathers them (passes/unshard.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from fxseek import _fsdp, _torch
+from fxseek.config import SeekConfig
+from fxseek.errors import ConfigError, FxseekError, InputError
+from fxseek.ops.shards import Sharding, Team
+from fxseek.passes.unshard import mark_sharded
+
+__all__ = ["Shards", "config_for_shards", "refuse_sharded"]
+
+_MESSAGE_BYTES = 2048
+
+
+def refuse_sharded(modules: Sequence[tuple[str, nn.Module]], kind: type[FxseekError]) -> None:
+    """Refuse what is sharded by anything else than `fully_shard` over one mesh of data."""
+    for _ in _shardings(modules, kind):
+        pass
+
+
+def config_for_shards(config: SeekConfig, kind: type[FxseekError]) -> SeekConfig:
+    """How the step of a sharded model is run: no segment keeps whole parameters for backward.
+
+    Raises:
+        FxseekError: of this kind: an option doesn't go with shards.
+    """
+    if config.backend != "eager":
+        raise kind(
+            f"backend={config.backend!r} with a model that FSDP2 has sharded: its segments gather "
+            'parameters, which is not compiled. Use backend="eager".'
+        )
+    if config.budget is not None:
+        raise kind(
+            f"memory_budget_bytes={config.memory_budget_bytes!r} with a model that FSDP2 has "
+            "sharded: memory is foretold for whole parameters only. Leave it out, and set "
+            "learn_chunk=, prefill_chunk= and kv= by hand."
+        )
+    return config if config.recompute == "block" else replace(config, recompute="block")
+
+
+@dataclass(frozen=True)
+class _Known:
+    parameter: Any
+    sharding: Sharding
+    stand_in: nn.Parameter
+
+
+class Shards:
+    """The sharded parameters of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._known: dict[int, _Known] = {}
+        """By the id of the parameter."""
+        self._standing: dict[int, _Known] = {}
+        """The same by the id of the stand-in."""
+        self._begun = False
+
+    @property
+    def exist(self) -> bool:
+        """Whether `fully_shard` was there."""
+        return bool(_fsdp.sharded_modules(self.model.modules()))
+
+    @contextlib.contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Meanwhile parameters are stand-ins, and modules cast as FSDP does, but gather nothing."""
+        modules = list(self.model.named_modules())
+        sharded = _fsdp.sharded_modules(module for _, module in modules)
+        _fsdp.begin(sharded)
+        for module in sharded:
+            module.reshard()
+        with contextlib.ExitStack() as undo:
+            for module, name, sharding in _shardings(modules, InputError):
+                parameter: Any = getattr(module, name)
+                known = self._stand_in(parameter, sharding)
+                undo.callback(_fsdp.set_parameter, module, name, parameter)
+                _fsdp.set_parameter(module, name, known.stand_in)
+            for module in sharded:
+                for table in _fsdp.hook_tables(module):
+                    undo.callback(table.update, dict(table))
+                    undo.callback(table.clear)
+                for table, key in list(_fsdp.own_hooks(module)):
+                    del table[key]
+                for handle in _casts(module):
+                    undo.callback(handle.remove)
+            yield
+
+    def _stand_in(self, parameter: Any, sharding: Sharding) -> _Known:
+        known = self._known.get(id(parameter))
+        trained = parameter.requires_grad
+        if known is None or known.sharding != sharding or known.stand_in.requires_grad != trained:
+            empty = torch.empty(sharding.shape, dtype=sharding.dtype, device=sharding.team.device)
+            empty.untyped_storage().resize_(0)
+            known = _Known(parameter, sharding, nn.Parameter(empty, requires_grad=trained))
+            self._known[id(parameter)] = known
+            self._standing[id(known.stand_in)] = known
+        return known
+
+    def mark(self, graph: fx.Graph) -> None:
+        """Note on a captured graph which inputs are stand-ins."""
+        for node in graph.find_nodes(op="placeholder"):
+            known = self._standing.get(id(_torch.given_tensor(node)))
+            if known is not None:
+                mark_sharded(node, known.sharding)
+
+    def given(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs of a captured graph with this process's shards for stand-ins.
+
+        Gradients of the shards go to the parameters.
+        """
+        found = [self._standing.get(id(x)) for x in inputs]
+        return [
+            x if known is None else known.parameter.to_local()
+            for x, known in zip(inputs, found, strict=True)
+        ]
+
+
+# ---- how parameters are sharded ------------------------------------------------------------------
+
+
+def _shardings(
+    modules: Sequence[tuple[str, nn.Module]], kind: type[FxseekError]
+) -> Iterator[tuple[nn.Module, str, Sharding]]:
+    """Each sharded parameter: its module, its name there, and how it is sharded."""
+    owners = {module: None for module in _fsdp.sharded_modules(x for _, x in modules)}
+    if not owners and not any(
+        _fsdp.is_sharded(x) for _, module in modules for x in module._parameters.values()
+    ):
+        return
+    by_name = dict(modules)
+    teams: dict[Any, Team] = {}
+    found: dict[int, Sharding] = {}
+    for path, module in modules:
+        for name, parameter in module._parameters.items():
+            if not _fsdp.is_sharded(parameter):
+                continue
+            known = found.get(id(parameter))
+            if known is None:
+                full = f"{path}.{name}" if path else name
+                owner = _owner(path, by_name, owners)
+                known = found[id(parameter)] = _sharding(full, parameter, owner, teams, kind)
+            yield module, name, known
+
+
+def _owner(path: str, modules: dict[str, nn.Module], owners: dict[Any, None]) -> nn.Module | None:
+    """The innermost module around a path that `fully_shard` was called on."""
+    while True:
+        module = modules.get(path)
+        if module in owners:
+            return module
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
+
+
+def _sharding(
+    name: str, parameter: Any, owner: nn.Module | None, teams: dict[Any, Team],
+    kind: type[FxseekError],
+) -> Sharding:  # fmt: skip
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    one = len(placements) == 1 and type(placements[0]) is Shard
+    both = len(placements) == 2 and isinstance(placements[0], Replicate)
+    both = both and type(placements[1]) is Shard
+    if owner is None or not (one or both):
+        raise kind(
+            f"{name!r} is a DTensor with the placements {placements}, which fully_shard alone does "
+            "not make: with tensor, sequence or expert parallelism a process holds a part of each "
+            "token's activations, and a graph of whole parameters would compute something else. "
+            "Shard the model by FSDP2 over a mesh of one dimension, or two (replicate, shard)."
+        )
+    local = parameter.to_local()
+    if type(local.detach()) is not Tensor:
+        raise kind(
+            f"{name!r} is sharded and of the class {type(local).__name__}: its shards can't be "
+            "gathered as plain numbers. Leave it out by fully_shard(..., ignored_params={...})."
+        )
+    if parameter.is_meta:
+        raise kind(f"{name!r} is on the meta device, which has no values: load the weights first")
+    if mesh not in teams:
+        device = _fsdp.device_of(owner)
+        replicas = mesh.get_group(0) if both else None
+        teams[mesh] = Team(mesh.get_group(len(placements) - 1), replicas, device)
+    if len(teams) > 1:
+        raise kind(
+            f"{name!r} is sharded over another mesh than other parameters: all must be sharded "
+            "over one"
+        )
+    team = teams[mesh]
+    divisors = set()
+    for group in _fsdp.groups_of(owner):
+        if getattr(group, "_all_reduce_hook", None) is not None:
+            raise kind("set_all_reduce_hook is not served: a step has no place for that hook")
+        divisors.add(getattr(group, "gradient_divide_factor", None))
+    divisor = next(iter(divisors), None)
+    policy, dtype = _fsdp.policy_of(owner), parameter.dtype
+    if policy.param_dtype is not None and dtype.is_floating_point:
+        dtype = policy.param_dtype
+    return Sharding(
+        name, team, parameter.shape, placements[-1].dim % max(1, parameter.dim()), dtype,
+        policy.reduce_dtype, float(team.size if divisor is None else divisor),
+    )  # fmt: skip
+
+
+def _casts(module: nn.Module) -> Iterator[Any]:
+    """Hooks that cast as FSDP's own do, by its policy of mixed precision; their handles."""
+    policy = _fsdp.policy_of(module)
+    inner, outer = policy.param_dtype, policy.output_dtype
+    if policy.cast_forward_inputs and inner is not None:
+
+        def cast_inputs(_: Any, args: Any, kwargs: Any) -> Any:
+            return _cast(args, inner), _cast(kwargs, inner)
+
+        yield module.register_forward_pre_hook(cast_inputs, prepend=True, with_kwargs=True)
+    if outer is not None:
+
+        def cast_outputs(_: Any, __: Any, outputs: Any) -> Any:
+            return _cast(outputs, outer)
+
+        yield module.register_forward_hook(cast_outputs)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The value with its floating-point tensors in a type."""
+
+    def cast(x: Any) -> Any:
+        floating = isinstance(x, Tensor) and x.is_floating_point()
+        return x.to(dtype) if floating and x.dtype != dtype else x
+
+    return tree_map(cast, value)
