@@ -12,9 +12,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 _HOOKS = "torch.distributed.fsdp."
+
+
+# Torch 2.13 has deprecated one name of each.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def sharded_modules(modules: Iterable[nn.Module]) -> list[Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxseek import _torch
-from fxseek.capture.sharded import Shards
+from fxseek.capture.sharded import Shards, collectives_of
 from fxseek.capture.uncomputed import Uncomputed
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, GraphError, InputError
@@ -164,6 +164,7 @@ def make_backend(
 def _compiled(step: Step, recorder: Recorder, shards: Shards | None) -> Callable[..., Any]:
     config, writes, dropped = step.program.config, step.program.writes, step.program.dropped
     varies = config.parsed_ratio.follows_training
+    plan = None if shards is None else collectives_of(step.program)
     drawn = scorer_of(config).draws or config.select == "sample" or config.draws_spans or varies
 
     def run(*inputs: Any) -> Any:
@@ -175,6 +176,8 @@ def _compiled(step: Step, recorder: Recorder, shards: Shards | None) -> Callable
                 'of torch.utils.checkpoint; recompute="block" of fxseek.compile keeps less.'
             )
         ratio = config.ratio_at(index, recorder.progress)
+        if shards is not None and plan is not None:
+            shards.agree(plan)
         timings: dict[str, float] | None = {} if recorder.timed else None
         if writes.parameters:
             with torch.no_grad():

@@ -8,23 +8,30 @@ step is given this process's shards in their place; its graph gathers them (pass
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from fxseek import _fsdp, _torch
 from fxseek.config import SeekConfig
-from fxseek.errors import ConfigError, FxseekError, InputError
-from fxseek.ops.shards import Sharding, Team
-from fxseek.passes.unshard import mark_sharded
+from fxseek import errors
+from fxseek.errors import FxseekError, InputError
+from fxseek.ops.shards import Sharding, Team, Unshard
+from fxseek.passes.facts import needs_grad
+from fxseek.passes.unshard import mark_sharded, sharding_of
+from fxseek.program import Program
 
 __all__ = ["Shards", "config_for_shards", "refuse_sharded"]
 
 _MESSAGE_BYTES = 2048
+_PLANS = 2**32
+_SEEDS = 1_000_003
 
 
 def refuse_sharded(modules: Sequence[tuple[str, nn.Module]], kind: type[FxseekError]) -> None:
@@ -35,6 +42,8 @@ def refuse_sharded(modules: Sequence[tuple[str, nn.Module]], kind: type[FxseekEr
 
 def config_for_shards(config: SeekConfig, kind: type[FxseekError]) -> SeekConfig:
     """How the step of a sharded model is run: no segment keeps whole parameters for backward.
+
+    Each process has draws of its own.
 
     Raises:
         FxseekError: of this kind: an option doesn't go with shards.
@@ -50,7 +59,8 @@ def config_for_shards(config: SeekConfig, kind: type[FxseekError]) -> SeekConfig
             "sharded: memory is foretold for whole parameters only. Leave it out, and set "
             "learn_chunk=, prefill_chunk= and kv= by hand."
         )
-    return config if config.recompute == "block" else replace(config, recompute="block")
+    seed = (config.seed + dist.get_rank() * _SEEDS) % 2**63
+    return replace(config, recompute="block", seed=seed)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Shards:
         """By the id of the parameter."""
         self._standing: dict[int, _Known] = {}
         """The same by the id of the stand-in."""
-        self._begun = False
+        self._agreed = False
 
     @property
     def exist(self) -> bool:
@@ -100,6 +110,48 @@ class Shards:
                     undo.callback(handle.remove)
             yield
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A call that fails here before it has begun fails in all processes."""
+        self._agreed = False
+        try:
+            yield
+        except Exception as error:
+            if not self._agreed:
+                self._meet(0, error)
+            raise
+
+    def agree(self, plan: int) -> None:
+        """Wait until all processes have come as far, with steps of the same collectives.
+
+        Raises:
+            FxseekError: another process has failed; of the class of its error.
+            InputError: their steps are not alike.
+        """
+        self._agreed = True
+        self._meet(plan, None)
+
+    def _meet(self, plan: int, error: Exception | None) -> None:
+        teams = [known.sharding.team for known in self._known.values()]
+        if not teams:
+            return
+        team, rank = teams[-1], dist.get_rank()
+        failed = 0 if error is None else rank + 1
+        # one that has failed has no plan, and contradicts none
+        plans = [plan, -plan] if error is None else [0, -_PLANS]
+        last, highest, lowest = team.largest(torch.tensor([failed, *plans])).tolist()
+        if last:
+            own = type(error).__name__ + "\n" + str(error) if failed == last else ""
+            text = bytearray(own.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"))
+            told = team.largest(torch.frombuffer(text, dtype=torch.uint8))
+            if error is None:
+                raise _error_of(last - 1, bytes(told.tolist()))
+        elif highest != -lowest:
+            raise InputError(
+                "processes have captured steps that gather other parameters, or in another order: "
+                "call the model with the same arguments in each, and freeze the same parameters"
+            )
+
     def _stand_in(self, parameter: Any, sharding: Sharding) -> _Known:
         known = self._known.get(id(parameter))
         trained = parameter.requires_grad
@@ -128,6 +180,29 @@ class Shards:
             x if known is None else known.parameter.to_local()
             for x, known in zip(inputs, found, strict=True)
         ]
+
+
+def collectives_of(program: Program) -> int:
+    """A number for the collectives of a step: other ones have another, as good as surely."""
+    gathered: list[Any] = []
+    for piece in (program.prefill, *program.learned):
+        parts = [part for part in piece.parts.values() if isinstance(part, Unshard)]
+        gathered += [[x.name for x in part.shardings] for part in parts]
+    stages = [program.score.reads(), [item.node for item in program.gathered]]
+    stages += [[] if program.head is None else program.head.stage.reads()]
+    for nodes in stages:
+        shardings = [sharding_of(node) for node in nodes]
+        gathered.append([x.name for x in shardings if x is not None])
+    trained = [x.name for node in program.graph.nodes if (x := sharding_of(node)) and needs_grad(node)]
+    return zlib.crc32(repr((gathered, trained)).encode())
+
+
+def _error_of(rank: int, message: bytes) -> FxseekError:
+    """The error of another process."""
+    name, _, text = message.rstrip(b"\0").decode(errors="ignore").partition("\n")
+    kind = getattr(errors, name, None)
+    told = text if kind is not None else f"{name}: {text}"
+    return (kind or FxseekError)(f"process {rank} could not begin its step: {told}")
 
 
 # ---- how parameters are sharded ------------------------------------------------------------------

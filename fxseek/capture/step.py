@@ -127,14 +127,14 @@ class SeekStep:
         if not self.shards.exist:
             return self._train(args, kwargs)
         self._run_sharded()
-        with self.shards.standing_in():
+        with self.shards.standing_in(), self.shards.together():
             return self._train(args, kwargs)
 
     def _run_sharded(self) -> None:
         """Let the step be one of a sharded model, if it is not yet."""
-        config = config_for_shards(self.config, InputError)
-        if config is self.config and self._sharded:
+        if self._sharded:
             return
+        config = config_for_shards(self.config, InputError)
         if config.recompute != self.config.recompute:
             log.warning(
                 'fxseek: recompute="block" is chosen, since the model is sharded: backward gathers '

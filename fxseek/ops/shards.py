@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxseek import _fsdp
+
 __all__ = ["Sharding", "Team", "Unshard", "in_buckets", "whole"]
 
 _ALIGNED = 16
@@ -106,7 +108,7 @@ def whole(shardings: Sequence[Sharding], shards: Sequence[Tensor]) -> list[Tenso
     del own
     count = team.shards.size()
     received = sent.new_empty(count * length)
-    dist.all_gather_into_tensor(received, sent, group=team.shards)
+    _fsdp.all_gather(received, sent, group=team.shards)
     rows = received.view(count, length)
     found = []
     for sharding, start in zip(shardings, starts, strict=True):
@@ -144,7 +146,7 @@ def _reduced(shardings: Sequence[Sharding], slopes: Sequence[Tensor]) -> Iterato
     del rows, slopes
     sent.div_(before)
     received = sent.new_empty(sent.shape[1])
-    dist.reduce_scatter_tensor(received, sent.view(-1), group=team.shards)
+    _fsdp.reduce_scatter(received, sent.view(-1), group=team.shards)
     if team.replicas is not None:
         dist.all_reduce(received, group=team.replicas)
     received.div_(divisor / before)
