@@ -8,7 +8,7 @@ rest of fxseek.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,17 +67,15 @@ def device_of(module: nn.Module) -> torch.device:
     return state_of(module)._device
 
 
-def own_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
-    """The forward hooks that FSDP has put on a module, by their tables and keys."""
-    for table in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in table.items():
-            if (getattr(hook, "__module__", None) or "").startswith(_HOOKS):
-                yield table, key
-
-
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     """A module's forward pre-hooks and forward hooks, which are called in their order."""
     return module._forward_pre_hooks, module._forward_hooks
+
+
+def own_hooks(table: dict[int, Any]) -> list[int]:
+    """The keys of the hooks in such a table that are FSDP's."""
+    names = {key: getattr(hook, "__module__", None) or "" for key, hook in table.items()}
+    return [key for key, name in names.items() if name.startswith(_HOOKS)]
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -71,19 +71,14 @@ def unshard(piece: Piece, place: dict[fx.Node, int]) -> Piece:
     return piece
 
 
-def _gather(
-    graph: fx.Graph, name: str, read: Mapping[fx.Node, list[fx.Node]]
-) -> Iterable[fx.Node]:
+def _gather(graph: fx.Graph, name: str, read: Mapping[fx.Node, list[fx.Node]]) -> Iterable[fx.Node]:
     """Call `name` in front of the first reader, and let all read what it gives."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     first = min((node for nodes in read.values() for node in nodes), key=order.__getitem__)
     with graph.inserting_before(first):
         called = graph.create_node("call_module", name, tuple(read), name=name)
         yield called
-        wholes = [
-            graph.create_node("call_function", operator.getitem, (called, i), name=f"{x.name}_whole")
-            for i, x in enumerate(read)
-        ]
+        wholes = [graph.call_function(operator.getitem, (called, i)) for i in range(len(read))]
     for (shard, nodes), made in zip(read.items(), wholes, strict=True):
         made.meta |= {key: x for key, x in shard.meta.items() if key != "origin"}
         for node in nodes:

@@ -28,13 +28,13 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     gives two dimensions of equal length one symbol, so a batch as large as the sequence would be
     taken for it. A module's hooks are guarded, so that one that is added or removed later counts;
     by default Dynamo takes it that nobody does. An integer of a module that changes from step to
-    step, such as a counter, becomes an input of the graph; by default each value is captured anew. Modules
-    that FSDP has sharded are guarded as others are, so that a parameter may be frozen.
-    The settings live in private config modules. transformers adds `warning_once` to
-    `logging.Logger`; Dynamo breaks on Logger methods unless they are listed. Torch 2.11 then fails
-    to write that setting to a log of its own, and says so at length. In a `first` call, which
-    captures, the garbage collector rests: it finds next to nothing in Dynamo's millions of objects
-    and takes a sixth of the time.
+    step, such as a counter, becomes an input of the graph; by default each value is captured anew.
+    Modules that FSDP has sharded are guarded as others are, so that parameters may be frozen. The
+    settings live in private config modules. transformers adds `warning_once` to `logging.Logger`;
+    Dynamo breaks on Logger methods unless they are listed. Torch 2.11 then fails to write that
+    setting to a log of its own, and says so at length. In a `first` call, which captures, the
+    garbage collector rests: it finds next to nothing in Dynamo's millions of objects and takes a
+    sixth of the time.
     """
     from torch.fx.experimental import _config as fx_config
 

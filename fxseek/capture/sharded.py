@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from fxseek import _fsdp, _torch
+from fxseek import _fsdp, _torch, errors
 from fxseek.config import SeekConfig
-from fxseek import errors
 from fxseek.errors import FxseekError, InputError
 from fxseek.ops.shards import Sharding, Team, Unshard
 from fxseek.passes.facts import needs_grad
@@ -79,6 +78,7 @@ class Shards:
         """By the id of the parameter."""
         self._standing: dict[int, _Known] = {}
         """The same by the id of the stand-in."""
+        self._casts: dict[nn.Module, tuple[Any, Any]] = {}
         self._agreed = False
 
     @property
@@ -104,11 +104,31 @@ class Shards:
                 for table in _fsdp.hook_tables(module):
                     undo.callback(table.update, dict(table))
                     undo.callback(table.clear)
-                for table, key in list(_fsdp.own_hooks(module)):
-                    del table[key]
-                for handle in _casts(module):
-                    undo.callback(handle.remove)
+                self._cast_only(module)
             yield
+
+    def _cast_only(self, module: nn.Module) -> None:
+        """In the place of FSDP's hooks put those that cast, if its policy asks for any.
+
+        They are the same in each step: another one would be captured anew.
+        """
+        casts = self._casts.setdefault(module, _casts_of(module))
+        for cast, table in zip(casts, _fsdp.hook_tables(module), strict=True):
+            for key in _fsdp.own_hooks(table):
+                if cast is None:
+                    del table[key]
+                else:
+                    table[key] = cast
+
+    def moved(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a call on the device where the model computes, as FSDP moves them."""
+        device = next((x.sharding.team.device for x in self._known.values()), None)
+
+        def move(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        moves = device is not None and device.type != "cpu"
+        return (tree_map(move, args), tree_map(move, kwargs)) if moves else (args, kwargs)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -193,7 +213,8 @@ def collectives_of(program: Program) -> int:
     for nodes in stages:
         shardings = [sharding_of(node) for node in nodes]
         gathered.append([x.name for x in shardings if x is not None])
-    trained = [x.name for node in program.graph.nodes if (x := sharding_of(node)) and needs_grad(node)]
+    inputs = program.graph.find_nodes(op="placeholder")
+    trained = [x.name for node in inputs if (x := sharding_of(node)) and needs_grad(node)]
     return zlib.crc32(repr((gathered, trained)).encode())
 
 
@@ -212,7 +233,7 @@ def _shardings(
     modules: Sequence[tuple[str, nn.Module]], kind: type[FxseekError]
 ) -> Iterator[tuple[nn.Module, str, Sharding]]:
     """Each sharded parameter: its module, its name there, and how it is sharded."""
-    owners = {module: None for module in _fsdp.sharded_modules(x for _, x in modules)}
+    owners = dict.fromkeys(_fsdp.sharded_modules(x for _, x in modules))
     if not owners and not any(
         _fsdp.is_sharded(x) for _, module in modules for x in module._parameters.values()
     ):
@@ -293,22 +314,19 @@ def _sharding(
     )  # fmt: skip
 
 
-def _casts(module: nn.Module) -> Iterator[Any]:
-    """Hooks that cast as FSDP's own do, by its policy of mixed precision; their handles."""
+def _casts_of(module: nn.Module) -> tuple[Any, Any]:
+    """A forward pre-hook and a forward hook that cast as FSDP's do, None where they don't."""
     policy = _fsdp.policy_of(module)
-    inner, outer = policy.param_dtype, policy.output_dtype
-    if policy.cast_forward_inputs and inner is not None:
+    inner = policy.param_dtype if policy.cast_forward_inputs else None
+    outer = policy.output_dtype
 
-        def cast_inputs(_: Any, args: Any, kwargs: Any) -> Any:
-            return _cast(args, inner), _cast(kwargs, inner)
+    def cast_inputs(_: Any, args: Any, kwargs: Any) -> Any:
+        return _cast(args, inner), _cast(kwargs, inner)
 
-        yield module.register_forward_pre_hook(cast_inputs, prepend=True, with_kwargs=True)
-    if outer is not None:
+    def cast_outputs(_: Any, __: Any, outputs: Any) -> Any:
+        return _cast(outputs, outer)
 
-        def cast_outputs(_: Any, __: Any, outputs: Any) -> Any:
-            return _cast(outputs, outer)
-
-        yield module.register_forward_hook(cast_outputs)
+    return None if inner is None else cast_inputs, None if outer is None else cast_outputs
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

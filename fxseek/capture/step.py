@@ -127,8 +127,9 @@ class SeekStep:
         if not self.shards.exist:
             return self._train(args, kwargs)
         self._run_sharded()
-        with self.shards.standing_in(), self.shards.together():
-            return self._train(args, kwargs)
+        together = self.shards.together() if self.run is None else contextlib.nullcontext()
+        with self.shards.standing_in(), together:
+            return self._train(*self.shards.moved(args, kwargs))
 
     def _run_sharded(self) -> None:
         """Let the step be one of a sharded model, if it is not yet."""
@@ -311,6 +312,8 @@ class SeekStep:
         without it, keeping nothing for backward. Shapes alone do not run.
         """
         tensors = [x for x in batch.values() if isinstance(x, Tensor)]
+        if self._sharded:
+            return None  # its parameters exist in a step only
         if any(x.is_meta or _torch.is_fake(x) for x in (*tensors, *self.model.parameters())):
             return None
         try:

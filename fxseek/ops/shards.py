@@ -129,7 +129,7 @@ def _filled_up(sharding: Sharding, shard: Tensor) -> Tensor:
 
 
 def _reduced(shardings: Sequence[Sharding], slopes: Sequence[Tensor]) -> Iterator[Tensor]:
-    """This process's piece of the averages over the team, by one reduce-scatter."""
+    """The pieces of the averages over the team that are this process's, by one reduce-scatter."""
     team, divisor = shardings[0].team, shardings[0].divisor
     count = team.shards.size()
     # float16 would leave its range by a sum, or by the whole division ahead of it
