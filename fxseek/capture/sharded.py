@@ -26,7 +26,7 @@ from fxseek.passes.facts import needs_grad
 from fxseek.passes.unshard import mark_sharded, sharding_of
 from fxseek.program import Program
 
-__all__ = ["Shards", "config_for_shards", "refuse_sharded"]
+__all__ = ["Shards", "collectives_of", "config_for_shards", "refuse_sharded", "refuse_shards"]
 
 _MESSAGE_BYTES = 2048
 _PLANS = 2**32
@@ -37,6 +37,19 @@ def refuse_sharded(modules: Sequence[tuple[str, nn.Module]], kind: type[FxseekEr
     """Refuse what is sharded by anything else than `fully_shard` over one mesh of data."""
     for _ in _shardings(modules, kind):
         pass
+
+
+def refuse_shards(model: nn.Module, call: str) -> None:
+    """Refuse a sharded model, for what reads whole parameters.
+
+    Raises:
+        InputError: it is sharded.
+    """
+    if _fsdp.sharded_modules(model.modules()):
+        raise InputError(
+            f"{call} runs the model in ways of its own, and reads whole parameters; this one is "
+            "sharded by FSDP2. Give it the model before fully_shard, or a small one of its kind."
+        )
 
 
 def config_for_shards(config: SeekConfig, kind: type[FxseekError]) -> SeekConfig:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxseek import _torch
 from fxseek.capture.limits import refuse_model, uses_cache
+from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
@@ -137,6 +138,8 @@ def estimate(
     most = config.ratio_range[1]
     shown = most if config.ratio_range == (most, most) else f"up to {most}"
     config = _estimated(config)
+    if isinstance(config_or_model, nn.Module):
+        refuse_shards(config_or_model, "estimate")
     model = tuned(on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
     inputs = batch_of(model, tokens, batch)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -28,9 +28,11 @@ SWEPT = {
 }
 
 
-def agree(cases: dict[str, Case], folder: Path, processes: int = 2) -> dict[str, Any]:
+def agree(
+    cases: dict[str, Case], folder: Path, processes: int = 2, mesh: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """Run the cases on processes and alone, and compare; what the first process has found."""
-    wait = fsdp.spawn(fsdp.run_cases, processes, folder, cases)
+    wait = fsdp.spawn(fsdp.run_cases, processes, folder, cases, mesh)
     wanted = {name: fsdp.alone(case, processes) for name, case in cases.items()}
     wait()
     first: dict[str, Any] = {}
@@ -54,6 +56,34 @@ def test_gradients_and_weights_are_those_of_one_process(tmp_path):
         *alive, after = found[name]["alive"]
         assert max(alive) <= blocks[0] + root < sum(blocks) + root
         assert after == 0
+
+
+def test_what_loops_do_with_a_model_that_fsdp_has_sharded(tmp_path):
+    fsdp.spawn(fsdp.use, 2, tmp_path)()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"use-{rank}.pt")
+        for what in ("accumulated", "clipped", "evaluated", "stepped", "state"):
+            plain, ours = found[what]
+            assert set(plain) == set(ours)
+            worst = compare(ours, plain)
+            assert worst.error <= 1e-9, (what, worst)
+        told = found["bad rows in one"]
+        assert told.startswith("InputError: ")
+        assert "the batch is empty" in told
+        assert ("process 1 could not begin its step" in told) == (rank == 0)
+        assert found["classes"] == {"DTensor"}
+        assert not any(".layers.0." in name for name in found["trained"])
+        assert any(".layers.1." in name for name in found["trained"])
+        assert "check_gradients" in found["check"]
+        assert "ConfigError" in found["inductor"] or "InputError" in found["inductor"]
+        assert 'Use backend="eager"' in found["inductor"]
+        assert "tensor, sequence or expert parallelism" in found["tensor parallel"]
+
+
+@pytest.mark.sweep
+def test_a_mesh_of_replicas_and_shards(tmp_path):
+    case = Case({"ratio": 0.6, "learn_chunk": 2}, model="lora", uneven=True)
+    agree({"replicated": case}, tmp_path, 4, (2, 2))
 
 
 @pytest.mark.sweep

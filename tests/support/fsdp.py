@@ -6,11 +6,12 @@ A module of its own, for a spawned process imports the module of its function.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 import torch.distributed as dist
 from models import batch, tiny_llama, tiny_lora
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fxseek
@@ -27,7 +30,7 @@ from fxseek.capture import sharded
 STEPS = 3
 VOCABULARY = 37
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: tiny_llama(num_hidden_layers=3),
+    "llama": tiny_llama,
     "tied": lambda: tiny_llama(tie_word_embeddings=True),
     "lora": lambda: tiny_lora(tiny_llama()),
 }
@@ -50,7 +53,8 @@ class Case:
     shard: dict[str, Any] = field(default_factory=dict)
 
     def made(self) -> nn.Module:
-        """The model, in float64."""
+        """The model, in float64: the same in each process."""
+        torch.manual_seed(0)
         return MODELS[self.model]().double()
 
     def rows(self, step: int, rank: int, processes: int) -> dict[str, Tensor]:
@@ -97,7 +101,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(p) for name, p in model.named_parameters()}
 
 
-def train(model: nn.Module, losses: Callable[[int], Sequence[Tensor]]) -> dict[str, Any]:
+def train(model: nn.Module, losses: Callable[[int], Iterable[Tensor]]) -> dict[str, Any]:
     """The gradients of each step of AdamW, and the weights after the last."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -113,28 +117,30 @@ def train(model: nn.Module, losses: Callable[[int], Sequence[Tensor]]) -> dict[s
 
 def alone(case: Case, processes: int) -> dict[str, Any]:
     """What one process finds that has the rows of all, and averages over them."""
-    model = case.made()
-    trained = [
-        fxseek.compile(case.made(), **seeded(case, rank))
-        for rank in range(processes if case.uneven or "sample" in case.options.values() else 1)
-    ]
-    for other in trained:  # each draws as its process does, with the same weights
-        for (name, p), (_, own) in zip(
-            other.named_parameters(), model.named_parameters(), strict=True
-        ):
-            parent, _, leaf = name.rpartition(".")
-            other.get_submodule(parent)._parameters[leaf] = own
-            assert p.shape == own.shape
+    draws = bool({"sample", "random"} & set(case.options.values())) or "span" in case.options
+    model = fxseek.compile(case.made(), **case.options)
+    models = [model] * processes
+    for rank in range(1, processes if draws else 1):  # each draws as its process does
+        models[rank] = fxseek.compile(share(case.made(), model), **seeded(case, rank))
+    together = case.options["ratio"] == 1.0 and not case.uneven
 
     def losses(step: int) -> Iterator[Tensor]:
-        if len(trained) == 1:
-            given = [case.rows(step, rank, processes) for rank in range(processes)]
-            yield trained[0](**{k: torch.cat([x[k] for x in given]) for k in given[0]}).loss
+        given = [case.rows(step, rank, processes) for rank in range(processes)]
+        if together:
+            yield model(**{name: torch.cat([x[name] for x in given]) for name in given[0]}).loss
             return
-        for rank, each in enumerate(trained):
-            yield each(**case.rows(step, rank, processes)).loss / processes
+        for each, rows in zip(models, given, strict=True):
+            yield each(**rows).loss / processes
 
-    return train(model, losses)  # type: ignore[arg-type]
+    return train(model, losses)
+
+
+def share(model: nn.Module, other: nn.Module) -> nn.Module:
+    """The model with another one's parameters."""
+    for name, parameter in other.named_parameters():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._parameters[leaf] = parameter
+    return model
 
 
 def seeded(case: Case, rank: int) -> dict[str, Any]:
@@ -178,9 +184,15 @@ def _process(rank: int, processes: int, port: int, work: Any, folder: Path, give
     dist.destroy_process_group()
 
 
-def run_cases(rank: int, processes: int, folder: Path, cases: dict[str, Case]) -> None:
+def run_cases(
+    rank: int, processes: int, folder: Path, cases: dict[str, Case], mesh: tuple[int, ...] = ()
+) -> None:
     """Train each model, and write what was found to a file."""
+    if mesh:
+        made = dist.init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
     for name, case in cases.items():
+        if mesh:
+            case = dataclasses.replace(case, shard={**case.shard, "mesh": made})
         torch._dynamo.reset()
         model = compiled(case)
 
@@ -192,6 +204,85 @@ def run_cases(rank: int, processes: int, folder: Path, cases: dict[str, Case]) -
         found["alive"] = alive
         found["kinds"] = {type(p.grad).__name__ for p in model.parameters() if p.requires_grad}
         torch.save(found, folder / f"{name}-{rank}.pt")
+
+
+def use(rank: int, processes: int, folder: Path) -> None:
+    """What training loops do with a sharded model, beside one that FSDP2 runs; and errors."""
+    case = Case({"ratio": 1.0, "learn_chunk": 5})
+    plain, ours = shard(case, case.made()), compiled(case)
+    models: list[Any] = [plain, ours]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    found: dict[str, Any] = {}
+
+    def both(what: str, run: Callable[[Any], Any]) -> None:
+        found[what] = [run(model) for model in models]
+
+    def accumulated(model: Any) -> dict[str, Tensor]:
+        for micro in range(3):
+            model.set_requires_gradient_sync(micro == 2)
+            model(**case.rows(micro, rank, processes)).loss.backward()
+        return gradients(model)
+
+    def clipped(model: Any) -> dict[str, Tensor]:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        return {"norm": whole(norm), **gradients(model)}
+
+    def evaluated(model: Any) -> dict[str, Tensor]:
+        ids = torch.arange(3, 10)[None]
+        with torch.no_grad():
+            loss = model.eval()(**case.rows(0, rank, processes)).loss
+            written = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5,
+                do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+        model.train()
+        return {"loss": loss, "written": written}
+
+    def stepped(model: Any) -> dict[str, Tensor]:
+        optimizer = optimizers[models.index(model)]
+        optimizer.step()
+        optimizer.zero_grad()
+        model(**case.rows(4, rank, processes)).loss.backward()
+        return gradients(model)
+
+    def state(model: Any) -> dict[str, Tensor]:
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+    both("accumulated", accumulated)
+    both("clipped", clipped)
+    both("evaluated", evaluated)
+    both("stepped", stepped)
+    both("state", state)
+
+    rows = case.rows(0, rank, processes)
+    empty = {name: x[:0] for name, x in rows.items()}
+    found["bad rows in one"] = refusal(lambda: ours(**(empty if rank == 1 else rows)))
+    found["classes"] = {type(p).__name__ for p in ours.parameters()}
+    optimizers[1].zero_grad()
+    for parameter in ours.model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    ours(**rows).loss.backward()
+    found["trained"] = sorted(gradients(ours))
+    found["check"] = refusal(lambda: fxseek.check_gradients(ours, **rows))
+    inductor = Case({"backend": "inductor"})
+    found["inductor"] = refusal(lambda: compiled(inductor)(**rows))
+    parallel = case.made()
+    parallel.lm_head.weight = nn.Parameter(  # type: ignore[union-attr]
+        distribute_tensor(
+            parallel.lm_head.weight, dist.init_device_mesh("cpu", (processes,)), [Shard(0)]
+        )  # type: ignore[union-attr]
+    )
+    found["tensor parallel"] = refusal(lambda: fxseek.compile(parallel))
+    torch.save(found, folder / f"use-{rank}.pt")
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The class and the message of fxseek's error."""
+    try:
+        call()
+    except fxseek.FxseekError as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
 
 
 @contextlib.contextmanager
