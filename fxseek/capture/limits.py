@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn import functional as F
 
 from fxseek.capture.sharded import refuse_sharded
 from fxseek.errors import FxseekError
@@ -14,6 +15,8 @@ __all__ = ["refuse_model", "uses_cache"]
 
 # In the names of attention implementations that take whole sequences in a layout of their own.
 _WHOLE_ONLY = ("flash", "flex")
+_CONTEXT = "torch.distributed.tensor.experimental"
+"""Where `context_parallel` has what it puts in the place of SDPA."""
 _NEFTUNE = "neftune_post_forward_hook"
 """Of transformers.integrations.neftune."""
 
@@ -29,6 +32,12 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
     flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     modules = list(modules)
     refuse_sharded(modules, kind)
+    if (getattr(F.scaled_dot_product_attention, "__module__", "") or "").startswith(_CONTEXT):
+        raise kind(
+            "context parallelism is on: a process holds a part of each row, whose attention reads "
+            "the others' keys. Give each process whole rows; learn_chunk= and prefill_chunk= bound "
+            "the memory of long ones."
+        )
     configs = set()
     for name, module in modules:
         if isinstance(module, parallel):

@@ -22,9 +22,11 @@ from models import batch, tiny_llama, tiny_lora
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.experimental import context_parallel
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fxseek
+from fxseek import _fsdp
 from fxseek.capture import sharded
 
 STEPS = 3
@@ -199,16 +201,23 @@ def run_cases(
         def losses(step: int, model: Any = model, case: Case = case) -> list[Tensor]:
             return [model(**case.rows(step, rank, processes)).loss]
 
-        with counted() as alive:
+        with counted() as alive, counted_traffic() as traffic:
             found = train(model, losses)
-        found["alive"] = alive
+        found["alive"], found["bytes"] = alive, traffic
+        found["kept"] = fxseek.report(model).selected.shape[1]
         found["kinds"] = {type(p.grad).__name__ for p in model.parameters() if p.requires_grad}
         torch.save(found, folder / f"{name}-{rank}.pt")
 
 
+def run_all(rank: int, processes: int, folder: Path, cases: dict[str, Case]) -> None:
+    """Cases, and what loops do: in one set of processes, which take seconds to begin."""
+    run_cases(rank, processes, folder, cases)
+    use(rank, processes, folder)
+
+
 def use(rank: int, processes: int, folder: Path) -> None:
     """What training loops do with a sharded model, beside one that FSDP2 runs; and errors."""
-    case = Case({"ratio": 1.0, "learn_chunk": 5})
+    case = Case({"ratio": 1.0})
     plain, ours = shard(case, case.made()), compiled(case)
     models: list[Any] = [plain, ours]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
@@ -250,9 +259,17 @@ def use(rank: int, processes: int, folder: Path) -> None:
 
     both("accumulated", accumulated)
     both("clipped", clipped)
-    both("evaluated", evaluated)
     both("stepped", stepped)
+    both("evaluated", evaluated)
+    both("trained again", accumulated)
     both("state", state)
+
+    def sent(model: Any) -> dict[str, int]:
+        with counted_traffic() as traffic:
+            model(**case.rows(5, rank, processes)).loss.backward()
+        return traffic
+
+    both("bytes", sent)
 
     rows = case.rows(0, rank, processes)
     empty = {name: x[:0] for name, x in rows.items()}
@@ -267,11 +284,11 @@ def use(rank: int, processes: int, folder: Path) -> None:
     inductor = Case({"backend": "inductor"})
     found["inductor"] = refusal(lambda: compiled(inductor)(**rows))
     parallel = case.made()
-    parallel.lm_head.weight = nn.Parameter(  # type: ignore[union-attr]
-        distribute_tensor(
-            parallel.lm_head.weight, dist.init_device_mesh("cpu", (processes,)), [Shard(0)]
-        )  # type: ignore[union-attr]
-    )
+    mesh = dist.init_device_mesh("cpu", (processes,))
+    head: Any = parallel.get_submodule("lm_head")
+    head.weight = nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(0)]))
+    with context_parallel(mesh, buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1]):
+        found["context parallel"] = refusal(lambda: ours(**rows))
     found["tensor parallel"] = refusal(lambda: fxseek.compile(parallel))
     torch.save(found, folder / f"use-{rank}.pt")
 
@@ -283,6 +300,39 @@ def refusal(call: Callable[[], Any]) -> str:
     except fxseek.FxseekError as error:
         return f"{type(error).__name__}: {error}"
     return "not refused"
+
+
+@contextlib.contextmanager
+def counted_traffic() -> Iterator[dict[str, int]]:
+    """Bytes of whole parameters gathered, and of whole gradients reduced, by whoever does it."""
+    traffic = {"gathered": 0, "reduced": 0}
+    inside = False
+    owners = [(dist, f"{kind}_{end}") for kind in ("all_gather", "reduce_scatter")
+              for end in ("into_tensor", "tensor", "single")]  # fmt: skip
+    owners += [(_fsdp, "all_gather"), (_fsdp, "reduce_scatter")]
+    before = [(owner, name, getattr(owner, name)) for owner, name in owners if hasattr(owner, name)]
+
+    def counting(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            outermost, inside = not inside, True
+            if outermost:
+                given = [x.nbytes for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+                traffic["gathered" if "all_gather" in name else "reduced"] += max(given)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside = not outermost
+
+        return call
+
+    for owner, name, function in before:
+        setattr(owner, name, counting(name, function))
+    try:
+        yield traffic
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
 @contextlib.contextmanager
