@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
-import fsdp
+import fsdp_cases as fsdp
 import pytest
 import torch
-from fsdp import Case
+from fsdp_cases import Case
 
 from fxseek.inspect.compare import compare
 
@@ -96,6 +97,28 @@ def loops_do(found: dict[str, Any], rank: int) -> None:
 def test_a_mesh_of_replicas_and_shards(tmp_path):
     case = Case({"ratio": 0.6, "learn_chunk": 2}, model="lora", uneven=True)
     agree({"replicated": case}, tmp_path, processes=4, mesh=(2, 2))
+
+
+@pytest.mark.sweep
+def test_a_run_that_has_lost_a_process_is_resumed(tmp_path):
+    options = {"ratio": 0.5, "score": "gradient", "select": "sample", "learn_chunk": 2}
+    case = Case(options, uneven=True)
+    ended = fsdp.spawn(fsdp.drill, 2, tmp_path, case, True)(raises=False)
+    assert ended[1] == -signal.SIGKILL
+    assert ended[0] not in (0, None)
+    assert "Connection closed by peer" in (tmp_path / "survivor").read_text()
+    fsdp.spawn(fsdp.drill, 2, tmp_path, case, False)()
+    wanted = fsdp.alone(case, 2)["weights"]
+    for rank in range(2):
+        assert compare(torch.load(tmp_path / f"weights-{rank}.pt"), wanted).error <= 1e-9
+
+
+@pytest.mark.sweep
+def test_trainer_of_transformers(tmp_path):
+    fsdp.spawn(fsdp.in_trainer, 2, tmp_path)()
+    found = torch.load(tmp_path / "trainer-0.pt")
+    worst = compare(found["ours"], found["plain"])
+    assert worst.error <= 1e-4, worst
 
 
 @pytest.mark.sweep

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,16 +19,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from models import batch, tiny_llama, tiny_lora
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.data import Dataset
 
 import fxseek
 from fxseek import _fsdp
 from fxseek.capture import sharded
+from fxseek.ops import shards
+from fxseek.run import env
 
 STEPS = 3
 VOCABULARY = 37
@@ -155,7 +165,8 @@ def seeded(case: Case, rank: int) -> dict[str, Any]:
 def spawn(work: Any, processes: int, folder: Path, *given: Any, seconds: float = 240) -> Any:
     """Start processes that run ``work(rank, processes, folder, *given)``; a function that waits.
 
-    It raises what one of them has raised, and `TimeoutError` where they don't end in time.
+    It raises what one of them has raised, and `TimeoutError` where they don't end in time; with
+    ``raises=False`` it answers how each has ended, None where it hasn't.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -164,11 +175,14 @@ def spawn(work: Any, processes: int, folder: Path, *given: Any, seconds: float =
     context = torch.multiprocessing.spawn(_process, arguments, nprocs=processes, join=False)  # type: ignore[attr-defined]
     end = time.monotonic() + seconds
 
-    def wait() -> None:
+    def wait(*, raises: bool = True) -> list[int | None]:
         try:
-            while not context.join(timeout=max(0.1, min(5.0, end - time.monotonic()))):
+            while raises and not context.join(timeout=max(0.1, min(5.0, end - time.monotonic()))):
                 if time.monotonic() > end:
                     raise TimeoutError(f"processes hang after {seconds} seconds")
+            for process in context.processes:
+                process.join(max(0.1, end - time.monotonic()))
+            return [process.exitcode for process in context.processes]
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -293,6 +307,98 @@ def use(rank: int, processes: int, folder: Path) -> None:
     torch.save(found, folder / f"use-{rank}.pt")
 
 
+def drill(rank: int, processes: int, folder: Path, case: Case, dies: bool) -> None:
+    """Train; with a checkpoint after two steps, from it where there is one.
+
+    One process dies in the third step, between two gathers, if it is to.
+    """
+    model, checkpoint = compiled(case), folder / "checkpoint"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first = 0
+    if checkpoint.exists():
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(state, checkpoint_id=checkpoint)
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )  # fmt: skip
+        first = 2
+        fxseek.resume(model, first)
+    for step in range(first, STEPS):
+        if step == 2 and not first:
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+            dcp.save(state, checkpoint_id=checkpoint)
+        if step == 2 and dies and rank == 1:
+            die_at_gather(3)
+        optimizer.zero_grad()
+        try:
+            model(**case.rows(step, rank, processes)).loss.backward()
+        except Exception as error:
+            (folder / "survivor").write_text(f"{type(error).__name__}: {error}")
+            raise
+        optimizer.step()
+    torch.save(weights(model), folder / f"weights-{rank}.pt")
+
+
+def die_at_gather(number: int) -> None:
+    """Let this process be killed ahead of a gather."""
+    gather, left = shards.whole, number
+
+    def whole(*given: Any) -> list[Tensor]:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(*given)
+
+    shards.whole = whole
+
+
+def in_trainer(rank: int, processes: int, folder: Path) -> None:
+    """Trainer with ``fsdp_version: 2``, with fxseek and without.
+
+    accelerate shards on devices only; on the CPU it is told that there are some.
+    """
+    from accelerate import DistributedType, PartialState
+    from transformers import Trainer, TrainingArguments
+
+    sharding = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}  # fmt: skip
+    found: dict[str, Any] = {}
+    for name in ("plain", "ours"):
+        model: Any = Case({}).made().float()
+        if name == "ours":
+            fxseek.compile(model, ratio=1.0, learn_chunk=4)
+        args = TrainingArguments(
+            str(folder / name), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            max_steps=2, use_cpu=True, report_to=[], save_strategy="steps", save_steps=2,
+            disable_tqdm=True, logging_steps=1, learning_rate=1e-2, eval_strategy="steps",
+            eval_steps=1, dataloader_pin_memory=False, fsdp=True, fsdp_config=sharding,
+        )  # fmt: skip
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+        rows = Rows(VOCABULARY, 16)
+        trainer = Trainer(model, args, train_dataset=rows, eval_dataset=Rows(VOCABULARY, 4))
+        trainer.train()
+        trainer.save_model(str(folder / name / "saved"))
+        history = [x for x in trainer.state.log_history if "loss" in x or "eval_loss" in x]
+        losses = [x.get("loss", x.get("eval_loss")) for x in history]
+        found[name] = {"losses": torch.tensor(losses), **weights(trainer.model)}
+    torch.save(found, folder / f"trainer-{rank}.pt")
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Rows of one padded batch."""
+
+    def __init__(self, vocabulary: int, rows: int) -> None:
+        self.batch = batch(vocabulary, rows, 11, padding="right", labels="some")
+
+    def __len__(self) -> int:
+        return len(self.batch["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[index] for name, value in self.batch.items()}
+
+
 def refusal(call: Callable[[], Any]) -> str:
     """The class and the message of fxseek's error."""
     try:
@@ -338,9 +444,6 @@ def counted_traffic() -> Iterator[dict[str, int]]:
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
     """Bytes of whole parameters that are alive after each gather."""
-    from fxseek.ops import shards
-    from fxseek.run import env
-
     gather = shards.whole
     alive: list[int] = []
     known: dict[StorageWeakRef, int] = {}
