@@ -44,6 +44,7 @@ CATEGORIES: tuple[str, ...] = (
     "K/V",
     "activations",
     "constants",
+    "whole parameters",
     "transients",
 )
 

@@ -37,9 +37,36 @@ class Team:
     device: torch.device
 
     @property
+    def count(self) -> int:
+        """How many shards a parameter has."""
+        return self.shards.size()
+
+    @property
+    def rank(self) -> int:
+        """Which of them is this process's."""
+        return self.shards.rank()
+
+    @property
     def size(self) -> int:
         """The number of processes."""
-        return self.shards.size() * (1 if self.replicas is None else self.replicas.size())
+        return self.count * (1 if self.replicas is None else self.replicas.size())
+
+    def gather(self, sent: Tensor) -> Tensor:
+        """What all have sent, one after the other: [n] → [count · n]."""
+        received = sent.new_empty(self.count * len(sent))
+        _fsdp.all_gather(received, sent, group=self.shards)
+        return received
+
+    def reduce(self, sent: Tensor) -> Tensor:
+        """The sum of the row that is this process's over all processes: [count, n] → [n]."""
+        received = sent.new_empty(sent.shape[1])
+        _fsdp.reduce_scatter(received, sent.view(-1), group=self.shards)
+        if self.replicas is not None:
+            dist.all_reduce(received, group=self.replicas)
+        return received
+
+    def follow(self, wholes: Sequence[Tensor]) -> None:
+        """Parameters are whole from now on; whoever predicts memory notes it."""
 
     def largest(self, own: Tensor) -> Tensor:
         """The largest of each number over all processes; waits for them and for the device."""
@@ -70,7 +97,7 @@ class Sharding:
     @property
     def longest(self) -> int:
         """The length of the longest piece."""
-        return -(-self.shape[self.dim] // self.team.shards.size())
+        return -(-self.shape[self.dim] // self.team.count)
 
     @property
     def piece(self) -> list[int]:
@@ -106,10 +133,9 @@ def whole(shardings: Sequence[Sharding], shards: Sequence[Tensor]) -> list[Tenso
         length += len(held) + gap
     sent = torch.cat(own)
     del own
-    count = team.shards.size()
-    received = sent.new_empty(count * length)
-    _fsdp.all_gather(received, sent, group=team.shards)
-    rows = received.view(count, length)
+    count = team.count
+    rows = team.gather(sent).view(count, length)
+    del sent
     found = []
     for sharding, start in zip(shardings, starts, strict=True):
         piece, dim = sharding.piece, sharding.dim
@@ -117,6 +143,7 @@ def whole(shardings: Sequence[Sharding], shards: Sequence[Tensor]) -> list[Tenso
         pieces = rows[:, start : start + nbytes].view(sharding.dtype).view(count, *piece)
         full = pieces.movedim(0, dim).flatten(dim, dim + 1)
         found.append(full.narrow(dim, 0, sharding.shape[dim]))
+    team.follow(found)
     return found
 
 
@@ -131,7 +158,7 @@ def _filled_up(sharding: Sharding, shard: Tensor) -> Tensor:
 def _reduced(shardings: Sequence[Sharding], slopes: Sequence[Tensor]) -> Iterator[Tensor]:
     """The pieces of the averages over the team that are this process's, by one reduce-scatter."""
     team, divisor = shardings[0].team, shardings[0].divisor
-    count = team.shards.size()
+    count = team.count
     # float16 would leave its range by a sum, or by the whole division ahead of it
     before = 2.0 ** (int(math.log2(divisor)) // 2) if divisor >= 1 else 1.0
     rows = []
@@ -145,12 +172,10 @@ def _reduced(shardings: Sequence[Sharding], slopes: Sequence[Tensor]) -> Iterato
     sent = torch.cat(rows, dim=1)
     del rows, slopes
     sent.div_(before)
-    received = sent.new_empty(sent.shape[1])
-    _fsdp.reduce_scatter(received, sent.view(-1), group=team.shards)
-    if team.replicas is not None:
-        dist.all_reduce(received, group=team.replicas)
+    received = team.reduce(sent)
+    del sent
     received.div_(divisor / before)
-    start, rank = 0, team.shards.rank()
+    start, rank = 0, team.rank
     for sharding in shardings:
         size, dim = math.prod(sharding.piece), sharding.dim
         piece = received[start : start + size].view(sharding.piece)
