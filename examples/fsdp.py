@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,8 +36,9 @@ def main() -> None:
     config = LlamaConfig(
         vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=4
     )
-    model: Any = LlamaForCausalLM(config).to(device).train()
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    model: Any = LlamaForCausalLM(config)
+    model.to(device).train()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -56,7 +58,7 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.3f}, gradient norm {total:.3f}")
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
         own = sum(p.to_local().numel() for p in model.parameters())
         print(f"{sum(x.numel() for x in state.values())} parameters; this process holds {own}")

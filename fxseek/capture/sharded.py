@@ -342,7 +342,7 @@ def _casts_of(module: nn.Module) -> tuple[Any, Any]:
     return None if inner is None else cast_inputs, None if outer is None else cast_outputs
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: Any) -> Any:
     """The value with its floating-point tensors in a type."""
 
     def cast(x: Any) -> Any:

@@ -57,10 +57,9 @@ class ChunkedHead(nn.Module):
         """
         values = list(arguments)
         for places, gather in self.unshards:  # once for all chunks, however many there are
-            found = gather(*[values[place] for place in places])
-            for place, whole in zip(places, found, strict=True):
-                values[place] = whole
-            del found, whole
+            found = list(gather(*[values[place] for place in places]))
+            for place in reversed(places):
+                values[place] = found.pop()
         inputs = len(self.head.stage.inputs)
         given, full = values[:inputs], values[inputs:]
         del values

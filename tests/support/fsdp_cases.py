@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from models import batch, tiny_llama, tiny_lora
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -28,6 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -74,10 +76,9 @@ class Case:
         if not self.uneven:
             given = batch(VOCABULARY, 2 * processes, 13, seed=step)
             return {name: x[2 * rank : 2 * rank + 2] for name, x in given.items()}
-        sizes = {"batch": 1 + 2 * (rank % 2), "tokens": (13, 8)[rank % 2] + step}
         labels = "none" if rank == 1 and step == 1 else "some"
-        seed = 10 * step + rank
-        return batch(VOCABULARY, padding="right", labels=labels, seed=seed, **sizes)
+        count, tokens = (3, 8 + step) if rank % 2 else (1, 13 + step)
+        return batch(VOCABULARY, count, tokens, "right", labels, seed=10 * step + rank)
 
 
 def shard(case: Case, model: Any, **more: Any) -> Any:
@@ -172,7 +173,8 @@ def spawn(work: Any, processes: int, folder: Path, *given: Any, seconds: float =
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (processes, port, work, folder, given)
-    context = torch.multiprocessing.spawn(_process, arguments, nprocs=processes, join=False)  # type: ignore[attr-defined]
+    start: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
+    context = start(_process, arguments, nprocs=processes, join=False)
     end = time.monotonic() + seconds
 
     def wait(*, raises: bool = True) -> list[int | None]:
@@ -205,10 +207,9 @@ def run_cases(
 ) -> None:
     """Train each model, and write what was found to a file."""
     if mesh:
-        made = dist.init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
+        made = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
+        cases = {k: dataclasses.replace(x, shard={"mesh": made}) for k, x in cases.items()}
     for name, case in cases.items():
-        if mesh:
-            case = dataclasses.replace(case, shard={**case.shard, "mesh": made})
         torch._dynamo.reset()
         model = compiled(case)
 
@@ -232,8 +233,9 @@ def run_all(rank: int, processes: int, folder: Path, cases: dict[str, Case]) -> 
 def use(rank: int, processes: int, folder: Path) -> None:
     """What training loops do with a sharded model, beside one that FSDP2 runs; and errors."""
     case = Case({"ratio": 1.0})
-    plain, ours = shard(case, case.made()), compiled(case)
-    models: list[Any] = [plain, ours]
+    plain: Any = shard(case, case.made())
+    ours: Any = compiled(case)
+    models = [plain, ours]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
     found: dict[str, Any] = {}
 
@@ -268,7 +270,7 @@ def use(rank: int, processes: int, folder: Path) -> None:
         model(**case.rows(4, rank, processes)).loss.backward()
         return gradients(model)
 
-    def state(model: Any) -> dict[str, Tensor]:
+    def state(model: Any) -> dict[str, Any]:
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
     both("accumulated", accumulated)
@@ -285,7 +287,7 @@ def use(rank: int, processes: int, folder: Path) -> None:
 
     both("bytes", sent)
 
-    rows = case.rows(0, rank, processes)
+    rows: dict[str, Any] = case.rows(0, rank, processes)
     empty = {name: x[:0] for name, x in rows.items()}
     found["bad rows in one"] = refusal(lambda: ours(**(empty if rank == 1 else rows)))
     found["classes"] = {type(p).__name__ for p in ours.parameters()}
@@ -298,7 +300,7 @@ def use(rank: int, processes: int, folder: Path) -> None:
     inductor = Case({"backend": "inductor"})
     found["inductor"] = refusal(lambda: compiled(inductor)(**rows))
     parallel = case.made()
-    mesh = dist.init_device_mesh("cpu", (processes,))
+    mesh = init_device_mesh("cpu", (processes,))
     head: Any = parallel.get_submodule("lm_head")
     head.weight = nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(0)]))
     with context_parallel(mesh, buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1]):
@@ -315,9 +317,14 @@ def drill(rank: int, processes: int, folder: Path, case: Case, dies: bool) -> No
     model, checkpoint = compiled(case), folder / "checkpoint"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     first = 0
+
+    def states() -> dict[str, Any]:
+        own, optimizers = get_state_dict(model, optimizer)
+        return {"model": own, "optimizer": optimizers}
+
     if checkpoint.exists():
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        dcp.load(state, checkpoint_id=checkpoint)
+        state = states()
+        load_state(state, checkpoint_id=checkpoint)
         set_state_dict(
             model, optimizer, model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
@@ -326,8 +333,7 @@ def drill(rank: int, processes: int, folder: Path, case: Case, dies: bool) -> No
         fxseek.resume(model, first)
     for step in range(first, STEPS):
         if step == 2 and not first:
-            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-            dcp.save(state, checkpoint_id=checkpoint)
+            save_state(states(), checkpoint_id=checkpoint)
         if step == 2 and dies and rank == 1:
             die_at_gather(3)
         optimizer.zero_grad()
@@ -373,7 +379,8 @@ def in_trainer(rank: int, processes: int, folder: Path) -> None:
             str(folder / name), per_device_train_batch_size=2, gradient_accumulation_steps=2,
             max_steps=2, use_cpu=True, report_to=[], save_strategy="steps", save_steps=2,
             disable_tqdm=True, logging_steps=1, learning_rate=1e-2, eval_strategy="steps",
-            eval_steps=1, dataloader_pin_memory=False, fsdp=True, fsdp_config=sharding,
+            eval_steps=1, dataloader_pin_memory=False, fsdp_config=sharding,
+            fsdp=True,  # type: ignore[arg-type]
         )  # fmt: skip
         PartialState().distributed_type = DistributedType.MULTI_GPU
         rows = Rows(VOCABULARY, 16)
@@ -382,7 +389,7 @@ def in_trainer(rank: int, processes: int, folder: Path) -> None:
         trainer.save_model(str(folder / name / "saved"))
         history = [x for x in trainer.state.log_history if "loss" in x or "eval_loss" in x]
         losses = [x.get("loss", x.get("eval_loss")) for x in history]
-        found[name] = {"losses": torch.tensor(losses), **weights(trainer.model)}
+        found[name] = {"losses": torch.tensor(losses), **weights(model)}
     torch.save(found, folder / f"trainer-{rank}.pt")
 
 
