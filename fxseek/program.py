@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
-from fxseek.ops.shards import Sharding
 from fxseek.passes.adapters import merge_adapters
 from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import ditch
@@ -93,12 +92,6 @@ class Program:
         return [self.parts.body, self.learn] if isinstance(self.parts, Parts) else [self.learn]
 
     @property
-    def shardings(self) -> list[Sharding]:
-        """How the parameters are sharded that are, in the order of the graph's inputs."""
-        found = map(sharding_of, self.graph.find_nodes(op="placeholder"))
-        return [x for x in found if x is not None]
-
-    @property
     def whole(self) -> set[fx.Node]:
         """Values of all tokens that are read whole until the backward: keys and values."""
         return {
@@ -139,6 +132,7 @@ def build(
     graph = then(without_dead_code, graph)
     graph, outside = then(find_outside, graph, sizes, config.chunk_bytes)
     writes = then(find_writes, functional)
+    then(refuse_written_shards, functional)
 
     facts = then(find_tokens, graph, sizes)
     structure = then(
@@ -273,6 +267,18 @@ def find_writes(functional: Functional) -> Writes:
         tuple(places[node] for node in functional.written),
         {i: places[node] for i, node in functional.returned.items()},
     )
+
+
+def refuse_written_shards(functional: Functional) -> None:
+    """A step writes to whole parameters, and has none of a sharded one."""
+    for node in functional.parameters:
+        sharding = sharding_of(node)
+        if sharding is not None:
+            raise GraphError(
+                f"the model writes to its parameter {sharding.name!r} in its forward, as an "
+                "embedding with max_norm does, and FSDP2 has sharded it: leave that out, or keep "
+                "the parameter whole by fully_shard(..., ignored_params={...})"
+            )
 
 
 def joined(parts: Parts | str) -> list[fx.Node]:

@@ -108,11 +108,14 @@ class Shards:
         for module in sharded:
             module.reshard()
         with contextlib.ExitStack() as undo:
+            known: dict[int, _Known] = {}
             for module, name, sharding in _shardings(modules, InputError):
                 parameter: Any = getattr(module, name)
-                known = self._stand_in(parameter, sharding)
+                own = known[id(parameter)] = self._stand_in(parameter, sharding)
                 undo.callback(_fsdp.set_parameter, module, name, parameter)
-                _fsdp.set_parameter(module, name, known.stand_in)
+                _fsdp.set_parameter(module, name, own.stand_in)
+            self._known = known  # others are no parameters any more
+            self._standing = {id(x.stand_in): x for x in known.values()}
             for module in sharded:
                 for table in _fsdp.hook_tables(module):
                     undo.callback(table.update, dict(table))
@@ -192,8 +195,6 @@ class Shards:
             empty = torch.empty(sharding.shape, dtype=sharding.dtype, device=sharding.team.device)
             empty.untyped_storage().resize_(0)
             known = _Known(parameter, sharding, nn.Parameter(empty, requires_grad=trained))
-            self._known[id(parameter)] = known
-            self._standing[id(known.stand_in)] = known
         return known
 
     def mark(self, graph: fx.Graph) -> None:

@@ -10,6 +10,7 @@ import fsdp_cases as fsdp
 import pytest
 import torch
 from fsdp_cases import Case
+from tuners import TUNERS
 
 from fxseek.inspect.compare import compare
 
@@ -24,6 +25,9 @@ SWEPT = {
     "lora": Case({"ratio": 0.5}, model="lora"),
     "tied": Case({"ratio": 0.5}, model="tied"),
     "sampled": Case({"ratio": 0.5, "score": "gradient", "select": "sample"}, uneven=True),
+    "offloaded": Case(
+        {"ratio": 1.0, "learn_chunk": 4, "kv": "offload", "recompute": "block"}, uneven=True
+    ),
     "spans": Case({"ratio": 0.5, "span": 2, "score": "gradient"}),
     "labelled": Case({"ratio": "labelled"}, uneven=True),
 }
@@ -111,6 +115,18 @@ def test_a_run_that_has_lost_a_process_is_resumed(tmp_path):
     wanted = fsdp.alone(case, 2)["weights"]
     for rank in range(2):
         assert compare(torch.load(tmp_path / f"weights-{rank}.pt"), wanted).error <= 1e-9
+
+
+@pytest.mark.sweep
+def test_tuners(tmp_path):
+    fsdp.spawn(fsdp.tuners, 2, tmp_path, list(TUNERS), seconds=900)()
+    for rank in range(2):
+        for name, (plain, ours) in torch.load(tmp_path / f"tuners-{rank}.pt").items():
+            if isinstance(plain, str):
+                continue  # FSDP2 itself does not train it
+            assert not isinstance(ours, str), (name, ours)
+            worst = compare(ours, plain)
+            assert worst.error <= 1e-9, (name, worst)
 
 
 @pytest.mark.sweep

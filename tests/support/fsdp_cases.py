@@ -12,14 +12,14 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import batch, tiny_llama, tiny_lora
+from models import batch, tiny_llama, tiny_lora, without_casts
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,6 +34,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import Dataset
+from tuners import TUNERS
 
 import fxseek
 from fxseek import _fsdp
@@ -44,9 +45,9 @@ from fxseek.run import env
 STEPS = 3
 VOCABULARY = 37
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": tiny_llama,
-    "tied": lambda: tiny_llama(tie_word_embeddings=True),
-    "lora": lambda: tiny_lora(tiny_llama()),
+    "llama": lambda: without_casts(tiny_llama()),
+    "tied": lambda: without_casts(tiny_llama(tie_word_embeddings=True)),
+    "lora": lambda: tiny_lora(without_casts(tiny_llama())),
 }
 
 
@@ -307,6 +308,26 @@ def use(rank: int, processes: int, folder: Path) -> None:
         found["context parallel"] = refusal(lambda: ours(**rows))
     found["tensor parallel"] = refusal(lambda: fxseek.compile(parallel))
     torch.save(found, folder / f"use-{rank}.pt")
+
+
+def tuners(rank: int, processes: int, folder: Path, names: Sequence[str]) -> None:
+    """The gradients of a step of each tuner of peft, by FSDP2 alone and with fxseek."""
+    case = Case({"ratio": 1.0, "learn_chunk": 5})
+    found: dict[str, Any] = {}
+    for name in names:
+        torch._dynamo.reset()
+        runs: list[Any] = []
+        for ours in (False, True):
+            torch.manual_seed(0)
+            try:
+                model = shard(case, TUNERS[name].make())
+                model = fxseek.compile(model, **case.options) if ours else model
+                model(**case.rows(0, rank, processes)).loss.backward()
+                runs.append(gradients(model))
+            except Exception as error:
+                runs.append(f"{type(error).__name__}: {error}")
+        found[name] = runs
+    torch.save(found, folder / f"tuners-{rank}.pt")
 
 
 def drill(rank: int, processes: int, folder: Path, case: Case, dies: bool) -> None:
