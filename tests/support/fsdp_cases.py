@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -328,6 +329,44 @@ def tuners(rank: int, processes: int, folder: Path, names: Sequence[str]) -> Non
                 runs.append(f"{type(error).__name__}: {error}")
         found[name] = runs
     torch.save(found, folder / f"tuners-{rank}.pt")
+
+
+def precisions(rank: int, processes: int, folder: Path) -> None:
+    """Mixed precision with offloaded shards, and LoRA on weights of 4 bits, which stay whole."""
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    case = Case({"ratio": 1.0})
+    found: dict[str, Any] = {"mixed": [], "quantised": []}
+    for ours in (False, True):
+        for name in found:
+            model: Any = case.made().float()
+            offload = CPUOffloadPolicy(pin_memory=False)
+            options: dict[str, Any] = {"mp_policy": low, "offload_policy": offload}
+            if name == "quantised":
+                model = tiny_lora(in_four_bits(tiny_llama(hidden_size=64, intermediate_size=64)))
+                kept = {p for p in model.parameters() if type(p).__name__ == "Params4bit"}
+                options = {"ignored_params": kept}
+            model = shard(case, model, **options)
+            model = fxseek.compile(model, **case.options) if ours else model
+            loss = model(**case.rows(0, rank, processes)).loss
+            loss.backward()
+            found[name].append({"loss": loss.detach(), **gradients(model)})
+    torch.save(found, folder / f"precisions-{rank}.pt")
+
+
+def in_four_bits(model: nn.Module) -> nn.Module:
+    """The model with linear layers of bitsandbytes, but for the head."""
+    import bitsandbytes
+
+    bits: Any = bitsandbytes.nn
+    torch.manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            sizes = module.in_features, module.out_features
+            layer = bits.Linear4bit(*sizes, bias=False, quant_type="nf4")
+            weight = module.weight.data
+            layer.weight = bits.Params4bit(weight, requires_grad=False, quant_type="nf4")
+            model.set_submodule(name, layer.to("cpu"))
+    return model
 
 
 def drill(rank: int, processes: int, folder: Path, case: Case, dies: bool) -> None:
