@@ -111,7 +111,9 @@ class Shards:
             known: dict[int, _Known] = {}
             for module, name, sharding in _shardings(modules, InputError):
                 parameter: Any = getattr(module, name)
-                own = known[id(parameter)] = self._stand_in(parameter, sharding)
+                own = known.get(id(parameter))  # tied parameters stay one
+                own = own or self._stand_in(parameter, sharding)
+                known[id(parameter)] = own
                 undo.callback(_fsdp.set_parameter, module, name, parameter)
                 _fsdp.set_parameter(module, name, own.stand_in)
             self._known = known  # others are no parameters any more
