@@ -141,7 +141,7 @@ def whole(shardings: Sequence[Sharding], shards: Sequence[Tensor]) -> list[Tenso
         piece, dim = sharding.piece, sharding.dim
         nbytes = math.prod(piece) * sharding.dtype.itemsize
         pieces = rows[:, start : start + nbytes].view(sharding.dtype).view(count, *piece)
-        full = pieces.movedim(0, dim).flatten(dim, dim + 1)
+        full = torch.cat(pieces.unbind(0), dim)  # a view would keep all that was received
         found.append(full.narrow(dim, 0, sharding.shape[dim]))
     team.follow(found)
     return found
