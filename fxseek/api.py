@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fxseek import _torch
+from fxseek import _fsdp, _torch
 from fxseek.capture.backend import latest_is_released, latest_recorder
 from fxseek.capture.limits import refuse_model
+from fxseek.capture.sharded import config_for_shards
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, InputError
@@ -67,6 +68,8 @@ def compile(
             "the model is compiled by torch.compile already. Give fxseek the plain model, and "
             'choose how its stages are lowered by backend="inductor".'
         )
+    if _fsdp.sharded_modules(module for _, module in modules):
+        config_for_shards(config, ConfigError)
     step = SeekStep(model, config, fit=within_budget)
     step.switch_off_checkpointing(modules)
     _torch.set_compiled_call(model, step)

@@ -34,6 +34,7 @@ from fxseek.passes.sizes import find_sizes
 from fxseek.passes.structure import Structure, find_structure
 from fxseek.passes.tokens import find_tokens, made_from_rows
 from fxseek.passes.unbatch import unbatch
+from fxseek.passes.unshard import place_by_blocks, sharding_of, unshard
 from fxseek.passes.unshift import unshift
 
 __all__ = ["Passes", "Program", "Writes", "build", "places_of", "trains"]
@@ -131,6 +132,7 @@ def build(
     graph = then(without_dead_code, graph)
     graph, outside = then(find_outside, graph, sizes, config.chunk_bytes)
     writes = then(find_writes, functional)
+    then(refuse_written_shards, functional)
 
     facts = then(find_tokens, graph, sizes)
     structure = then(
@@ -196,6 +198,11 @@ def build(
     prefill = then(merge_adapters, prefill)  # the score's block would keep the merged weights
     scored = set(score.scored())
     prefill = then(send_to_host, prefill, [node for node in on_host if node not in scored])
+    if any(map(sharding_of, graph.nodes)):
+        prefill = then(unshard, prefill, place_by_blocks(prefill, structure))
+        for piece, segments in [(learn, plan.segments), *segments_of(parts)]:
+            assert segments is not None  # the caller has chosen recompute="block"
+            then(unshard, piece, segments)
 
     return Program(
         graph, config, facts, structure, prefill, score, learn, parts, plan, head,
@@ -265,11 +272,28 @@ def find_writes(functional: Functional) -> Writes:
     )
 
 
+def refuse_written_shards(functional: Functional) -> None:
+    """A step writes to whole parameters, and has none of a sharded one."""
+    for node in functional.parameters:
+        sharding = sharding_of(node)
+        if sharding is not None:
+            raise GraphError(
+                f"the model writes to its parameter {sharding.name!r} in its forward, as an "
+                "embedding with max_norm does, and FSDP2 has sharded it: leave that out, or keep "
+                "the parameter whole by fully_shard(..., ignored_params={...})"
+            )
+
+
 def joined(parts: Parts | str) -> list[fx.Node]:
     """The values of all tokens that parts share, in the order in which they are read."""
     if isinstance(parts, str):
         return []
     return [item.node for item in parts.body.inputs if isinstance(item, Joined)]
+
+
+def segments_of(parts: Parts | str) -> list[tuple[Piece, dict[fx.Node, int] | None]]:
+    """The body of parts, and the segment of each of its nodes."""
+    return [] if isinstance(parts, str) else [(parts.body, parts.schedule.segments)]
 
 
 def prefilled(learn: Piece, parts: Parts | str, score: ScorePlan) -> list[fx.Node]:

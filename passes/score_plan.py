@@ -203,6 +203,13 @@ class ScorePlan:
             reads += piece.prefilled()
         return reads
 
+    def reads(self) -> list[fx.Node]:
+        """All captured values that it reads, inputs of the graph among them."""
+        reads = self.kept() + ([] if self.context is None else list(self.context.reads))
+        for piece in [] if self.gradient is None else self.gradient.pieces():
+            reads += piece.reads()
+        return reads
+
     def made(self) -> set[fx.Node]:
         """Those of them that another of its pieces makes."""
         if self.gradient is None:

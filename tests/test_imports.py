@@ -10,7 +10,7 @@ import networkx as nx
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "_torch"),
+    ("errors", "_torch", "_fsdp"),
     ("ops",),
     ("checks", "ratios", "scores", "spans", "selecting", "config"),
     ("passes",),

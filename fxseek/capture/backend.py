@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxseek import _torch
 from fxseek.capture.progress import say
+from fxseek.capture.sharded import Shards, collectives_of
 from fxseek.capture.uncomputed import Uncomputed
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, GraphError, InputError
@@ -90,13 +91,14 @@ def make_backend(
     token_inputs: Sequence[str] | None = None,
     labelled: Callable[[], bool] = lambda: True,
     run: Callable[[Step, Made], Callable[..., Any]] | None = None,
+    shards: Shards | None = None,
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """A backend for `torch.compile` that compiles training graphs and leaves others alone.
 
     `token_inputs` are the arguments that count tokens; by default all that are long enough.
     `labelled` says whether the call that is captured has labels.
     `run` makes the compiled function of a step; by default the step itself. It is given what makes
-    the step again, for another configuration.
+    the step again, for another configuration. `shards`: those of the model, where it is sharded.
     """
 
     def made(graph: fx.Graph, labelled: bool, config: SeekConfig) -> Step:
@@ -111,6 +113,8 @@ def make_backend(
         start = time.perf_counter()
         for node in gm.graph.find_nodes(op="placeholder"):
             _torch.source_path(node)  # which is noted, for when the step is made again
+        if shards is not None and run is None:
+            shards.mark(gm.graph)
         make = partial(made, gm.graph, labelled())
         step = make(config)
         program, structure = step.program, step.program.structure
@@ -121,15 +125,16 @@ def make_backend(
         recorder.steps.append(step)
         recorder.compile_seconds += time.perf_counter() - start
         if run is None:
-            return _compiled(step, recorder)
+            return _compiled(step, recorder, shards)
         return run(step, make)
 
     return backend
 
 
-def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
+def _compiled(step: Step, recorder: Recorder, shards: Shards | None) -> Callable[..., Any]:
     config, writes, dropped = step.program.config, step.program.writes, step.program.dropped
     varies = config.parsed_ratio.follows_training
+    plan = None if shards is None else collectives_of(step.program)
     drawn = scorer_of(config).draws or config.select == "sample" or config.draws_spans or varies
 
     def run(*inputs: Any) -> Any:
@@ -141,11 +146,13 @@ def _compiled(step: Step, recorder: Recorder) -> Callable[..., Any]:
                 'of torch.utils.checkpoint; recompute="block" of fxseek.compile keeps less.'
             )
         ratio = config.ratio_at(index, recorder.progress)
+        if shards is not None and plan is not None:
+            shards.agree(plan)
         timings: dict[str, float] | None = {} if recorder.timed else None
         if writes.parameters:
             with torch.no_grad():
                 writes.first(*[inputs[at] for at in writes.parameters])
-        given = list(inputs)
+        given = list(inputs) if shards is None else shards.given(inputs)
         for at in writes.written:  # what autograd saves of them must not change
             given[at] = inputs[at].clone()
         with nullcontext() if timings is None else stage_seconds(step.module, timings):

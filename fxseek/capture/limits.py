@@ -6,13 +6,17 @@ import sys
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn import functional as F
 
+from fxseek.capture.sharded import refuse_sharded
 from fxseek.errors import FxseekError
 
 __all__ = ["refuse_model", "uses_cache"]
 
 # In the names of attention implementations that take whole sequences in a layout of their own.
 _WHOLE_ONLY = ("flash", "flex")
+_CONTEXT = "torch.distributed.tensor.experimental"
+"""Where `context_parallel` has what it puts in the place of SDPA."""
 _NEFTUNE = "neftune_post_forward_hook"
 """Of transformers.integrations.neftune."""
 
@@ -25,7 +29,15 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
     captured.
     """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    sharded = _sharded()
+    flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    modules = list(modules)
+    refuse_sharded(modules, kind)
+    if (getattr(F.scaled_dot_product_attention, "__module__", "") or "").startswith(_CONTEXT):
+        raise kind(
+            "context parallelism is on: a process holds a part of each row, whose attention reads "
+            "the others' keys. Give each process whole rows; learn_chunk= and prefill_chunk= bound "
+            "the memory of long ones."
+        )
     configs = set()
     for name, module in modules:
         if isinstance(module, parallel):
@@ -33,11 +45,11 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
                 f"{_named(name)} is wrapped by {type(module).__name__}: compile the inner module "
                 "before wrapping, fxseek.compile(model.module)"
             )
-        if isinstance(module, sharded) or "_flat_param" in module._parameters:
+        if isinstance(module, flat) or "_flat_param" in module._parameters:
             raise kind(
-                f"{_named(name)} is sharded by FSDP: its parameters exist only inside its own "
-                "hooks, which one graph cannot hold. Use DistributedDataParallel around a model "
-                "that fxseek.compile was given."
+                f"{_named(name)} is sharded by FullyShardedDataParallel, the first FSDP: its "
+                "parameters exist only inside its own hooks, which one graph cannot hold. Use "
+                "FSDP2 (torch.distributed.fsdp.fully_shard, or fsdp_version: 2 of accelerate)."
             )
         if any(getattr(x, "__name__", "") == _NEFTUNE for x in module._forward_hooks.values()):
             raise kind(
@@ -56,13 +68,6 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
                 'attn_implementation="sdpa" or "eager", or call '
                 'model.set_attn_implementation("sdpa").'
             )
-
-
-def _sharded() -> tuple[type, ...]:
-    """FSDP's classes, both generations, if anyone has imported them."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    names = ("FullyShardedDataParallel", "FSDPModule")
-    return tuple(kind for name in names if (kind := getattr(fsdp, name, None)) is not None)
 
 
 def uses_cache(model: nn.Module) -> bool | None:

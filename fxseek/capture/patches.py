@@ -29,11 +29,12 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     taken for it. A module's hooks are guarded, so that one that is added or removed later counts;
     by default Dynamo takes it that nobody does. An integer of a module that changes from step to
     step, such as a counter, becomes an input of the graph; by default each value is captured anew.
-    The settings live in private config modules. transformers adds `warning_once` to
-    `logging.Logger`; Dynamo breaks on Logger methods unless they are listed. Torch 2.11 then fails
-    to write that setting to a log of its own, and says so at length. In a `first` call, which
-    captures, the garbage collector rests: it finds next to nothing in Dynamo's millions of objects
-    and takes a sixth of the time.
+    Modules that FSDP has sharded are guarded as others are, so that parameters may be frozen. The
+    settings live in private config modules. transformers adds `warning_once` to `logging.Logger`;
+    Dynamo breaks on Logger methods unless they are listed. Torch 2.11 then fails to write that
+    setting to a log of its own, and says so at length. In a `first` call, which captures, the
+    garbage collector rests: it finds next to nothing in Dynamo's millions of objects and takes a
+    sixth of the time.
     """
     from torch.fx.experimental import _config as fx_config
 
@@ -54,6 +55,7 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
                 recompile_limit=captures,
                 skip_nnmodule_hook_guards=False,
                 allow_unspec_int_on_nn_module=True,
+                skip_fsdp_guards=False,
             ),
             fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
             _settled(),

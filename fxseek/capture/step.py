@@ -22,6 +22,7 @@ from fxseek.capture.patches import capture_settings
 from fxseek.capture.progress import Captures
 from fxseek.capture.quantised import trace_dequantisation
 from fxseek.capture.recorders import install_recorders
+from fxseek.capture.sharded import Shards, config_for_shards
 from fxseek.capture.trl import refuse_untraceable, traceable_log_probs
 from fxseek.capture.uncomputed import Uncomputed, cleared
 from fxseek.config import SeekConfig
@@ -70,12 +71,15 @@ class SeekStep:
         self.run = run
         self.recorder = Recorder()
         self.captures = Captures(type(model).__name__)
+        self.shards = Shards(model)
         self._restore: list[Callable[[], None]] = []
         self._buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         """Each module's buffers as they were at a capture, until its first step is done."""
         self._labelled = True
         """Whether the call at hand has labels, or a loss that fxseek was given."""
         self._told: set[str] = set()
+        self._sharded = False
+        """Whether the step is one of a sharded model."""
         self._fitted = (0, 0)
         """The most rows, and the most tokens of one, that a memory budget was asked for."""
         self._prepare()
@@ -91,6 +95,7 @@ class SeekStep:
             labelled=lambda: self._labelled,
             token_inputs=self.calls.token_inputs,
             run=self.run,
+            shards=self.shards if self.shards.exist else None,
         )
         call = _torch.eager_call(model)
         options: dict[str, Any] = {"fullgraph": True}
@@ -121,7 +126,26 @@ class SeekStep:
         model = self.model
         if not (model.training and torch.is_grad_enabled()):
             return _torch.eager_call(model)(*args, **kwargs)
-        return self._train(args, kwargs)
+        if not self.shards.exist:
+            return self._train(args, kwargs)
+        self._run_sharded()
+        together = self.shards.together() if self.run is None else contextlib.nullcontext()
+        with self.shards.standing_in(), together:
+            return self._train(*self.shards.moved(args, kwargs))
+
+    def _run_sharded(self) -> None:
+        """Let the step be one of a sharded model, if it is not yet."""
+        if self._sharded:
+            return
+        config = config_for_shards(self.config, InputError)
+        if config.recompute != self.config.recompute:
+            log.warning(
+                'fxseek: recompute="block" is chosen, since the model is sharded: backward gathers '
+                "the parameters of one block at a time again"
+            )
+        self.config = config
+        self._sharded = True
+        self._prepare()
 
     @torch.compiler.disable(reason="fxseek compiles the training step by itself")
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,6 +315,8 @@ class SeekStep:
         without it, keeping nothing for backward. Shapes alone do not run.
         """
         tensors = [x for x in batch.values() if isinstance(x, Tensor)]
+        if self._sharded:
+            return None  # its parameters exist in a step only
         if any(x.is_meta or _torch.is_fake(x) for x in (*tensors, *self.model.parameters())):
             return None
         try:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.capture.trl import traceable_log_probs
 from fxseek.errors import GradientMismatch, InputError
@@ -78,6 +79,7 @@ def check_gradients(
     step = step_of(model)
     if step is None:
         raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    refuse_shards(model, "check_gradients")
     if not model.training:
         raise InputError("check_gradients needs training mode: call model.train() first")
     noisy = [

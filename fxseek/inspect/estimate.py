@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxseek import _torch
 from fxseek.capture.limits import refuse_model, uses_cache
+from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
@@ -34,6 +36,7 @@ from fxseek.inspect.memory import (
     saved_as_activations,
 )
 from fxseek.inspect.meta import batch_of, checkpointed, on_meta, tuned
+from fxseek.inspect.shards import as_sharded
 from fxseek.ops.attention import kernel
 from fxseek.ops.masks import read_tokens
 from fxseek.run.assemble import Step
@@ -107,6 +110,7 @@ def estimate(
     lora_rank: int = 16,
     ordinary: bool | str = False,
     device: str = "cuda",
+    shards: int = 1,
     **options: Any,
 ) -> Estimate:
     """Predict the memory of a training step of a causal language model; nothing is computed.
@@ -131,6 +135,8 @@ def estimate(
             that with gradient checkpointing of every layer, as transformers does it.
         device: whose attention kernels, and whose rounding: ``"cuda"``, ``"hopper"`` (CUDA on
             compute capability 9.0 and 10.0, where cuDNN's attention comes first) or ``"cpu"``.
+        shards: over how many GPUs FSDP2 shards parameters, gradients and optimiser state; the
+            memory is that of one of them. "whole parameters" are those that are gathered.
         options: fields of `SeekConfig`, but for ``memory_budget_bytes``; ``backend`` must be
             ``"eager"``.
 
@@ -140,10 +146,19 @@ def estimate(
         CaptureError, GraphError: as the training step would.
     """
     config = SeekConfig.make(ratio, **options)
-    _check(config, tokens, batch, tuning, optimizer, lora_rank, ordinary, device)
+    _check(config, tokens, batch, tuning, optimizer, lora_rank, ordinary, device, shards)
+    if shards > 1 and ordinary:
+        raise ConfigError(
+            f"shards={shards!r} with ordinary={ordinary!r}: FSDP2 without fxseek can't be estimated, since "
+            "its hooks run on real tensors only. Leave one of them out"
+        )
+    if shards > 1:
+        config = dataclasses.replace(config, recompute="block")
     most = config.ratio_range[1]
     shown = most if config.ratio_range == (most, most) else f"up to {most}"
     config = _estimated(config)
+    if isinstance(config_or_model, nn.Module):
+        refuse_shards(config_or_model, "estimate")
     model = tuned(on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
     inputs = batch_of(model, tokens, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -154,7 +169,8 @@ def estimate(
         "trainable": sum(p.numel() for p in trained),
         "device": device,
         "description": f"{_name(config_or_model)}, {tuning}"
-        + (_ORDINARY[ordinary] or f", ratio {shown}"),
+        + (_ORDINARY[ordinary] or f", ratio {shown}")
+        + (f", a shard of {shards}" if shards > 1 else ""),
     }
     run = _Run(device, optimizer)
     if ordinary:
@@ -162,7 +178,11 @@ def estimate(
         run.ordinary(model, inputs)
         return Estimate(**run.tracker.result(), kept=tokens, **about)
     captured = capture(_step(model, config), inputs)
-    kept = run.selective(model, captured.step, captured.inputs, inputs)
+    held, step, given = model, captured.step, captured.inputs
+    if shards > 1:
+        noted = partial(run.tracker.label, category="whole parameters")
+        held, step, given = as_sharded(captured, model, config, shards, noted)
+    kept = run.selective(held, step, given, inputs)
     return Estimate(**run.tracker.result(), kept=kept, **about)
 
 
@@ -222,6 +242,7 @@ def _check(
     rank: int,
     ordinary: object,
     device: str,
+    shards: int,
 ) -> None:
     problems = [
         f"{name}={value!r} must be an integer of at least {least}"
@@ -229,6 +250,7 @@ def _check(
             ("tokens", tokens, 2),
             ("batch", batch, 1),
             ("lora_rank", rank, 1),
+            ("shards", shards, 1),
         )
         if isinstance(value, bool) or not isinstance(value, int) or value < least
     ]

@@ -108,6 +108,12 @@ class Captured(NamedTuple):
     inputs: Sequence[Any]
     made: Made
 
+    @property
+    def graph(self) -> fx.Graph:
+        """What Dynamo has captured, of which the step is made."""
+        made: Any = self.made
+        return made.args[0]
+
 
 class _Found(BaseException):
     """Carries what was captured out of the call that captured it; nothing is run."""

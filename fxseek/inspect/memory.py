@@ -45,6 +45,7 @@ CATEGORIES: tuple[str, ...] = (
     "K/V",
     "activations",
     "constants",
+    "whole parameters",
     "transients",
 )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxseek.capture.backend import stage_seconds
+from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import step_of
 from fxseek.errors import InputError
 from fxseek.inspect.explain import capture
@@ -86,6 +87,7 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
     step = step_of(model)
     if step is None:
         raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    refuse_shards(model, "profile")
     if step.config.backend != "eager":
         raise InputError(
             f"backend={step.config.backend!r}: the tensors inside of compiled stages cannot be "

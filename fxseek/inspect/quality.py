@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fxseek import _torch
+from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
@@ -192,6 +193,7 @@ def gradient_quality(
             raise InputError(f"{name[:-1]}= is not for this function: say what to try by {name}=")
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
         raise InputError(f"draws={draws!r} must be an integer of at least 2")
+    refuse_shards(model, "gradient_quality")
     step = step_of(model)
     base = SeekConfig.make(SeekConfig() if step is None else step.given, **options)
     choices = _choices(base, ratios, spans)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx
 
+from fxseek.ops.shards import in_buckets, whole
 from fxseek.passes.ir import Gathered, Given, Input, Prefilled, Selected
+from fxseek.passes.unshard import sharding_of
 from fxseek.selecting import Selection
 
 __all__ = ["Env"]
@@ -17,7 +20,8 @@ class Env:
     """What the pieces of a step read.
 
     `arguments`: the inputs of the captured graph; `places`: where each placeholder's is among them;
-    `values`: values of all tokens, which the prefill has made; `rows`: gathered rows of constants.
+    `values`: values of all tokens, which the prefill has made; `rows`: gathered rows of constants;
+    `whole`: parameters whose shards are gathered at the moment.
     """
 
     def __init__(self, arguments: Sequence[Any], places: Mapping[fx.Node, int]) -> None:
@@ -25,15 +29,36 @@ class Env:
         self.places = places
         self.values: dict[fx.Node, Any] = {}
         self.rows: dict[Gathered, Any] = {}
+        self.whole: dict[fx.Node, Tensor] = {}
 
     def read(self, node: fx.Node) -> Any:
-        """An input of the captured graph, or a value of all tokens."""
+        """An input of the captured graph, or a value of all tokens.
+
+        A sharded parameter is this process's shard, unless it is gathered at the moment.
+        """
+        if node in self.whole:
+            return self.whole[node]
         return self.arguments[self.places[node]] if node in self.places else self.values[node]
 
     def constant(self, node: fx.Node) -> Any:
         """The same without gradient."""
         value = self.read(node)
         return value.detach() if isinstance(value, Tensor) else value
+
+    @contextmanager
+    def unsharded(self, nodes: Iterable[fx.Node]) -> Iterator[None]:
+        """Sharded parameters among these inputs are whole meanwhile, and without gradient."""
+        found = {node: x for node in nodes if (x := sharding_of(node)) is not None}
+        sharded, shardings = list(found), list(found.values())
+        for bucket in in_buckets(shardings):
+            shards = [self.read(sharded[place]) for place in bucket]
+            given = whole([shardings[place] for place in bucket], shards)
+            self.whole.update(zip([sharded[place] for place in bucket], given, strict=True))
+            del given
+        try:
+            yield
+        finally:
+            self.whole.clear()
 
     def constants(
         self,

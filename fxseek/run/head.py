@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from fxseek.config import SeekConfig
 from fxseek.ops.loss import Scratch, cross_entropy_slope, mass_of, mean_of_parts
+from fxseek.ops.shards import Unshard, in_buckets
 from fxseek.ops.sweep import CatRows, Sum, chunks_of, rows_of_chunk, sweep
 from fxseek.passes.head import Head
-from fxseek.passes.ir import Given, Selected
+from fxseek.passes.ir import Given, Input, Selected
+from fxseek.passes.unshard import sharding_of
 from fxseek.run.lowering import run_part
 from fxseek.run.piece import module_of
 
@@ -45,14 +47,22 @@ class ChunkedHead(nn.Module):
         self.rows_at = inputs.index(Given(head.entry))
         self.positions_at = [i for i, item in enumerate(inputs) if isinstance(item, Selected)]
         self.weights_at = inputs.index(Selected("weights"))
+        full = head.full if head.loss.reduction == "sum" else ()
+        self.unshards = _unshards([*inputs, *full])
 
     def forward(self, *arguments: Any) -> Tensor:
         """The loss: a scalar. The arguments are the head's inputs; last, for a sum, all targets.
 
         Class weights and scale of the terms come with these.
         """
+        values = list(arguments)
+        for places, gather in self.unshards:  # once for all chunks, however many there are
+            found = list(gather(*[values[place] for place in places]))
+            for place in reversed(places):
+                values[place] = found.pop()
         inputs = len(self.head.stage.inputs)
-        given, full = arguments[:inputs], arguments[inputs:]
+        given, full = values[:inputs], values[inputs:]
+        del values
         weights = given[self.weights_at]
         chunks = self.chunks(*weights.shape)
         if self.once and not _in_float16(given[self.rows_at]):
@@ -119,6 +129,16 @@ class ChunkedHead(nn.Module):
             if found[index] is not None:
                 found[index] = found[index][:, chunk]
         return found
+
+
+def _unshards(inputs: Sequence[Input | None]) -> list[tuple[list[int], Unshard]]:
+    """Where the sharded parameters are among the inputs, and what gathers them."""
+    found = {i: x for i, item in enumerate(inputs) if item and (x := sharding_of(item)) is not None}
+    places, shardings = list(found), list(found.values())
+    return [
+        ([places[i] for i in bucket], Unshard([shardings[i] for i in bucket]))
+        for bucket in in_buckets(shardings)
+    ]
 
 
 def _in_float16(rows: Tensor) -> bool:

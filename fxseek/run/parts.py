@@ -25,6 +25,7 @@ from fxseek.ops.rows import gather_rows
 from fxseek.ops.sweep import CatRows, few, rows_of_chunk, slices_of, sweep
 from fxseek.passes.ir import Gathered, Joined, Piece, Selected
 from fxseek.passes.parts import Hides, Parts
+from fxseek.passes.unshard import sharding_of
 from fxseek.run.env import Env
 from fxseek.run.lowering import Run
 from fxseek.run.saved import SavedBytes
@@ -55,6 +56,8 @@ class LearnInParts(Learn):
         self.told = False
         inputs = parts.body.inputs
         self.joined = [item for item in inputs if isinstance(item, Joined)]
+        shardings = [x for node in parts.body.reads() if (x := sharding_of(node)) is not None]
+        self.team = shardings[0].team if shardings else None
         self.gather = Gather([x for x in inputs if isinstance(x, Gathered)], parts.masks)
 
     def forward(self, env: Env, selection: Selection) -> tuple[tuple[Any, ...], int]:
@@ -78,7 +81,8 @@ class _Step:
     """What the parts of one step share.
 
     `values`: what the body reads, by captured node; `slots`: those of each part; `keys`: how many
-    tokens the queries of each may read, None where that is not known.
+    tokens the queries of each may read, None where that is not known; `idle`: how many parts more
+    another process has, which take part in what gathers the body's parameters.
     """
 
     def __init__(self, learn: LearnInParts, env: Env, selection: Selection) -> None:
@@ -101,6 +105,10 @@ class _Step:
             )
         self.slots = slices_of(count, count if ahead else learn.size)
         self.keys = self._keys(count, known=not ahead and bool(learn.parts.cuts))
+        self.idle = 0
+        if learn.team is not None:
+            most = learn.team.largest(torch.tensor([len(self.slots)]))
+            self.idle = int(most) - len(self.slots)
         self.precision = precision(kept.device.type)
         self.random: dict[int, _RandomStates] = {}
         """By the first slot of a part."""
@@ -159,6 +167,8 @@ class _Step:
             return (self._run(self.values, joints, part),)
 
         with torch.no_grad():
+            for _ in range(self.idle):  # what the first part has written, it writes again
+                run(self.slots[0])
             (exits,) = sweep(self.slots, run, [CatRows(rows, len(kept))], kept)
         return exits
 
@@ -182,6 +192,12 @@ class _Step:
         for node in trained:
             values[node] = values[node].detach().requires_grad_()
         part = Part(self.selection.kept, self.selection.filled)
+        for _ in range(self.idle):  # while no gradient waits; nor does any arrive
+            part.begin(self.slots[-1], self.keys[-1])
+            with torch.enable_grad(), self.precision():
+                exits = self._run(values, self._joints(values, part), part)
+            part.backward = True
+            torch.autograd.backward(exits, torch.zeros_like(exits))
         joints = self._joints(values, part)
         batch, exit_at = len(self.selection.kept), self.learn.parts.rows
         for index, _ in reversed(list(few(range(len(self.slots)), slope))):

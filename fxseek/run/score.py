@@ -98,13 +98,14 @@ class Score(nn.Module):
         targets, supervised = labels_of(self.plan.targets, env, valid)
         parts: dict[str, Tensor] = {}
         full_loss = None
-        begun = None if self.gradient is None else self.gradient.begin(env, valid.shape[0])
-        if self.context is not None:
-            made = {} if begun is None else begun.made
-            parts["context"] = self.context.sums(env, made, valid, self.config.chunk_bytes)
-        if self.gradient is not None and begun is not None:
-            parts["gradient"], found = self.gradient.finish(env, begun, valid, supervised)
-            full_loss = found if self.plan.of_loss else None
+        with env.unsharded(self.plan.reads()):
+            begun = None if self.gradient is None else self.gradient.begin(env, valid.shape[0])
+            if self.context is not None:
+                made = {} if begun is None else begun.made
+                parts["context"] = self.context.sums(env, made, valid, self.config.chunk_bytes)
+            if self.gradient is not None and begun is not None:
+                parts["gradient"], found = self.gradient.finish(env, begun, valid, supervised)
+                full_loss = found if self.plan.of_loss else None
         at = self.plan.hidden
         given = ScoreInputs(
             input_ids=None if self.plan.tokens.ids is None else env.read(self.plan.tokens.ids),

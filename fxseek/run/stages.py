@@ -204,7 +204,7 @@ class Gather(nn.Module):
     def forward(self, env: Env, selection: Selection) -> None:
         """One gather per read."""
         kept = selection.kept
-        with torch.no_grad():
+        with torch.no_grad(), env.unsharded(item.node for item in self.reads):
             for item in self.reads:
                 value = env.read(item.node)
                 if isinstance(value, MaskRows):

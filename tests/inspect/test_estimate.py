@@ -241,6 +241,8 @@ def test_it_prints_and_plots(tmp_path):
         ({"optimizer": "adam"}, "optimizer='adam' must be 'adamw', None, or a function"),
         ({"backend": "inductor"}, "backend='inductor' cannot be estimated"),
         ({"memory_budget_bytes": 1 << 30}, "leave the budget out"),
+        ({"shards": 0}, "shards=0 must be an integer of at least 1"),
+        ({"shards": 8, "ordinary": True}, "FSDP2 without fxseek can't be estimated"),
         ({"ratios": 0.1}, "did you mean 'ratio'"),
         ({"config_or_model": 7}, "config_or_model is a int"),
         ({"config_or_model": torch.nn.Linear(3, 3)}, "Linear.forward takes input"),
@@ -250,6 +252,21 @@ def test_bad_arguments(arguments, message):
     given: dict[str, Any] = {"config_or_model": small(), "tokens": 101, **arguments}
     with pytest.raises(fxseek.ConfigError, match=message):
         fxseek.estimate(**given)
+
+
+def test_a_shard_of_a_model():
+    config = small(tie_word_embeddings=False)
+    options: dict[str, Any] = {"ratio": 1.0, "learn_chunk": 32, "device": "cpu"}
+    whole = fxseek.estimate(config, 128, recompute="block", **options)
+    shard = fxseek.estimate(config, 128, shards=4, **options)
+    for category in ("parameters", "gradients", "optimiser state"):
+        assert shard.largest[category] == pytest.approx(whole.largest[category] / 4, rel=0.05)
+    assert shard.largest["K/V"] == whole.largest["K/V"]
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    root = sum(p.nbytes for p in (model.model.norm.weight, model.lm_head.weight))
+    assert 0 < shard.largest["whole parameters"] <= 1.05 * (block + root)
+    assert "a shard of 4" in str(shard)
 
 
 def test_a_model_that_checkpoints_itself():

@@ -80,20 +80,14 @@ def worker(rank: int, port: int, folder: str) -> None:
     found["in_parts"] = {name: p.grad for name, p in in_parts.module.named_parameters()}
     found["compile_ddp"] = refusal(lambda: fxseek.compile(wrapped))
 
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     device = torch.device("cpu")
     one = FullyShardedDataParallel(tiny_llama(), device_id=device)
     found["compile_fsdp"] = refusal(lambda: fxseek.compile(one))
-    two: Any = tiny_llama()
-    fully_shard(two)
-    found["compile_fsdp2"] = refusal(lambda: fxseek.compile(two))
     later = fxseek.compile(tiny_llama(), **OPTIONS)
     outer = FullyShardedDataParallel(later, device_id=device)
     found["fsdp_after"] = refusal(lambda: outer(**rows(0, 2)))
-    later = fxseek.compile(tiny_llama(), **OPTIONS)
-    fully_shard(later)
-    found["fsdp2_after"] = refusal(lambda: later(**rows(0, 2)))
     torch.save(found, Path(folder) / f"{rank}.pt")
     accelerator.end_training()
 

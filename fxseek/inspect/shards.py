@@ -1,0 +1,94 @@
+"""A captured step as it would be of a model that FSDP2 has sharded, for `fxseek.estimate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fxseek.config import SeekConfig
+from fxseek.inspect.explain import Captured
+from fxseek.ops.shards import Sharding, Team
+from fxseek.passes.unshard import mark_sharded
+from fxseek.run.assemble import Step
+
+__all__ = ["as_sharded"]
+
+
+@dataclass(frozen=True)
+class _Pretended(Team):
+    """Processes that are not there; `noted` is told of parameters that are whole."""
+
+    processes: int
+    noted: Callable[[Sequence[Tensor]], None]
+
+    @property
+    def count(self) -> int:
+        return self.processes
+
+    @property
+    def rank(self) -> int:
+        return 0  # of unequal shards it has the largest
+
+    @property
+    def size(self) -> int:
+        return self.processes
+
+    def gather(self, sent: Tensor) -> Tensor:
+        return sent.new_empty(self.count * len(sent))
+
+    def reduce(self, sent: Tensor) -> Tensor:
+        return sent.new_empty(sent.shape[1])
+
+    def largest(self, own: Tensor) -> Tensor:
+        return own
+
+    def follow(self, wholes: Sequence[Tensor]) -> None:
+        self.noted(wholes)
+
+
+class AsSharded(NamedTuple):
+    """What a process would hold, its step, and the step's inputs."""
+
+    held: nn.Module
+    step: Step
+    inputs: Sequence[Any]
+
+
+def as_sharded(
+    captured: Captured,
+    model: nn.Module,
+    config: SeekConfig,
+    processes: int,
+    noted: Callable[[Sequence[Tensor]], None],
+) -> AsSharded:
+    """The step of a process that holds one of so many shards of each of a model's parameters.
+
+    `noted` is told of parameters when they are whole. Quantised weights stay whole, as accelerate
+    leaves them out.
+    """
+    device = next(model.parameters()).device
+    team = _Pretended(None, None, device, processes, noted)  # type: ignore[arg-type]
+    shards: dict[int, tuple[Sharding, nn.Parameter]] = {}
+    held = nn.Module()
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        own = parameter
+        if type(parameter) is nn.Parameter:
+            sharding = Sharding(
+                name, team, parameter.shape, 0, parameter.dtype, None, float(processes)
+            )
+            shard = torch.empty(sharding.piece, dtype=parameter.dtype, device=device)
+            own = nn.Parameter(shard, requires_grad=parameter.requires_grad)
+            shards[id(parameter)] = sharding, own
+        held.register_parameter(str(index), own)
+    for index, buffer in enumerate(model.buffers()):
+        held.register_buffer(f"buffer_{index}", buffer)
+    graph = captured.graph
+    for node, value in zip(graph.find_nodes(op="placeholder"), captured.inputs, strict=True):
+        if id(value) in shards:
+            mark_sharded(node, shards[id(value)][0])
+    inputs = [shards[id(x)][1] if id(x) in shards else x for x in captured.inputs]
+    return AsSharded(held, captured.made(config), inputs)
