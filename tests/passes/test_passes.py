@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fxseek.ops.masks import MaskMaker
 from fxseek.passes.ditch import ditch
+from fxseek.passes.entries import Entries, moved_rows
 from fxseek.passes.extract import extract
-from fxseek.passes.facts import KEPT, Rows, Sizes, moved_rows
+from fxseek.passes.facts import KEPT, Rows, Sizes
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.hoist import hoist_gathers
 from fxseek.passes.inline import inline
@@ -460,7 +461,24 @@ def test_rows_that_sizes_allow(sizes, given, wanted):
         (Rows(0, packed=True), shape(B * T, 10), shape(B, T, 10), Rows(1, 0)),
         (Rows(0, packed=True), shape(B * T, 10), shape(T, B, 10), None),
         (Rows(1, 0), shape(B, T, 10), shape(B, 10, T), None),
-        (Rows(1, 0), shape(B, T, 10), shape(B, T * 10), None),
+        (Rows(1, 0), shape(B, T, 10), shape(B, T * 10), Entries(Rows(1, 0), 10)),
+        (Rows(1, 0), shape(B, T, 10), shape(B * T * 2, 5), Entries(Rows(0, packed=True), 2)),
+        (Rows(2, 1), shape(4, B, T), shape(4 * B * T, 1), Entries(Rows(0, packed=True), 1, 4)),
+        (
+            Entries(Rows(0, packed=True), 6),
+            shape(B * T * 6),
+            shape(B * T, 3, 2),
+            Rows(0, packed=True),
+        ),
+        (Entries(Rows(0, packed=True), 6), shape(B * T * 6), shape(B, T, 2, 3), Rows(1, 0)),
+        (Entries(Rows(0, packed=True), 6), shape(B * T * 6), shape(6, B * T), None),
+        (
+            Entries(Rows(0, packed=True), 1, 4),
+            shape(4 * B * T, 5),
+            shape(4, B * T, 5),
+            Rows(1, packed=True),
+        ),
+        (Entries(Rows(0, packed=True), 1, 4), shape(4 * B * T, 5), shape(B * T, 4, 5), None),
         (Rows(2, 0), shape(B, 4, T, 5), shape(B * 4, T, 5), Rows(1, 0, heads=4)),
         (Rows(1, 0, heads=4), shape(B * 4, T, 5), shape(B, 4, T, 5), Rows(2, 0)),
         (Rows(1, 0, heads=4), shape(B * 4, T, 5), shape(B, 2, 2, T, 5), Rows(3, 0)),
