@@ -16,6 +16,7 @@ from fxseek.passes.ditch import ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import Facts, needs_grad, switches_mode
 from fxseek.passes.functionalise import Functional, functionalise
+from fxseek.passes.groups import join_groups
 from fxseek.passes.head import Head, attach_head, find_head
 from fxseek.passes.hoist import hoist_gathers, mask_by_flags, masks_of_attentions, share_masks
 from fxseek.passes.inline import inline
@@ -125,6 +126,7 @@ def build(
     graph = then(unbatch, graph)
     functional = then(functionalise, graph)
     graph = then(normalise, functional.graph)
+    graph = then(join_groups, graph)
     sizes = then(find_sizes, graph, config.token_dim, token_inputs)
     graph = then(scale_terms, graph, sizes)
     graph = then(unshift, graph, sizes)

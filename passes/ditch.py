@@ -39,12 +39,10 @@ from fxseek.passes.facts import (
     Facts,
     Placed,
     Rows,
-    enters_autocast,
     example,
     is_tensor,
     leaves_autocast,
     needs_grad,
-    switches_grad,
     switches_mode,
     tensors_of,
 )
@@ -58,35 +56,9 @@ from fxseek.passes.ir import (
     input_of,
     placeholder_of,
 )
+from fxseek.passes.modes import regions, without_grad
 from fxseek.passes.rules import Full, Kept, Length, Plan, RowsOf, find_rule
 from fxseek.passes.tokens import Element, follows_choices
-
-
-def regions(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """The autocast regions that each node lies in, outermost first."""
-    stack: list[fx.Node] = []
-    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    for node in graph.nodes:
-        if enters_autocast(node):
-            stack.append(node)
-        elif leaves_autocast(node):
-            if node.args[0] in stack:
-                stack.remove(node.args[0])  # type: ignore[arg-type]
-        elif stack:
-            found[node] = tuple(stack)
-    return found
-
-
-def without_grad(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that the graph runs under ``no_grad``."""
-    found: set[fx.Node] = set()
-    recorded = True
-    for node in graph.nodes:
-        if switches_grad(node):
-            recorded = bool(node.args[0])
-        elif not recorded:
-            found.add(node)
-    return found
 
 
 def ditch(
@@ -458,4 +430,4 @@ def _marker() -> None:
     """Stands before the first operation while a stage is built."""
 
 
-__all__ = ["ditch", "regions", "without_grad"]
+__all__ = ["ditch"]

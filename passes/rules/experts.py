@@ -122,8 +122,6 @@ def count_entries(call: Call, keys: Any, count: Any) -> Plan | None:
     rows, chosen = call.placed(keys), _choice(keys)
     if rows is None or chosen is None or type(count) is not int or not isinstance(keys, fx.Node):
         return None
-    if any(dim not in rows.dims for dim in range(len(call.shape(keys)))):
-        return None
     return Plan(Groups(chosen, count, ends=False), count_keys, (call.own(keys, rows), count))
 
 
@@ -198,10 +196,23 @@ def histogram(call: Call) -> Plan | None:
     return count_entries(call, call.arg(0, "input"), count)
 
 
-def product_in_groups(call: Call, x: Any, weight: Any, ends: Any) -> Plan | None:
+@rule(
+    "count_keys",
+    family="groups",
+    reason="counts the entries of each key; those of selected tokens count by themselves",
+    samples=(Sample(lambda x, w: _counted(x, w), ("b t 5", "3 7 5")),),
+)
+def counts(call: Call) -> Plan | None:
+    """`fxseek.ops.experts.count_keys`."""
+    return count_entries(call, call.arg(0, "keys"), call.arg(1, "count"))
+
+
+def product_in_groups(call: Call, x: Any, weight: Any, of: Any, *, ends: bool) -> Plan | None:
     """A product of entries, ordered by a key, with the weights of their keys."""
-    groups, rows = groups_of(call, ends), call.placed(x)
-    if groups is None or not is_tensor(weight) or not isinstance(rows, Entries):
+    groups, rows = groups_of(call, of), call.placed(x)
+    if groups is None or groups.ends is not ends or not isinstance(rows, Entries):
+        return None
+    if not is_tensor(weight):
         return None
     sort = rows.order
     if sort is None or not _ascending(sort) or _choice(sort.args[0]) is not groups.keys:
@@ -211,7 +222,10 @@ def product_in_groups(call: Call, x: Any, weight: Any, ends: Any) -> Plan | None
         return None
     if call.facts.token_sized(weight) or not call.sizes.valid(rows, call.out):
         return None
-    return Plan(rows, call.target, (call.own(x, rows), Full(weight)), {"offs": Kept(ends)})
+    args = (call.own(x, rows), Full(weight))
+    if ends:
+        return Plan(rows, call.target, args, {"offs": Kept(of)})
+    return Plan(rows, call.target, (*args, Kept(of)))
 
 
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -220,6 +234,26 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.grouped_mm(x, weight, offs=ends).double()
 
     return _experts(x, weight, product)
+
+
+def _counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    x = x.reshape(-1, x.shape[-1])
+    chosen = x[:, :3].topk(2, -1)[1]
+    perm = chosen.flatten().argsort()
+    y = torch.ops.fxseek.grouped_linear(x[perm // 2], weight, count_keys(chosen, 3))
+    return y[perm.argsort()].view(-1, 2, 7).sum(1)
+
+
+@rule(
+    "fxseek::grouped_linear",
+    family="per-token",
+    reason="each entry is multiplied with the weights of its own key",
+    samples=(Sample(_counted, ("b t 5", "3 7 5")),),
+)
+def grouped_linear(call: Call) -> Plan | None:
+    """`fxseek.ops.experts.grouped_linear`."""
+    x, weight, counts = call.arg(0, "x"), call.arg(1, "weight"), call.arg(2, "counts")
+    return product_in_groups(call, x, weight, counts, ends=False)
 
 
 def _added_up(x: torch.Tensor) -> torch.Tensor:
@@ -241,9 +275,8 @@ def grouped_mm(call: Call) -> Plan | None:
     """``F.grouped_mm(x, weight, offs=ends)``."""
     if call.node.kwargs.get("bias") is not None or call.node.kwargs.get("out_dtype") is not None:
         return None
-    return product_in_groups(
-        call, call.arg(0, "mat_a"), call.arg(1, "mat_b"), call.node.kwargs.get("offs")
-    )
+    x, weight, ends = call.arg(0, "mat_a"), call.arg(1, "mat_b"), call.node.kwargs.get("offs")
+    return product_in_groups(call, x, weight, ends, ends=True)
 
 
 @rule(
@@ -255,7 +288,8 @@ def grouped_mm(call: Call) -> Plan | None:
 )
 def grouped_mm_fallback(call: Call) -> Plan | None:
     """What transformers calls where `F.grouped_mm` has no kernel."""
-    return product_in_groups(call, call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "offs"))
+    x, weight, ends = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "offs")
+    return product_in_groups(call, x, weight, ends, ends=True)
 
 
 @rule(

@@ -21,6 +21,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxseek import _torch
+from fxseek.ops.experts import count_keys
 from fxseek.ops.log_probs import by_weight, token_statistics
 from fxseek.ops.loss import scaled_cross_entropy
 from fxseek.passes.entries import Entries, moved_rows
@@ -269,6 +270,7 @@ ALIASES: dict[str, tuple[Any, ...]] = {
     "cross_entropy": (scaled_cross_entropy,),
     "by_weight": (by_weight,),
     "set_item": (set_item,),
+    "count_keys": (count_keys,),
     "grouped_mm": tuple(filter(None, [getattr(torch, "_grouped_mm", None)])),  # Dynamo's view of it
     "token_statistics": (token_statistics,),
 }
