@@ -656,12 +656,60 @@ ODD: dict[str, Callable[..., Any]] = {
     "max over tokens": lambda x, y, p, w, m, i: x * x.max(1, keepdim=True)[0],
     "chosen by index": lambda x, y, p, w, m, i: x.gather(1, i.clamp(max=1)) * y,
     "added by index": lambda x, y, p, w, m, i: x.scatter_add(1, i, y),
+    # entries of tokens, in an order or not
+    "entries: flatten": lambda x, y, p, w, m, i: x.flatten() * y.flatten(),
+    "entries: flatten, scan": lambda x, y, p, w, m, i: x.flatten(1).cumsum(1),
+    "entries: of features": lambda x, y, p, w, m, i: x.flatten(1).view(x.shape[0], -1, 1) * w[0],
+    "entries: copies": lambda x, y, p, w, m, i: x.repeat(1, 2, 1).view(x.shape[0], 2, -1, 5),
+    "entries: copies, added": lambda x, y, p, w, m, i: (
+        x.repeat_interleave(2, 1) * y.repeat(1, 2, 1)
+    ),
+    "entries: repeated, mixed": lambda x, y, p, w, m, i: x.repeat_interleave(3, 1).softmax(1),
+    "entries: one row": lambda x, y, p, w, m, i: x.tile((2, 1)) + p.tile((2, 1)),
+    "experts": lambda x, y, p, w, m, i: _experts(x, w, lambda entry, **_: entry.exp()),
+    "experts: in the order's place": lambda x, y, p, w, m, i: _experts(
+        x, w, lambda entry, perm, **_: entry * (perm + 1.0)[:, None]
+    ),
+    "experts: a share of all": lambda x, y, p, w, m, i: _experts(
+        x, w, lambda entry, counts, keys, **_: entry * (counts / counts.sum())[keys, None]
+    ),
+    "experts: capacity": lambda x, y, p, w, m, i: _experts(x, w, _up_to_capacity),
+    "experts: neighbours": lambda x, y, p, w, m, i: _experts(
+        x, w, lambda entry, **_: entry.cumsum(0)
+    ),
+    "experts: tokens chosen by experts": lambda x, y, p, w, m, i: _chosen_by_experts(x, w),
     "scan and lookup": lambda x, y, p, w, m, i: F.linear(x.cumsum(1), w.T).cumsum(1).softmax(-1),
     # nothing to select from
     "weights alone": lambda x, y, p, w, m, i: (w @ w.T).sum() * x,
     "positions alone": lambda x, y, p, w, m, i: p.cumsum(0).softmax(-1) * x,
     "unused tokens": lambda x, y, p, w, m, i: p.tanh() @ w,
 }
+
+
+def _experts(x: Tensor, w: Tensor, expert: Callable[..., Tensor]) -> Tensor:
+    """Two choices of each token in the order of the choices, and back."""
+    rows = x.reshape(-1, x.shape[-1])
+    gates, chosen = (rows @ w).topk(2, -1)
+    keys, perm = chosen.reshape(-1).sort()
+    counts = torch.histc(keys.double(), bins=7, min=0, max=6)
+    entries = expert(rows[perm // 2], perm=perm, keys=keys, counts=counts)
+    entries = (entries * gates.reshape(-1)[perm, None])[perm.argsort()]
+    return entries.view(-1, 2, entries.shape[-1]).sum(1).view(x.shape)
+
+
+def _up_to_capacity(entry: Tensor, *, keys: Tensor, counts: Tensor, **_: Tensor) -> Tensor:
+    """Entries that come late in their group are dropped: that depends on all tokens."""
+    start = counts.cumsum(0) - counts
+    place = torch.arange(entry.shape[0]) - start[keys]
+    return entry.exp() * (place < 4)[:, None]
+
+
+def _chosen_by_experts(x: Tensor, w: Tensor) -> Tensor:
+    """Each expert takes the tokens that suit it best."""
+    rows = x.reshape(-1, x.shape[-1])
+    gates, taken = (rows @ w).topk(3, 0)
+    entries = rows[taken.reshape(-1)].exp() * gates.reshape(-1, 1)
+    return torch.zeros_like(rows).index_add(0, taken.reshape(-1), entries).view(x.shape)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
