@@ -657,15 +657,21 @@ ODD: dict[str, Callable[..., Any]] = {
     "chosen by index": lambda x, y, p, w, m, i: x.gather(1, i.clamp(max=1)) * y,
     "added by index": lambda x, y, p, w, m, i: x.scatter_add(1, i, y),
     # entries of tokens, in an order or not
-    "entries: flatten": lambda x, y, p, w, m, i: x.flatten() * y.flatten(),
-    "entries: flatten, scan": lambda x, y, p, w, m, i: x.flatten(1).cumsum(1),
-    "entries: of features": lambda x, y, p, w, m, i: x.flatten(1).view(x.shape[0], -1, 1) * w[0],
+    "entries: flatten": lambda x, y, p, w, m, i: (x.flatten() * y.flatten()).view(x.shape),
+    "entries: flatten, scan": lambda x, y, p, w, m, i: x.flatten(1).cumsum(1).view(x.shape),
+    "entries: of features": lambda x, y, p, w, m, i: (
+        x.flatten(1).view(x.shape[0], -1, 1) * w[0]
+    ).view(*x.shape, 7),
     "entries: copies": lambda x, y, p, w, m, i: x.repeat(1, 2, 1).view(x.shape[0], 2, -1, 5),
-    "entries: copies, added": lambda x, y, p, w, m, i: (
+    "entries: two orders": lambda x, y, p, w, m, i: (
         x.repeat_interleave(2, 1) * y.repeat(1, 2, 1)
+    ).view(*x.shape[:2], 2, 5),
+    "entries: repeated, mixed": lambda x, y, p, w, m, i: (
+        x.repeat_interleave(2, 1).softmax(1).view(*x.shape[:2], 2, 5)
     ),
-    "entries: repeated, mixed": lambda x, y, p, w, m, i: x.repeat_interleave(3, 1).softmax(1),
-    "entries: one row": lambda x, y, p, w, m, i: x.tile((2, 1)) + p.tile((2, 1)),
+    "entries: one row": lambda x, y, p, w, m, i: (x.tile((2, 1)) + p.tile((2, 1))).view(
+        x.shape[0], 2, -1, 5
+    ),
     "experts": lambda x, y, p, w, m, i: _experts(x, w, lambda entry, **_: entry.exp()),
     "experts: in the order's place": lambda x, y, p, w, m, i: _experts(
         x, w, lambda entry, perm, **_: entry * (perm + 1.0)[:, None]
