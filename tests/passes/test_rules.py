@@ -664,7 +664,7 @@ ODD: dict[str, Callable[..., Any]] = {
     ).view(*x.shape, 7),
     "entries: copies": lambda x, y, p, w, m, i: x.repeat(1, 2, 1).view(x.shape[0], 2, -1, 5),
     "entries: two orders": lambda x, y, p, w, m, i: (
-        x.repeat_interleave(2, 1) * y.repeat(1, 2, 1)
+        x.repeat_interleave(2, 1) * y.exp().repeat(1, 2, 1)
     ).view(*x.shape[:2], 2, 5),
     "entries: repeated, mixed": lambda x, y, p, w, m, i: (
         x.repeat_interleave(2, 1).softmax(1).view(*x.shape[:2], 2, 5)
