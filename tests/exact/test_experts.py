@@ -8,8 +8,10 @@ import pytest
 import torch
 from families import FAMILIES
 from models import double_throughout
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.integrations import moe
+from tuners import spread
 
 import fxseek
 from fxseek.capture.step import step_of
@@ -72,6 +74,32 @@ def test_router_losses_are_exact():
     """They read the logits of all tokens, of which the selected ones have gradient."""
     model = checked({}, output_router_logits=True, router_aux_loss_coef=0.3)
     assert set(fallbacks(model)) == {"sum"}
+
+
+@pytest.mark.usefixtures("grouped")
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": "all-linear"},
+        pytest.param(
+            {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+            marks=pytest.mark.sweep,
+        ),
+    ],
+)
+def test_adapters_on_experts(targets):
+    family = FAMILIES["mixtral"]
+    with double_throughout():
+        base = family.make(experts_implementation="grouped_mm").double()
+        model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, **targets)).double().train()
+        spread(model)
+        fxseek.compile(model, 0.3)
+        fxseek.check_gradients(model, 1e-9, **family.batch(dtype=torch.float64))
+    assert fallbacks(model) == []
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("experts" in name for name in trained)
+    experts: Any = base.model.layers[0].mlp.experts.get_base_layer()
+    assert isinstance(experts.down_proj, nn.Parameter)  # as it was before the step
 
 
 class Unknown(nn.Module):
