@@ -177,6 +177,30 @@ def repeat(call: Call) -> Plan | None:
 
 
 @rule(
+    "view_as_complex",
+    "view_as_real",
+    family="per-token",
+    cheap=True,
+    reason="the last dimension holds the parts of a complex number",
+    samples=(
+        Sample(lambda x: torch.view_as_real(torch.view_as_complex(x) * 1j), ("b t 3 2",)),
+        Sample(lambda x: torch.view_as_real(torch.view_as_complex(x)).flatten(3), ("b 3 t 5 2",)),
+    ),
+)
+def complex_view(call: Call) -> Plan | None:
+    """Pairs of numbers as complex ones, and back."""
+    found = _source(call)
+    if found is None:
+        return None
+    source, rows = found
+    last = len(call.shape(source)) - 1
+    if operation(call.node) == "view_as_complex" and last in rows.dims:
+        return None
+    after = _checked(call, rows)
+    return None if after is None else Plan(after, call.target, (call.own(source, rows),))
+
+
+@rule(
     "cat",
     "stack",
     family="per-token",

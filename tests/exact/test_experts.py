@@ -76,7 +76,9 @@ def test_router_losses_are_exact():
     assert set(fallbacks(model)) == {"sum"}
 
 
-@pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")  # PEFT's own
+@pytest.mark.filterwarnings(
+    "ignore:.*did not match any targeted module:RuntimeWarning"
+)  # PEFT's own
 @pytest.mark.usefixtures("grouped")
 @pytest.mark.parametrize(
     "targets",

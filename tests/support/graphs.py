@@ -284,11 +284,9 @@ def gradients(result: Tensor, inputs: Sequence[Any], cotangent: Tensor) -> list[
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     if not result.requires_grad:
         return [None for _ in leaves]
-    return list(
-        torch.autograd.grad(
-            (result * cotangent).sum(), leaves, retain_graph=True, allow_unused=True
-        )
-    )
+    total = (result * cotangent).sum()
+    total = total.real if total.is_complex() else total
+    return list(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
 
 
 def assert_equal_gradients(
