@@ -14,6 +14,7 @@ from fxseek.passes.adapters import merge_adapters
 from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import ditch
 from fxseek.passes.extract import extract
+from fxseek.passes.factors import split_factors
 from fxseek.passes.facts import Facts, needs_grad, switches_mode
 from fxseek.passes.functionalise import Functional, functionalise
 from fxseek.passes.groups import join_groups
@@ -129,6 +130,7 @@ def build(
     graph = then(normalise, functional.graph)
     graph = then(join_writes, graph)
     graph = then(join_groups, graph)
+    graph = then(split_factors, graph)
     sizes = then(find_sizes, graph, config.token_dim, token_inputs)
     graph = then(scale_terms, graph, sizes)
     graph = then(unshift, graph, sizes)

@@ -99,6 +99,10 @@ def test_adapters_on_experts(targets):
         fxseek.compile(model, 0.3)
         fxseek.check_gradients(model, 1e-9, **family.batch(dtype=torch.float64))
     assert fallbacks(model) == []
+    step = step_of(model)
+    assert step is not None
+    (learn,) = step.recorder.steps[-1].program.learned
+    assert not learn.graph.find_nodes(op="call_function", target=torch.baddbmm)  # no adapted stack
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any("experts" in name for name in trained)
     experts: Any = base.model.layers[0].mlp.experts.get_base_layer()
