@@ -73,6 +73,8 @@ def _adapted(wrapper: Any, weight: torch.Tensor, adapters: list[str]) -> torch.T
     """A weight with what its adapters add to it, as PEFT computes it."""
     if len(adapters) == 1 and wrapper.num_experts > 1 and hasattr(wrapper, "get_delta_factors"):
         up, down, scale = wrapper.get_delta_factors(adapters[0])
+        if weight.device.type == "meta":  # which has no autocast
+            return torch.baddbmm(weight, up, down, alpha=scale)
         with torch.autocast(device_type=weight.device.type, enabled=False):
             return torch.baddbmm(weight, up, down, alpha=scale)
     for name in adapters:
