@@ -66,6 +66,8 @@ def test_entries_in_the_order_of_their_experts(options, batch, config):
     assert step is not None
     program = step.recorder.steps[-1].program
     assert isinstance(program.parts, str) is ("learn_chunk" not in options)
+    chunked = any(name.startswith("tokens") for name in program.prefill.parts)
+    assert chunked is ("prefill_chunk" in options)
     assert not any(value.name.startswith("perm") for value in program.prefill.outputs)
 
 
