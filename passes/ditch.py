@@ -209,7 +209,7 @@ class _Ditch:
         if isinstance(value, Full):
             return self._full(value.node)
         if isinstance(value, Kept):
-            return self.compact[value.node]
+            return self._kept(value.node)
         if isinstance(value, Length):
             return self._length(value.expression)
         if isinstance(value, Selected):
@@ -358,9 +358,15 @@ class _Ditch:
         if sort is None:
             return ()
         if is_tensor(sort):
-            return self._full(sort), self.compact[sort]
+            return self._full(sort), self._kept(sort)
         full = next(user for user in sort.users if user.args[1] == 1)
-        return self._full(full), self._make(operator.getitem, (self.compact[sort], 1), full)
+        return self._full(full), self._make(operator.getitem, (self._kept(sort), 1), full)
+
+    def _kept(self, node: fx.Node) -> fx.Node:
+        """What numbers entries, of the selected tokens; nothing that is replayed may need it."""
+        if node not in self.compact:
+            self._replay(node)
+        return self.compact[node]
 
     def _input(self, item: Input) -> fx.Node:
         if item not in self.inputs:

@@ -95,7 +95,7 @@ def test_router_losses_are_exact():
 def test_adapters_on_experts(targets):
     family = FAMILIES["mixtral"]
     with double_throughout():
-        base = family.make(experts_implementation="grouped_mm").double()
+        base: Any = family.make(experts_implementation="grouped_mm").double()
         model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, **targets)).double().train()
         spread(model)
         fxseek.compile(model, 0.3)
@@ -107,7 +107,7 @@ def test_adapters_on_experts(targets):
     assert not learn.graph.find_nodes(op="call_function", target=torch.baddbmm)  # no adapted stack
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any("experts" in name for name in trained)
-    experts: Any = base.model.layers[0].mlp.experts.get_base_layer()
+    experts = base.model.layers[0].mlp.experts.get_base_layer()
     assert isinstance(experts.down_proj, nn.Parameter)  # as it was before the step
 
 
