@@ -14,12 +14,15 @@ from fxseek.passes.adapters import merge_adapters
 from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import ditch
 from fxseek.passes.extract import extract
+from fxseek.passes.factors import split_factors
 from fxseek.passes.facts import Facts, needs_grad, switches_mode
 from fxseek.passes.functionalise import Functional, functionalise
+from fxseek.passes.groups import join_groups
 from fxseek.passes.head import Head, attach_head, find_head
 from fxseek.passes.hoist import hoist_gathers, mask_by_flags, masks_of_attentions, share_masks
 from fxseek.passes.inline import inline
 from fxseek.passes.ir import Gathered, Joined, Piece, Prefilled
+from fxseek.passes.joins import join_writes
 from fxseek.passes.masks import read_whole, use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
@@ -126,6 +129,9 @@ def build(
     graph = then(unbatch, graph)
     functional = then(functionalise, graph)
     graph = then(normalise, functional.graph)
+    graph = then(join_writes, graph)
+    graph = then(join_groups, graph)
+    graph = then(split_factors, graph)
     sizes = then(find_sizes, graph, config.token_dim, token_inputs)
     graph = then(scale_terms, graph, sizes)
     graph = then(unshift, graph, sizes)

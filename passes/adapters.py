@@ -23,9 +23,9 @@ from torch import fx
 
 from fxseek import _torch
 from fxseek.ops.adapters import linear_merged
-from fxseek.passes.ditch import regions, without_grad
 from fxseek.passes.facts import example, is_tensor
 from fxseek.passes.ir import Piece
+from fxseek.passes.modes import regions, without_grad
 from fxseek.passes.rules import argument, operation
 
 _EXACT = (torch.float32, torch.float64)

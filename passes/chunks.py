@@ -47,7 +47,8 @@ def _regions(source: fx.Graph, facts: Facts, present: set[fx.Node]) -> list[set[
     level: dict[fx.Node, int] = {}
     regions: dict[int, set[fx.Node]] = {}
     for node in source.nodes:
-        if node not in present or node not in facts.stream or not facts.token_sized(node):
+        followed = node in facts.chosen or (node in facts.stream and facts.token_sized(node))
+        if node not in present or not followed:
             continue
         before = [level[x] for x in node.all_input_nodes if x in level]
         level[node] = max(before, default=0)
@@ -64,6 +65,11 @@ def _outlined(
     region: set[fx.Node], source: fx.Graph, facts: Facts, copies: dict[fx.Node, fx.Node]
 ) -> Piece | None:
     """A region as a piece of its own; None where rows of what it takes are not enough."""
+    for node in source.nodes:  # memory that choices are written into
+        readers = {user for user in node.users if user in copies}
+        like_a_choice = any(x in region and x in facts.chosen for x in node.all_input_nodes)
+        if node in copies and like_a_choice and readers and readers <= region:
+            region.add(node)
     inside = {copies[node] for node in region}
     outputs = [
         node
@@ -84,7 +90,11 @@ def _outlined(
         return None
     try:
         piece = ditch(
-            source, facts, carrying=region, outputs=[("rows", x) for x in outputs], given=given
+            source,
+            facts,
+            carrying=(region & facts.stream) - facts.chosen,
+            outputs=[("rows", x) for x in outputs],
+            given=given,
         )
     except GraphError:
         return None

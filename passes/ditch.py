@@ -32,18 +32,17 @@ from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.errors import GraphError
-from fxseek.ops.rows import gather_rows, scatter_rows
+from fxseek.ops.rows import gather_entries, gather_rows, scatter_entries, scatter_rows
+from fxseek.passes.entries import Entries
 from fxseek.passes.facts import (
     KEPT,
     Facts,
+    Placed,
     Rows,
-    ancestors,
-    enters_autocast,
     example,
     is_tensor,
     leaves_autocast,
     needs_grad,
-    switches_grad,
     switches_mode,
     tensors_of,
 )
@@ -57,35 +56,9 @@ from fxseek.passes.ir import (
     input_of,
     placeholder_of,
 )
-from fxseek.passes.rules import Full, Length, Plan, RowsOf, find_rule
-from fxseek.passes.tokens import Element
-
-
-def regions(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """The autocast regions that each node lies in, outermost first."""
-    stack: list[fx.Node] = []
-    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    for node in graph.nodes:
-        if enters_autocast(node):
-            stack.append(node)
-        elif leaves_autocast(node):
-            if node.args[0] in stack:
-                stack.remove(node.args[0])  # type: ignore[arg-type]
-        elif stack:
-            found[node] = tuple(stack)
-    return found
-
-
-def without_grad(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that the graph runs under ``no_grad``."""
-    found: set[fx.Node] = set()
-    recorded = True
-    for node in graph.nodes:
-        if switches_grad(node):
-            recorded = bool(node.args[0])
-        elif not recorded:
-            found.add(node)
-    return found
+from fxseek.passes.modes import regions, without_grad
+from fxseek.passes.rules import Full, Kept, Length, Plan, RowsOf, find_rule
+from fxseek.passes.tokens import Element, follows_choices
 
 
 def ditch(
@@ -121,13 +94,14 @@ class _Ditch:
         self.facts = facts
         self.carrying = carrying - constants - given
         self.replayed = (carrying | constants) - given
+        self.replayed |= follows_choices(source, facts, self.replayed) - given
         self.given = given
         self.graph = fx.Graph(owning_module=source.owning_module)
         self.inputs: dict[Input, fx.Node] = {}
         self.anchor: fx.Node | None = None
         self.compact: dict[fx.Node, fx.Node] = {}
         self.whole: dict[fx.Node, fx.Node] = {}
-        self.gathered: dict[tuple[fx.Node, Rows, int], fx.Node] = {}
+        self.gathered: dict[tuple[fx.Node, Placed, int], fx.Node] = {}
         self.lengths: dict[sympy.Expr, Any] = {}
         self.general: list[fx.Node] = []
         self.regions = regions(source)
@@ -139,7 +113,7 @@ class _Ditch:
     # ---- the walk ------------------------------------------------------------------------
 
     def run(self, outputs: Sequence[tuple[str, fx.Node]]) -> Piece:
-        needed = ancestors(node for _, node in outputs) & self.replayed
+        needed = self._needed(node for _, node in outputs)
         self.anchor = self.graph.call_function(_marker)  # placeholders go in front of it
         inside = {region for node in needed for region in self.regions.get(node, ())}
         for node in self.source.nodes:
@@ -167,10 +141,21 @@ class _Ditch:
             {node: made for node, made in self.compact.items() if made in alive},
         )
 
+    def _needed(self, outputs: Iterable[fx.Node]) -> set[fx.Node]:
+        """What is replayed that the outputs are made of; constants come as they are."""
+        found: set[fx.Node] = set()
+        queue = list(outputs)
+        while queue:
+            node = queue.pop()
+            if node in self.replayed and node not in found:
+                found.add(node)
+                queue.extend(node.all_input_nodes)
+        return found
+
     def _output(self, kind: str, node: fx.Node) -> fx.Node:
         if kind == "rows":
             rows = self.facts.rows.get(node)
-            if isinstance(rows, Rows):
+            if isinstance(rows, (Rows, Entries)):
                 return self._rows_of(node, rows, example(node).dim())
         if kind == "value" and node in self.compact:
             return self.compact[node]
@@ -193,7 +178,7 @@ class _Ditch:
         )
         if costly and not self.facts.shared(node):
             self.general.append(node)
-        if isinstance(rows, Rows):
+        if isinstance(rows, (Rows, Entries)):
             self.compact[node] = self._gather(node, made, rows)
         else:
             self.whole[node] = made
@@ -223,6 +208,8 @@ class _Ditch:
             return self._rows_of(value.node, value.rows, value.rank)
         if isinstance(value, Full):
             return self._full(value.node)
+        if isinstance(value, Kept):
+            return self._kept(value.node)
         if isinstance(value, Length):
             return self._length(value.expression)
         if isinstance(value, Selected):
@@ -239,7 +226,7 @@ class _Ditch:
             return self._full(value)
         return value
 
-    def _rows_of(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
+    def _rows_of(self, node: fx.Node, rows: Placed, rank: int) -> fx.Node:
         own = example(node).dim()
         mine = rows.shift(own - rank)
         if node in self.given and node not in self.compact:
@@ -272,7 +259,7 @@ class _Ditch:
             return self._scatter(node, rows)
         if node in self.carrying and node.op != "placeholder":
             rows = self.facts.rows.get(node)
-            assert node in self.compact and isinstance(rows, Rows), node.format_node()
+            assert node in self.compact and isinstance(rows, (Rows, Entries)), node.format_node()
             if self._only_layout(node):
                 return self._copy(node)
             return self._scatter(node, rows)
@@ -343,20 +330,43 @@ class _Ditch:
     def _make(self, target: Callable[..., Any], args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
         return copy_origin(self.graph.call_function(target, args), origin)
 
-    def _gather(self, origin: fx.Node, value: fx.Node, rows: Rows) -> fx.Node:
-        args = (value, self._input(Selected("kept")), rows)
-        made = self.graph.create_node(
-            "call_function", gather_rows, args, name=f"{origin.name}_rows"
-        )
+    def _gather(self, origin: fx.Node, value: fx.Node, rows: Placed) -> fx.Node:
+        kept = self._input(Selected("kept"))
+        if isinstance(rows, Entries):
+            target: Callable[..., Any] = gather_entries
+            args = (value, kept, rows.rows, rows.inner, rows.outer, *self._orders(rows))
+        else:
+            target, args = gather_rows, (value, kept, rows)
+        made = self.graph.create_node("call_function", target, args, name=f"{origin.name}_rows")
         return copy_origin(made, origin)
 
-    def _scatter(self, node: fx.Node, rows: Rows) -> fx.Node:
+    def _scatter(self, node: fx.Node, rows: Placed) -> fx.Node:
         base = self._input(Prefilled(node))
-        kept = self._input(Selected("kept"))
+        given = (base, self.compact[node], self._input(Selected("kept")))
         filled = self._input(Selected("filled"))
-        args = (base, self.compact[node], kept, rows, filled)
-        made = self.graph.create_node("call_function", scatter_rows, args, name=f"{node.name}_all")
+        if isinstance(rows, Entries):
+            target: Callable[..., Any] = scatter_entries
+            args = (*given, rows.rows, filled, rows.inner, rows.outer, *self._orders(rows))
+        else:
+            target, args = scatter_rows, (*given, rows, filled)
+        made = self.graph.create_node("call_function", target, args, name=f"{node.name}_all")
         return copy_origin(made, node)
+
+    def _orders(self, entries: Entries) -> tuple[fx.Node, ...]:
+        """The order of all entries and that of the selected ones, where there is one."""
+        sort = entries.order
+        if sort is None:
+            return ()
+        if is_tensor(sort):
+            return self._full(sort), self._kept(sort)
+        full = next(user for user in sort.users if user.args[1] == 1)
+        return self._full(full), self._make(operator.getitem, (self._kept(sort), 1), full)
+
+    def _kept(self, node: fx.Node) -> fx.Node:
+        """What numbers entries, of the selected tokens; nothing that is replayed may need it."""
+        if node not in self.compact:
+            self._replay(node)
+        return self.compact[node]
 
     def _input(self, item: Input) -> fx.Node:
         if item not in self.inputs:
@@ -426,4 +436,4 @@ def _marker() -> None:
     """Stands before the first operation while a stage is built."""
 
 
-__all__ = ["ditch", "regions", "without_grad"]
+__all__ = ["ditch"]

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from fxseek.passes.ditch import regions
 from fxseek.passes.facts import hooks_gradient, leaves_autocast, switches_grad
 from fxseek.passes.ir import Input, Piece, Prefilled, input_of, placeholder_of
+from fxseek.passes.modes import regions
 
 
 def extract(

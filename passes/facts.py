@@ -20,12 +20,16 @@ from torch import fx
 
 from fxseek import _torch
 from fxseek.ops.rows import Rows
+from fxseek.passes.entries import Entries, Groups, Order, entries_of
 
 KEPT = sympy.Symbol("kept", integer=True, positive=True)
 """The number of selected tokens of a row, in size expressions of a compact graph."""
 
 
-RowsLike = Rows | tuple[Rows | None, ...] | None
+Placed = Rows | Entries
+"""Where the tokens of a value are that has some for each token."""
+
+RowsLike = Placed | Order | Groups | tuple[Placed | Order | None, ...] | None
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,21 @@ class Sizes:
         """Batch × tokens; None when the batch is 1 (then a packed dimension is a row)."""
         return None if self.batch is None else sympy.expand(self.batch * self.tokens)
 
-    def valid(self, rows: Rows, shape: Sequence[sympy.Expr]) -> bool:
+    def length(self, rows: Placed) -> sympy.Expr | None:
+        """The size of the dimension of the tokens; None where there is no batch to pack."""
+        length = self.packed if rows.packed else self.tokens
+        return None if length is None else sympy.expand(length * entries_of(rows).times)
+
+    def valid(self, rows: Placed, shape: Sequence[sympy.Expr]) -> bool:
         """Whether the sizes bear out that `rows` describes a value of this shape."""
-        if not 0 <= rows.row < len(shape):
+        if not 0 <= rows.row < len(shape) or shape[rows.row] != self.length(rows):
             return False
         if rows.packed:
-            return self.batch is not None and shape[rows.row] == self.packed
-        if shape[rows.row] != self.tokens:
-            return False
+            return True
         if self.batch is None:
             return rows.batch is None
-        return rows.batch is not None and shape[rows.batch] == self.batch * rows.heads
+        heads = entries_of(rows).rows.heads
+        return rows.batch is not None and shape[rows.batch] == self.batch * heads
 
     def rows(self, shape: Sequence[sympy.Expr]) -> Rows | None:
         """The only reading that the sizes allow, or None where there is none or several."""
@@ -89,64 +97,13 @@ class Sizes:
             found = Rows(row, batch_dims[0])
         return found if self.valid(found, shape) else None
 
-    def compact(self, shape: Sequence[sympy.Expr], rows: Rows | None) -> tuple[sympy.Expr, ...]:
+    def compact(self, shape: Sequence[sympy.Expr], rows: Placed | None) -> tuple[sympy.Expr, ...]:
         """The shape when only the selected rows are there."""
         if rows is None:
             return tuple(shape)
         kept = KEPT * self.batch if rows.packed and self.batch is not None else KEPT
+        kept = kept * entries_of(rows).times
         return tuple(kept if i == rows.row else size for i, size in enumerate(shape))
-
-
-def moved_rows(
-    sizes: Sizes, rows: Rows, before: Sequence[sympy.Expr], after: Sequence[sympy.Expr]
-) -> Rows | None:
-    """Where a reshape takes the rows, or None where it merges them with anything else."""
-    spans: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    old = [k for k, size in enumerate(before) if size != 1 or k in rows.dims]
-    new = [k for k, size in enumerate(after) if size != 1]
-    if any(before[k] == 1 for k in rows.dims):
-        return None
-    while i < len(old) and j < len(new):
-        left, right = [old[i]], [new[j]]
-        p, q = before[old[i]], after[new[j]]
-        i, j = i + 1, j + 1
-        while sympy.expand(p - q) != 0:
-            divides = sympy.fraction(sympy.cancel(p / q))[1] == 1  # q divides p: widen the right
-            if j < len(new) and (divides or i >= len(old)):
-                right.append(new[j])
-                q = sympy.expand(q * after[new[j]])
-                j += 1
-            elif i < len(old) and not divides:
-                left.append(old[i])
-                p = sympy.expand(p * before[old[i]])
-                i += 1
-            else:
-                return None
-        spans.append((left, right))
-    if i < len(old) or j < len(new):
-        return None
-    target: dict[int, int] = {}
-    heads = rows.heads
-    for left, right in spans:
-        if len(left) == 1 and len(right) == 1:
-            target[left[0]] = right[0]
-        elif not rows.packed and left == [rows.batch, rows.row] and len(right) == 1:
-            return Rows(right[0], packed=True) if rows.heads == 1 else None
-        elif left[0] == rows.batch and rows.row not in left and len(right) == 1:
-            merged = sympy.cancel(after[right[0]] / sizes.batch)  # heads into the batch
-            if not merged.is_Integer or rows.heads != 1:
-                return None
-            target[left[0]], heads = right[0], int(merged)
-        elif left == [rows.batch] and rows.heads != 1 and after[right[0]] == sizes.batch:
-            target[left[0]], heads = right[0], 1  # and out of it again
-        elif rows.packed and left == [rows.row] and len(right) == 2:
-            if after[right[0]] == sizes.batch and after[right[1]] == sizes.tokens:
-                return Rows(right[1], right[0])
-            return None
-    if any(dim not in target for dim in rows.dims):
-        return None
-    return rows.moved(target.__getitem__)._replace(heads=heads)
 
 
 def example(node: fx.Node) -> Any:
@@ -259,6 +216,9 @@ class Facts:
     `token_made`: the latter alone.
     `general`: why a node takes the general path.
     `guesses`: where the tokens of a value without a plan are, as far as its sizes tell.
+    `chosen`: values without gradient that follow from choices of tokens (the experts of a token, an
+    order by them): they have plans, and are made anew of selected tokens.
+    `disordered`: values of entries whose places nobody knows.
     """
 
     sizes: Sizes
@@ -268,6 +228,8 @@ class Facts:
     general: dict[fx.Node, str] = field(default_factory=dict)
     token_made: set[fx.Node] = field(default_factory=set)
     guesses: dict[fx.Node, Rows | None] = field(default_factory=dict)
+    chosen: set[fx.Node] = field(default_factory=set)
+    disordered: set[fx.Node] = field(default_factory=set)
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         """Size expressions of a tensor node."""

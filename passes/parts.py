@@ -31,7 +31,7 @@ from fxseek.config import SeekConfig
 from fxseek.ops.attention import attend_rows
 from fxseek.ops.masks import HIDDEN
 from fxseek.ops.parts import join_rows
-from fxseek.ops.rows import Rows, scatter_rows
+from fxseek.ops.rows import Rows, scatter_entries, scatter_rows
 from fxseek.passes.facts import Facts, ancestors, descendants, example, tensors_of, where
 from fxseek.passes.hoist import mask_by_flags, masks_of_attentions, share_masks
 from fxseek.passes.ir import (
@@ -182,6 +182,9 @@ class _Mixing:
     def look(self) -> str | None:
         """Why a part might read later tokens; None where it does not."""
         for node in self.body.graph.nodes:
+            if node.target is scatter_entries:
+                (reader, *_) = node.users
+                return f"{called(reader)} at {where(reader)} reads values of other tokens"
             if node.target is scatter_rows:
                 self.read[node] = set()
                 reason = self._readers(node, node)

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from fxseek.passes.ditch import regions
 from fxseek.passes.facts import needs_grad
 from fxseek.passes.ir import Argument, Given, Input, Parameter
+from fxseek.passes.modes import regions
 from fxseek.passes.rules import find_rule
 
 

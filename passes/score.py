@@ -11,7 +11,7 @@ from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
 from fxseek.ops.rows import Rows
-from fxseek.passes.ditch import ditch, without_grad
+from fxseek.passes.ditch import ditch
 from fxseek.passes.extract import extract
 from fxseek.passes.facts import (
     PRIMARY_INPUTS,
@@ -24,6 +24,7 @@ from fxseek.passes.facts import (
 )
 from fxseek.passes.head import Head, logit_bytes, to_parts
 from fxseek.passes.ir import Piece, Prefilled, Swept
+from fxseek.passes.modes import without_grad
 from fxseek.passes.rules import Call, operation
 from fxseek.passes.rules.loss import TokenLoss
 from fxseek.passes.score_plan import (

@@ -11,8 +11,10 @@ from __future__ import annotations
 import operator
 
 import sympy
+import torch
 from torch import fx
 
+from fxseek.passes.entries import Entries, Groups, Order
 from fxseek.passes.facts import (
     KEPT,
     Facts,
@@ -26,7 +28,7 @@ from fxseek.passes.facts import (
     tensors_of,
     user_tensors,
 )
-from fxseek.passes.rules import Call, Full, Length, Plan, find_rule, wants_of
+from fxseek.passes.rules import Call, Full, Length, Plan, called, find_rule, wants_of
 
 
 def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
@@ -35,13 +37,18 @@ def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
     _find_stream(graph, facts)
     nodes = list(graph.nodes)
     for index, node in enumerate(nodes):
-        if node not in facts.stream or node.op not in ("call_function", "call_method"):
+        if node.op not in ("call_function", "call_method"):
             if node in facts.stream and is_tensor(node):
                 facts.rows[node] = sizes.rows(facts.shape(node))
+            continue
+        if node not in facts.stream:
+            _settle_choice(node, facts)
             continue
         if node in facts.rows:  # settled while a product before it was tried
             continue
         _settle(node, facts)
+        if _is_chosen(node, facts):
+            facts.chosen.add(node)
         if node in facts.plans and facts.square(node) and not _made_before(node, facts):
             settled = _try_rows(nodes[index + 1 :], node, facts)
             if settled is not None:
@@ -106,7 +113,64 @@ def _settle_element(node: fx.Node, facts: Facts) -> None:
             assert isinstance(source, fx.Node)
             facts.plans[node] = Plan(rows[index], operator.getitem, (Element(source), index))
             return
-    facts.rows[node] = Call(node, facts).guessed(node) if is_tensor(node) else None
+    facts.rows[node] = _guessed(node, facts) if is_tensor(node) else None
+
+
+def _settle_choice(node: fx.Node, facts: Facts) -> None:
+    """Give an index, a mask or the like its plan, where it follows from what tokens have chosen."""
+    if not any(x in facts.plans for x in node.all_input_nodes):
+        return
+    before = dict(facts.guesses)
+    _settle(node, facts)
+    if _is_chosen(node, facts):
+        facts.chosen.add(node)
+        return
+    facts.guesses = before
+    facts.disordered.discard(node)
+    for table in (facts.plans, facts.rows, facts.general):
+        table.pop(node, None)
+
+
+def _is_chosen(node: fx.Node, facts: Facts) -> bool:
+    """Whether a node belongs to `Facts.chosen`."""
+    plan, found = facts.plans.get(node), find_rule(node)
+    if plan is None or found is None or found.family == "random" or needs_grad(node):
+        return False
+    if any(isinstance(want, Full) and facts.token_sized(want.node) for want in wants_of(plan)):
+        return False
+    if _always(node, facts) or found.family == "constant":
+        return True
+    if is_tensor(node) and example(node).dtype in (torch.int32, torch.int64):
+        return True
+    return _of_choices(node, facts, facts.chosen)
+
+
+def _always(node: fx.Node, facts: Facts) -> bool:
+    """Whether a node numbers entries, or is looked up by a choice in what has no tokens."""
+    rows = facts.rows.get(node)
+    parts = rows if isinstance(rows, tuple) else (rows,)
+    return any(isinstance(x, (Order, Groups)) for x in parts) or (
+        called(node) in ("getitem", "index_select")
+        and any(x in facts.chosen for x in node.all_input_nodes)
+    )
+
+
+def _of_choices(node: fx.Node, facts: Facts, made: set[fx.Node]) -> bool:
+    """Whether all that has tokens among the operands is made."""
+    operands = [x for x in node.all_input_nodes if facts.token_sized(x)]
+    return bool(operands) and all(x in made for x in operands)
+
+
+def follows_choices(graph: fx.Graph, facts: Facts, replayed: set[fx.Node]) -> set[fx.Node]:
+    """The choices of tokens that are made anew beside `replayed`: what they follow from is there.
+
+    The others come from the prefill, as constants do.
+    """
+    made = set(replayed)
+    for node in graph.nodes:
+        if node in facts.chosen and (_always(node, facts) or _of_choices(node, facts, made)):
+            made.add(node)
+    return made & facts.chosen
 
 
 def per_token(node: fx.Node, facts: Facts) -> bool:
@@ -155,12 +219,34 @@ def _general(node: fx.Node, facts: Facts, reason: str) -> None:
     """No plan: full operands in, and the row is what the sizes alone allow."""
     facts.plans.pop(node, None)
     if is_tensor(node):
-        facts.rows[node] = Call(node, facts).guessed(node)
+        facts.rows[node] = _guessed(node, facts)
     else:
         facts.rows[node] = None
+        if any(_in_order(x, facts) for x in node.all_input_nodes):
+            facts.disordered.add(node)
     operands = any(facts.token_sized(operand) for operand in node.all_input_nodes)
     if operands or facts.token_sized(node):
         facts.general[node] = reason
+
+
+def _guessed(node: fx.Node, facts: Facts) -> Rows | None:
+    """What the sizes say of a value without a plan.
+
+    Nobody knows which token has which place in what is made of entries in an order, as long as its
+    first dimension may be that of the entries.
+    """
+    rows = Call(node, facts).guessed(node)
+    ordered = any(_in_order(x, facts) for x in node.all_input_nodes)
+    if ordered and (rows is None or rows.row == 0):
+        facts.disordered.add(node)
+        return None
+    return rows
+
+
+def _in_order(node: fx.Node, facts: Facts) -> bool:
+    rows = facts.rows.get(node)
+    ordered = isinstance(rows, Order) or (isinstance(rows, Entries) and rows.order is not None)
+    return ordered or node in facts.disordered
 
 
 def _computable(expression: sympy.Expr, sizes: Sizes) -> bool:
@@ -210,4 +296,4 @@ def _reads_rows(plan: Plan, region: set[fx.Node]) -> bool:
     return not any(isinstance(want, Full) and want.node in region for want in wants_of(plan))
 
 
-__all__ = ["Element", "find_tokens", "made_from_rows", "per_token"]
+__all__ = ["Element", "find_tokens", "follows_choices", "made_from_rows", "per_token"]

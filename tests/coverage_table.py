@@ -31,12 +31,10 @@ BEYOND_HOOKS = {"mamba2": "all of the mixer"}
 """Their layers mix tokens outside of modules, where the reference's hooks cannot cut; they are
 checked operation by operation. What takes the general path is named as a whole."""
 NOTES = """
-Mixtures of experts: where peft's `all-linear` adapts the experts' stacked weights, it does so by a
-parametrization, which Dynamo cannot capture (`torch/nn/utils/parametrize.py`: `dest.set_(src)`);
-the user gets that as a `CaptureError`. Attention layers, routers and shared layers can be adapted;
-not Llama 4's router, whose result is a tuple, to which peft adds a tensor. peft refuses Mamba-2's
-`out_proj`, and its gradients are compared operation by operation, as its mixers mix tokens and use
-parameters outside of modules.
+Mixtures of experts: `all-linear` adapts the experts' stacked weights too (peft's
+`target_parameters`); not Llama 4's router, whose result is a tuple, to which peft adds a tensor.
+peft refuses Mamba-2's `out_proj`, and its gradients are compared operation by operation, as its
+mixers mix tokens and use parameters outside of modules.
 
 Models of images and text learn from rows of text alone (`_text`) and from rows that start with an
 image (`_images`). Where an encoder reads words (T5, BART), speech (Whisper) or an image (a ViT in

@@ -18,6 +18,7 @@ from fxseek import _torch
 from fxseek.capture.backend import Made, Recorder, make_backend
 from fxseek.capture.call import Calls
 from fxseek.capture.limits import refuse_model
+from fxseek.capture.lora import traceable_target_parameters
 from fxseek.capture.patches import capture_settings
 from fxseek.capture.progress import Captures
 from fxseek.capture.quantised import trace_dequantisation
@@ -210,6 +211,7 @@ class SeekStep:
             with (
                 capture_settings(captures=_CAPTURES, first=first),
                 traceable_log_probs(),
+                traceable_target_parameters(),
                 _quiet(batch),
                 self.captures.watched(),
             ):

@@ -149,8 +149,8 @@ def estimate(
     _check(config, tokens, batch, tuning, optimizer, lora_rank, ordinary, device, shards)
     if shards > 1 and ordinary:
         raise ConfigError(
-            f"shards={shards!r} with ordinary={ordinary!r}: FSDP2 without fxseek can't be estimated, since "
-            "its hooks run on real tensors only. Leave one of them out"
+            f"shards={shards!r} with ordinary={ordinary!r}: FSDP2 without fxseek can't be "
+            "estimated, since its hooks run on real tensors only. Leave one of them out"
         )
     if shards > 1:
         config = dataclasses.replace(config, recompute="block")

@@ -119,7 +119,8 @@ def masked_backprop(
         if loss is None and shift is None:
             shift = _finds_shift(inner, inputs, labels_of(batch, sizes), virtual)
             restore()
-        layout = _Layout(sizes, _run_recorded(inner, inputs, sizes, counting, virtual))
+        probed = _run_recorded(inner, inputs, sizes, counting, virtual)
+        layout = _Layout(sizes, probed, {n for n, m in inner.named_modules() if _is_function(m)})
         restore()
         with _hooked(inner, lambda name, call, x: layout.mask(name, call, x, selected)):
             outputs = _run(inner, inputs)
@@ -143,11 +144,18 @@ class _Layout:
     Sizes alone cannot tell: the batch, a width or a head count may equal the number of tokens. So
     the model is run beforehand on another number of tokens; the dimensions that changed are
     those that count tokens.
+
+    Nor do sizes tell the order of rows that are merged with the batch: a mixture of experts calls
+    its activation on rows in the order of the experts. So results of `functions`, modules without
+    parameters, are left alone there. What they are made of, and what is made of them, is masked.
     """
 
-    def __init__(self, sizes: Lengths, probed: tuple[Lengths, Shapes] | None) -> None:
+    def __init__(
+        self, sizes: Lengths, probed: tuple[Lengths, Shapes] | None, functions: set[str]
+    ) -> None:
         self.sizes = sizes
         self.probed = probed
+        self.functions = functions
 
     def mask(self, name: str, call: int, result: Any, selected: Tensor) -> Any:
         """``result`` of the module's ``call``-th call, with unselected positions detached."""
@@ -163,7 +171,7 @@ class _Layout:
                 return x
             shape = other[index] if other is not None and index < len(other) else None
             kind = self._kind(tuple(x.shape), shape)
-            if kind is None:
+            if kind is None or (kind == "packed" and name in self.functions):
                 return x
             size = [1] * x.ndim
             if isinstance(kind, int):
@@ -192,6 +200,10 @@ class _Layout:
         elif row is not None and packed:
             packed = False
         return row if row is not None else "packed" if packed else None
+
+
+def _is_function(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is None
 
 
 def _run_recorded(

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "gather_rows", "owned", "placed", "put_rows_", "scatter_rows"]
+__all__ = [
+    "Rows",
+    "gather_entries",
+    "gather_rows",
+    "inverse",
+    "owned",
+    "placed",
+    "put_rows_",
+    "scatter_entries",
+    "scatter_rows",
+]
 
 
 class Rows(NamedTuple):
@@ -96,6 +106,61 @@ def scatter_rows(
     moved = base.movedim((batch, row), (0, 1))
     whole = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
     return whole.movedim((0, 1), (batch, row))
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The place of each entry in an order: ``inverse(order)[order[i]] == i``, LongTensor[n]."""
+    places = torch.arange(order.shape[0], device=order.device)
+    return torch.empty_like(places).index_copy(0, order.long(), places)
+
+
+def gather_entries(
+    x: Tensor,
+    kept: Tensor,
+    at: Rows,
+    inner: int,
+    outer: int,
+    order: Tensor | None = None,
+    kept_order: Tensor | None = None,
+) -> Tensor:
+    """The entries of selected tokens; `at.row` is outer × tokens × inner.
+
+    `order`: which entry each place of that dimension holds, LongTensor[entries]; `kept_order`: the
+    same of the selected tokens.
+    """
+    if order is not None:
+        x = x.index_select(at.row, inverse(order))
+    x = x.unflatten(at.row, (outer, x.shape[at.row] // (outer * inner), inner))
+    found = gather_rows(x, kept, _between(at)).flatten(at.row, at.row + 2)
+    return found if kept_order is None else found.index_select(at.row, kept_order)
+
+
+def scatter_entries(
+    base: Tensor,
+    rows: Tensor,
+    kept: Tensor,
+    at: Rows,
+    filled: Tensor | None,
+    inner: int,
+    outer: int,
+    order: Tensor | None = None,
+    kept_order: Tensor | None = None,
+) -> Tensor:
+    """A full value with the entries of its selected tokens replaced; see `gather_entries`."""
+    if order is not None and kept_order is not None:
+        base = base.index_select(at.row, inverse(order))
+        rows = rows.index_select(at.row, inverse(kept_order))
+    base, rows = (
+        x.unflatten(at.row, (outer, x.shape[at.row] // (outer * inner), inner))
+        for x in (base, rows)
+    )
+    whole = scatter_rows(base, rows, kept, _between(at), filled).flatten(at.row, at.row + 2)
+    return whole if order is None else whole.index_select(at.row, order)
+
+
+def _between(at: Rows) -> Rows:
+    """The same tokens where their dimension has been taken apart, with theirs in the middle."""
+    return at.moved(lambda dim: dim + (dim >= at.row) + (dim > at.row))
 
 
 def owned(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from fxseek.passes.rules import (
     attention,
+    experts,
     functions,
     indexing,
     layout,
@@ -16,6 +17,7 @@ from fxseek.passes.rules.registry import (
     RULES,
     Call,
     Full,
+    Kept,
     Length,
     Plan,
     RowsOf,
@@ -33,6 +35,7 @@ __all__ = [
     "RULES",
     "Call",
     "Full",
+    "Kept",
     "Length",
     "Plan",
     "RowsOf",
@@ -41,6 +44,7 @@ __all__ = [
     "argument",
     "attention",
     "called",
+    "experts",
     "find_rule",
     "functions",
     "indexing",

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, rule
+from fxseek.passes.facts import is_tensor
+from fxseek.passes.rules.experts import look_up
+from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, rule, whole
 
 
 @rule(
@@ -59,3 +61,76 @@ def gather(call: Call) -> Plan | None:
         return None
     args = (RowsOf(x, rows, rank), dim, RowsOf(index, rows, rank))
     return Plan(rows, call.target, args)
+
+
+@rule(
+    "scatter",
+    family="per-token",
+    reason="writes features of each token at that token's indices",
+    samples=(
+        Sample(lambda x, i: x.scatter(-1, i[..., :1], 0.5), ("b t 5", "int:b t 3")),
+        Sample(lambda x, i, y: x.scatter(2, i, y), ("b t 5", "int:b t 1", "b t 1")),
+        Sample(lambda x, i, y: x.scatter(1, i, src=y), ("b 3 t 5", "int:b 1 t 5", "b 1 t 5")),
+    ),
+)
+def scatter(call: Call) -> Plan | None:
+    """``x.scatter(dim, index, src)`` along a feature dimension; `src` is a tensor or a number."""
+    x, dim, index = call.arg(0, "input"), call.arg(1, "dim"), call.arg(2, "index")
+    source = call.arg(3, "src", call.node.kwargs.get("value"))
+    rows = call.rows(x)
+    if rows is None or type(dim) is not int or call.node.kwargs.get("reduce") is not None:
+        return None
+    rank = len(call.shape(x))
+    operands = [index, source] if is_tensor(source) else [index]
+    if dim % rank in rows.dims:
+        return None
+    if not all(call.sizes.valid(rows, call.shape(operand)) for operand in operands):
+        return None
+    written = RowsOf(source, rows, rank) if is_tensor(source) else source
+    args = (RowsOf(x, rows, rank), dim, RowsOf(index, rows, rank), written)
+    return Plan(rows, torch.scatter, args)
+
+
+def _sorted(x: torch.Tensor) -> torch.Tensor:
+    """Rows in the order of their first feature, and back."""
+    rows = x.reshape(-1, x.shape[-1])
+    order = rows[:, 0].argsort()
+    return rows.index_select(0, order).exp().index_select(0, order.argsort())
+
+
+@rule(
+    "index_select",
+    family="per-token",
+    reason="entries change places, or each key is looked up by itself",
+    samples=(
+        Sample(lambda i, w: w.index_select(0, i.reshape(-1)), ("int:b t", "7 5")),
+        Sample(_sorted),
+    ),
+)
+def index_select(call: Call) -> Plan | None:
+    """``x.index_select(0, index)``."""
+    if call.arg(1, "dim") != 0:
+        return None
+    return look_up(call, call.arg(0, "input"), call.arg(2, "index"))
+
+
+@rule(
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    family="constant",
+    cheap=True,
+    reason="one number everywhere",
+    samples=(
+        Sample(lambda x: x + torch.zeros_like(x) + torch.ones_like(x, dtype=torch.int64)),
+        Sample(lambda x: x * torch.full_like(x.mean(-1, keepdim=True), 3.0)),
+    ),
+)
+def fill(call: Call) -> Plan | None:
+    """A constant of the shape of another value."""
+    source = call.arg(0, "input")
+    rows = call.rows(source)
+    if rows is None or not is_tensor(source):
+        return None
+    args = (call.own(source, rows), *whole(call.node.args[1:]))  # type: ignore[arg-type]
+    return Plan(rows, call.target, args, whole(dict(call.node.kwargs)))

@@ -6,20 +6,23 @@ commutes with selecting rows. Reshapes are read as groups of dimensions with equ
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxseek.passes.facts import Rows, is_tensor, moved_rows, tensors_of
-from fxseek.passes.rules.registry import Call, Full, Plan, Sample, fake, rule
+from fxseek.passes.entries import entries_of, moved_rows
+from fxseek.passes.facts import Placed, Rows, is_tensor, tensors_of
+from fxseek.passes.rules.experts import look_up
+from fxseek.passes.rules.registry import Call, Full, Plan, Sample, fake, operation, rule
 
 
-def _source(call: Call) -> tuple[fx.Node, Rows] | None:
+def _source(call: Call) -> tuple[fx.Node, Placed] | None:
     source = call.node.args[0] if call.node.args else None
     if not isinstance(source, fx.Node):
         return None
-    rows = call.rows(source)
+    rows = call.placed(source)
     return None if rows is None else (source, rows)
 
 
@@ -28,7 +31,7 @@ def _reads_more(call: Call) -> bool:
     return len(call.node.all_input_nodes) > 1
 
 
-def _checked(call: Call, rows: Rows | None) -> Rows | None:
+def _checked(call: Call, rows: Placed | None) -> Placed | None:
     return rows if rows is not None and call.sizes.valid(rows, call.out) else None
 
 
@@ -137,26 +140,64 @@ def expand(call: Call) -> Plan | None:
     family="per-token",
     layout=True,
     cheap=True,
-    reason="repeats along feature dimensions only",
+    reason="each copy of a token is an entry of it; no other repetition has a plan",
     samples=(
         Sample(lambda x: x.repeat_interleave(3, dim=2)),
         Sample(lambda x: x.repeat(1, 1, 2)),
         Sample(lambda x: x.tile((2,))),
         Sample(lambda x: x.repeat(2, 1, 1, 1)),
+        Sample(lambda x: x.reshape(-1, 5).repeat_interleave(2, 0).view(-1, 2, 5).sum(1)),
+        Sample(lambda x: x.reshape(-1, 5).repeat(3, 1).view(3, -1, 5).sum(0)),
+        Sample(lambda x: x.tile((3, 1)).unflatten(1, (3, -1)).exp()),
     ),
 )
 def repeat(call: Call) -> Plan | None:
-    """Repetition that leaves the token and batch dimensions alone."""
+    """Repetition along features, or of tokens, which makes entries of them."""
     found = _source(call)
     if found is None or _reads_more(call):
         return None
     source, rows = found
-    after = _checked(call, rows.shift(len(call.out) - len(call.shape(source))))
+    before, each = call.shape(source), operation(call.node) == "repeat_interleave"
+    if each and call.arg(2, "dim") is None and len(before) > 1:
+        return None  # flattened
+    after = rows.shift(len(call.out) - len(before))
+    times = call.out[after.row] / before[rows.row] if 0 <= after.row < len(call.out) else None
+    if times is not None and times.is_Integer and times != 1:
+        entries = entries_of(after)
+        if entries.order is not None:
+            return None
+        name = "inner" if each else "outer"
+        after = replace(entries, **{name: getattr(entries, name) * int(times)})
+    after = _checked(call, after)
     if after is None:
         return None
     return Plan(
         after, call.target, (call.own(source, rows), *call.node.args[1:]), dict(call.node.kwargs)
     )
+
+
+@rule(
+    "view_as_complex",
+    "view_as_real",
+    family="per-token",
+    cheap=True,
+    reason="the last dimension holds the parts of a complex number",
+    samples=(
+        Sample(lambda x: torch.view_as_real(torch.view_as_complex(x) * 1j), ("b t 3 2",)),
+        Sample(lambda x: torch.view_as_real(torch.view_as_complex(x)).flatten(3), ("b 3 t 5 2",)),
+    ),
+)
+def complex_view(call: Call) -> Plan | None:
+    """Pairs of numbers as complex ones, and back."""
+    found = _source(call)
+    if found is None:
+        return None
+    source, rows = found
+    last = len(call.shape(source)) - 1
+    if operation(call.node) == "view_as_complex" and last in rows.dims:
+        return None
+    after = _checked(call, rows)
+    return None if after is None else Plan(after, call.target, (call.own(source, rows),))
 
 
 @rule(
@@ -284,6 +325,9 @@ def getitem(call: Call) -> Plan | None:
     source = call.node.args[0]
     if not is_tensor(source):
         return None  # an element of a tuple: the ditch pass follows it
+    by: Any = call.node.args[1] if operation(call.node) == "getitem" else None
+    if is_tensor(by) or (isinstance(by, tuple) and is_tensor(by[0]) and len(by) == 1):
+        return look_up(call, source, by[0] if isinstance(by, tuple) else by)
     found = _source(call)
     if found is None:
         return None

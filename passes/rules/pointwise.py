@@ -14,7 +14,17 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxseek.passes.facts import is_tensor
-from fxseek.passes.rules.registry import Call, Full, Plan, Sample, rule, tensor_nodes, whole
+from fxseek.passes.rules.experts import divide_order, order_of
+from fxseek.passes.rules.registry import (
+    Call,
+    Full,
+    Plan,
+    Sample,
+    operation,
+    rule,
+    tensor_nodes,
+    whole,
+)
 
 
 def pointwise_plan(call: Call) -> Plan | None:
@@ -223,7 +233,9 @@ def _binary_calls(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     ),
 )
 def binary(call: Call) -> Plan | None:
-    """Functions of several operands under broadcasting."""
+    """Functions of several operands under broadcasting; an order divided numbers tokens."""
+    if any(order_of(call, node) is not None for node in call.node.all_input_nodes):
+        return divide_order(call) if operation(call.node) in ("div", "floor_divide") else None
     return pointwise_plan(call)
 
 
@@ -244,7 +256,7 @@ def binary(call: Call) -> Plan | None:
 def convert(call: Call) -> Plan | None:
     """Conversions; a second tensor gives only its dtype and device."""
     source = call.node.args[0]
-    rows = call.rows(source)
+    rows = call.placed(source)
     if rows is None or not isinstance(source, fx.Node):
         return None
     others = tensor_nodes((call.node.args[1:], call.node.kwargs))

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxseek.passes.facts import Rows, is_tensor
+from fxseek.passes.entries import Entries
+from fxseek.passes.facts import Placed, Rows, is_tensor
 from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, rule
 
 
-def last_is_row(call: Call, node: fx.Node, rows: Rows) -> bool:
+def last_is_row(call: Call, node: fx.Node, rows: Placed) -> bool:
     """Whether the features that a product contracts are the tokens, or the batch."""
     return len(call.shape(node)) - 1 in rows.dims
 
@@ -37,7 +38,7 @@ def last_is_row(call: Call, node: fx.Node, rows: Rows) -> bool:
 def linear(call: Call) -> Plan | None:
     """``x @ weight.T + bias``."""
     x, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
-    rows = call.rows(x)
+    rows = call.placed(x)
     if rows is None or last_is_row(call, x, rows) or not call.sizes.valid(rows, call.out):
         return None
     args = (call.own(x, rows), Full(weight))
@@ -93,7 +94,7 @@ def addmm(call: Call) -> Plan | None:
         return None
     rest = {k: v for k, v in call.node.kwargs.items() if k in ("beta", "alpha")}
     plan = _product(call, left, right, lambda a, b: ((a, b), rest))
-    if plan is None or not isinstance(plan.rows, Rows):
+    if plan is None or not isinstance(plan.rows, (Rows, Entries)):
         return None
     want = call.aligned(addend, plan.rows, len(call.out))
     if want is None:
@@ -106,7 +107,7 @@ def _product(call: Call, left: fx.Node, right: fx.Node, place) -> Plan | None:
     rank = len(call.out)
     if len(a) < 2 or len(b) < 1 or rank < max(len(a), len(b)) - (len(b) == 1):
         return None
-    rows = call.rows(left)
+    rows = call.placed(left)
     if len(b) == 1:  # a matrix times a vector: the last dimension goes
         if rows is None or last_is_row(call, left, rows) or not call.sizes.valid(rows, call.out):
             return None

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxseek.passes.facts import is_tensor, tensors_of
+from fxseek.passes.rules.experts import add_up, groups_of, sort_entries
+from fxseek.passes.rules.pointwise import pointwise_plan
 from fxseek.passes.rules.registry import Call, Plan, Sample, rule, whole
 
 
@@ -29,7 +31,7 @@ def _dims(value: object, rank: int) -> tuple[int, ...] | None:
 
 def _over_features(call: Call, dims: tuple[int, ...] | None, keepdim: bool) -> Plan | None:
     source = call.node.args[0] if call.node.args else None
-    rows = call.rows(source)
+    rows = call.placed(source)
     if rows is None or dims is None or not isinstance(source, fx.Node):
         return None
     if any(dim in rows.dims for dim in dims):
@@ -94,6 +96,15 @@ def reduce(call: Call) -> Plan | None:
     return _over_features(call, dims, keep)
 
 
+def _in_order(x: torch.Tensor) -> torch.Tensor:
+    """Entries in the order of their choices, and in that of an argsort, and back."""
+    x = x.reshape(-1, x.shape[-1])
+    keys, perm = x[:, :4].topk(2, -1)[1].view(-1).sort()
+    other = (x.argmax(-1) * 3).argsort()
+    y = (x[perm // 2].softmax(-1) * keys[:, None])[perm.argsort()].view(-1, 2, x.shape[1]).sum(1)
+    return y * x[other].cumsum(-1).relu()[other.argsort()]
+
+
 @rule(
     "softmax",
     "log_softmax",
@@ -117,6 +128,7 @@ def reduce(call: Call) -> Plan | None:
         Sample(lambda x: F.glu(x, -1), ("b t 6",)),
         Sample(lambda x: (x.cumprod(2), x.sort(-1)[0], x.argsort(-1), F.normalize(x, dim=-1))),
         Sample(lambda x: x.flip(1, 3), ("b 3 t 5",)),
+        Sample(_in_order),
     ),
 )
 def along(call: Call) -> Plan | None:
@@ -135,7 +147,35 @@ def along(call: Call) -> Plan | None:
         dim = call.node.args[1:]  # x.flip(1, 2): every further argument is a dimension
     if isinstance(dim, bool):
         return None
+    if name in ("sort", "argsort"):
+        in_order = sort_entries(call, dim)
+        if in_order is not None:
+            return in_order
+    if name == "cumsum" and groups_of(call, source) is not None:
+        return add_up(call, dim)
     return _over_features(call, _dims(dim, rank), keepdim=True)
+
+
+@rule(
+    "max",
+    "min",
+    family="per-token",
+    reason="the greatest of a token's features, or of two elements at one index",
+    samples=(
+        Sample(lambda x: x.max(-1)[0]),
+        Sample(lambda x: torch.min(x, dim=2, keepdim=True)[0]),
+        Sample(lambda x, y: torch.max(x, y) - torch.min(x, y), ("b t 5", "b t 1")),
+    ),
+)
+def extreme(call: Call) -> Plan | None:
+    """``max(x, dim)``, with its index, and ``max(x, y)``."""
+    source, dim = call.arg(0, "input"), call.arg(1, "dim", call.node.kwargs.get("other"))
+    if is_tensor(dim):
+        return pointwise_plan(call)
+    keep = call.arg(2, "keepdim", False)
+    if type(dim) is not int or not isinstance(keep, bool) or not isinstance(source, fx.Node):
+        return None
+    return _over_features(call, _dims(dim, len(call.shape(source))), keep)
 
 
 @rule(
@@ -153,7 +193,7 @@ def along(call: Call) -> Plan | None:
 def norm(call: Call) -> Plan | None:
     """Norms over ``normalized_shape``."""
     source = call.arg(0, "input")
-    rows = call.rows(source)
+    rows = call.placed(source)
     shape = call.arg(1, "normalized_shape")
     if rows is None or not isinstance(shape, (list, tuple)):
         return None

@@ -21,9 +21,12 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxseek import _torch
+from fxseek.ops.experts import count_keys
 from fxseek.ops.log_probs import by_weight, token_statistics
 from fxseek.ops.loss import scaled_cross_entropy
-from fxseek.passes.facts import Facts, Rows, RowsLike, example, is_tensor, moved_rows
+from fxseek.passes.entries import Entries, moved_rows
+from fxseek.passes.facts import Facts, Placed, Rows, RowsLike, example, is_tensor
+from fxseek.passes.writes import set_item
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,15 @@ class RowsOf:
     """
 
     node: fx.Node
-    rows: Rows
+    rows: Placed
     rank: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A value that numbers entries, as it is when only the selected tokens are there."""
+
+    node: fx.Node
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Length:
 class Plan:
     """How a node is computed on compact operands.
 
-    `args` and `kwargs` hold `RowsOf`, `Full`, `Length` and `Selected` where the operands go;
+    `args` and `kwargs` hold `RowsOf`, `Kept`, `Full`, `Length` and `Selected` where operands go;
     `rows` says where the tokens of the (compact) result are, None for a result without.
     """
 
@@ -103,11 +113,16 @@ class Call:
 
     def rows(self, node: Any) -> Rows | None:
         """Where an operand's tokens are: by its own rule, or for a constant by its sizes."""
+        found = self.placed(node)
+        return found if isinstance(found, Rows) else None
+
+    def placed(self, node: Any) -> Placed | None:
+        """The same, or where its entries are that has several for each token, in whatever order."""
         if not is_tensor(node):
             return None
-        if node in self.facts.stream:
+        if node in self.facts.stream or node in self.facts.chosen:
             known = self.facts.rows.get(node)
-            return known if isinstance(known, Rows) else None
+            return known if isinstance(known, (Rows, Entries)) else None
         return self.guessed(node)
 
     def guessed(self, node: fx.Node) -> Rows | None:
@@ -134,17 +149,17 @@ class Call:
         self.facts.guesses[node] = rows
         return rows
 
-    def agree(self, operands: Sequence[fx.Node], out: Sequence[sympy.Expr]) -> Rows | None:
+    def agree(self, operands: Sequence[fx.Node], out: Sequence[sympy.Expr]) -> Placed | None:
         """The rows of a broadcast result, if the operands leave one reading.
 
         Operands of the stream decide; constants only where no stream operand has rows.
         """
         for stream in (True, False):
-            found: set[Rows] = set()
+            found: set[Placed] = set()
             for node in operands:
                 if (node in self.facts.stream) is not stream:
                     continue
-                rows = self.rows(node)
+                rows = self.placed(node)
                 if rows is not None:
                     found.add(rows.shift(len(out) - len(self.shape(node))))
             if len(found) == 1:
@@ -154,23 +169,22 @@ class Call:
                 return None
         return None
 
-    def own(self, node: fx.Node, rows: Rows) -> RowsOf:
+    def own(self, node: fx.Node, rows: Placed) -> RowsOf:
         """An operand with these rows, counted in its own dimensions."""
         return RowsOf(node, rows, len(self.shape(node)))
 
-    def aligned(self, node: fx.Node, rows: Rows, rank: int) -> RowsOf | Full | None:
+    def aligned(self, node: fx.Node, rows: Placed, rank: int) -> RowsOf | Full | None:
         """A broadcast operand of a result with these rows; None where it does not fit."""
         shape = self.shape(node)
         shift = rank - len(shape)
         dim = rows.row - shift
         if dim < 0 or shape[dim] == 1:
             return Full(node)
-        wanted = self.sizes.packed if rows.packed else self.sizes.tokens
-        if shape[dim] != wanted:
+        if shape[dim] != self.sizes.length(rows):
             return None
         return RowsOf(node, rows, rank)
 
-    def compact_shape(self, rows: Rows) -> tuple[Length, ...]:
+    def compact_shape(self, rows: Placed) -> tuple[Length, ...]:
         """The size arguments that make the result compact."""
         return tuple(Length(size) for size in self.sizes.compact(self.out, rows))
 
@@ -255,6 +269,9 @@ ALIASES: dict[str, tuple[Any, ...]] = {
     "type_as": (),
     "cross_entropy": (scaled_cross_entropy,),
     "by_weight": (by_weight,),
+    "set_item": (set_item,),
+    "count_keys": (count_keys,),
+    "grouped_mm": tuple(filter(None, [getattr(torch, "_grouped_mm", None)])),  # Dynamo's view of it
     "token_statistics": (token_statistics,),
 }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
 from families import FAMILIES, Family
 from models import double_throughout
 from oracle import assert_exact_causal
-from torch import nn
+from torch import fx, nn
 
 import fxseek
 from fxseek.capture.step import step_of
+from fxseek.passes.facts import module_path
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers' own, of what it does in a capture
@@ -24,12 +27,12 @@ SDPA_ALONE = {
     "paligemma_images", "bert_classes", "deepseek_v2", "distilbert", "distilbert_classes",
     "llama_classes", "phi3_longrope", "qwen3_vl_text", "roberta", "roberta_classes", "t5", "trocr",
     "qwen2", "qwen3", "mistral", "olmo2", "smollm3", "stablelm", "granite", "phi3", "opt",
-    "qwen3_moe", "gpt_neox", "falcon",
+    "qwen3_moe", "gpt_neox", "falcon", "glm4_moe",
 }  # fmt: skip
 """Families whose eager attention is left to the sweep."""
 SWEPT = {
-    "albert", "electra", "roformer", "qwen2_moe", "mpt", "bart", "smolvlm_text", "smolvlm_images",
-    "paligemma_text", "roberta_classes",
+    "albert", "electra", "roformer", "qwen2_moe", "olmoe", "granitemoe", "mpt", "bart",
+    "smolvlm_text", "smolvlm_images", "paligemma_text", "roberta_classes",
 }  # fmt: skip
 """Families left to the sweep: another one is much like them."""
 
@@ -49,12 +52,21 @@ CELLS = [
 ]
 
 
-def general(model: nn.Module) -> list[str]:
+def fallbacks(model: nn.Module) -> list[fx.Node]:
     step = step_of(model)
     assert step is not None
     learn = step.recorder.steps[0].program.learn
     assert learn is not None
-    return [node.name for node in learn.general]
+    return learn.general
+
+
+def general(model: nn.Module) -> list[str]:
+    return [node.name for node in fallbacks(model)]
+
+
+def general_in_experts(model: nn.Module) -> list[str]:
+    layers = re.compile(r"layers\.\d+\.(mlp|feed_forward|block_sparse_moe|self_attention\.experts)")
+    return [node.name for node in fallbacks(model) if layers.search(module_path(node))]
 
 
 @pytest.mark.parametrize(("family", "attention"), CELLS)
@@ -71,6 +83,7 @@ def test_exact(family: Family, attention: str):
     assert len(step.recorder.steps) <= 2  # at most one more for the other batch and length
     if family.dense:
         assert general(model) == []
+    assert general_in_experts(model) == []
 
 
 def test_mamba_2():

@@ -16,12 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from fxseek.ops.masks import MaskMaker
 from fxseek.passes.ditch import ditch
+from fxseek.passes.entries import Entries, moved_rows
 from fxseek.passes.extract import extract
-from fxseek.passes.facts import KEPT, Rows, Sizes, moved_rows
+from fxseek.passes.facts import KEPT, Rows, Sizes
 from fxseek.passes.functionalise import functionalise
+from fxseek.passes.groups import join_groups
 from fxseek.passes.hoist import hoist_gathers
 from fxseek.passes.inline import inline
 from fxseek.passes.ir import Gathered, Piece
+from fxseek.passes.joins import join_writes
 from fxseek.passes.masks import use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.structure import find_structure
@@ -191,6 +194,41 @@ def test_normalise_takes_keys_before_they_are_repeated():
         return (sdpa)
         """,
     )
+
+
+def test_join_writes():
+    def body(x: Tensor, y: Tensor) -> Tensor:
+        joined = x.new_empty(*x.shape[:-1], 13)
+        joined[..., 3:].copy_(x)
+        joined[:, :, :3] = y[..., :3]
+        partly = torch.zeros_like(x)
+        partly[..., 2:].copy_(x[..., 2:])
+        return joined.sum(-1) + partly.sum(-1)
+
+    graph = join_writes(captured(body, hidden(), hidden()).graph)
+    drop_dead_code(graph)
+    lines = text(graph).splitlines()
+    assert "cat = cat((getitem_4, x), 2)" in lines
+    assert [line for line in lines if "set_item(" in line and "partly" in line]
+    assert not [line for line in lines if "new_empty" in line]
+
+
+def test_join_groups():
+    def body(x: Tensor, w: Tensor) -> Tensor:
+        x = x.reshape(-1, WIDTH)
+        chosen = x[:, :3].topk(2, -1)[1]
+        counts = torch.zeros(x.shape[0], 3).scatter(1, chosen, 1).long().sum(0).tolist()
+        pieces = x[chosen.flatten().argsort() // 2].split(counts)
+        return torch.cat([F.linear(piece, w[i]) for i, piece in enumerate(pieces)]) * 2
+
+    graph = join_groups(captured(body, hidden(), ones(3, 4, WIDTH)).graph)
+    drop_dead_code(graph)
+    assert text(graph).splitlines()[-4:] == [
+        "count_keys = count_keys(chosen, 3)",
+        "grouped_linear = grouped_linear(getitem_8, w, count_keys)",
+        "mul = mul(grouped_linear, 2)",
+        "return (mul)",
+    ]
 
 
 def test_unshift():
@@ -460,7 +498,24 @@ def test_rows_that_sizes_allow(sizes, given, wanted):
         (Rows(0, packed=True), shape(B * T, 10), shape(B, T, 10), Rows(1, 0)),
         (Rows(0, packed=True), shape(B * T, 10), shape(T, B, 10), None),
         (Rows(1, 0), shape(B, T, 10), shape(B, 10, T), None),
-        (Rows(1, 0), shape(B, T, 10), shape(B, T * 10), None),
+        (Rows(1, 0), shape(B, T, 10), shape(B, T * 10), Entries(Rows(1, 0), 10)),
+        (Rows(1, 0), shape(B, T, 10), shape(B * T * 2, 5), Entries(Rows(0, packed=True), 2)),
+        (Rows(2, 1), shape(4, B, T), shape(4 * B * T, 1), Entries(Rows(0, packed=True), 1, 4)),
+        (
+            Entries(Rows(0, packed=True), 6),
+            shape(B * T * 6),
+            shape(B * T, 3, 2),
+            Rows(0, packed=True),
+        ),
+        (Entries(Rows(0, packed=True), 6), shape(B * T * 6), shape(B, T, 2, 3), Rows(1, 0)),
+        (Entries(Rows(0, packed=True), 6), shape(B * T * 6), shape(6, B * T), None),
+        (
+            Entries(Rows(0, packed=True), 1, 4),
+            shape(4 * B * T, 5),
+            shape(4, B * T, 5),
+            Rows(1, packed=True),
+        ),
+        (Entries(Rows(0, packed=True), 1, 4), shape(4 * B * T, 5), shape(B * T, 4, 5), None),
         (Rows(2, 0), shape(B, 4, T, 5), shape(B * 4, T, 5), Rows(1, 0, heads=4)),
         (Rows(1, 0, heads=4), shape(B * 4, T, 5), shape(B, 4, T, 5), Rows(2, 0)),
         (Rows(1, 0, heads=4), shape(B * 4, T, 5), shape(B, 2, 2, T, 5), Rows(3, 0)),

@@ -34,6 +34,7 @@ from graphs import (
 from torch import Tensor, fx
 
 from fxseek.errors import GraphError
+from fxseek.passes.entries import Entries
 from fxseek.passes.facts import Rows, descendants
 from fxseek.passes.rules import RULES, Call, Rule, find_rule, operation
 
@@ -96,7 +97,7 @@ def planned(captured: Captured, node: fx.Node) -> bool:
 def assert_law(captured: Captured, node: fx.Node, specs: tuple[str, ...], batch: int) -> None:
     """Both halves of the law for one node, on every size and selection."""
     rows = captured.facts.rows[node]
-    assert isinstance(rows, Rows), f"{node.format_node()}: no tokens in the result"
+    assert isinstance(rows, (Rows, Entries)), f"{node.format_node()}: no tokens in the result"
     for size, tokens in SIZES[batch]:
         inputs = tensors_for(specs, size, tokens, all_grad=batch > 1)
         captured.feed(*inputs)
@@ -137,6 +138,15 @@ def assert_moves_own_row(
         assert not (moves & ~own).any(), f"{node.format_node()} mixes tokens"
 
 
+def has_places(captured: Captured, node: fx.Node) -> bool:
+    """Whether each token's places in a value are the same whichever others are there.
+
+    What is in the order of a sort, or numbers it, is tested by what is made of it.
+    """
+    rows = captured.facts.rows[node]
+    return isinstance(rows, Rows) or (isinstance(rows, Entries) and rows.order is None)
+
+
 def token_input(captured: Captured) -> fx.Node:
     """The placeholder of the first tensor."""
     names = ("L_inputs_embeds_", "L_input_ids_")
@@ -167,7 +177,8 @@ def test_law(rule: Rule, batch: int):
             )
             pieces = [node] if is_tensor(node) else list(node.users)
             for piece in pieces:
-                assert_law(captured, piece, sample.shapes, batch)
+                for value in [piece] if has_places(captured, piece) else captured.results:
+                    assert_law(captured, value, sample.shapes, batch)
     names = {name for name, other in RULES.items() if other.function is rule.function}
     assert called == names, f"no sample calls {sorted(names - called)}"
 
@@ -228,12 +239,8 @@ MIXING: dict[str, Callable[..., Any]] = {
     "pad": lambda x: F.pad(x, (0, 0, 1, 0)),
     "tril": lambda x: x.tril(),
     # shapes that lose the token dimension, or take another order
-    "flatten()": lambda x: x.flatten(),
-    "flatten(1)": lambda x: x.flatten(1),
-    "reshape(b, -1)": lambda x: x.reshape(x.shape[0], -1),
     "view(b, 5, t)": lambda x: x.view(x.shape[0], 5, x.shape[1]),
     "transposed, reshape(b, t, 5)": lambda x: x.transpose(1, 2).reshape(x.shape),
-    "reshape(-1, 1)": lambda x: x.reshape(-1, 1),
     # parts of the tokens
     "x[:, 1:]": lambda x: x[:, 1:],
     "x[:, :-1]": lambda x: x[:, :-1],
@@ -255,10 +262,7 @@ MIXING: dict[str, Callable[..., Any]] = {
     "cat(dim=-2)": lambda x: torch.cat([x, -x], dim=-2),
     "cat(axis=1)": lambda x: torch.cat((x, x), axis=1),  # type: ignore[call-overload]
     "hstack": lambda x: torch.hstack((x, x)),
-    "repeat(1, 2, 1)": lambda x: x.repeat(1, 2, 1),
-    "repeat_interleave(2, 1)": lambda x: x.repeat_interleave(2, 1),
     "repeat_interleave(2)": lambda x: x.repeat_interleave(2),
-    "tile((2, 1))": lambda x: x.tile((2, 1)),
     # products that contract the tokens
     "x.T @ x": lambda x: x.transpose(1, 2) @ x,
     "bmm(x.T, x)": lambda x: torch.bmm(x.transpose(1, 2), x),
@@ -652,12 +656,66 @@ ODD: dict[str, Callable[..., Any]] = {
     "max over tokens": lambda x, y, p, w, m, i: x * x.max(1, keepdim=True)[0],
     "chosen by index": lambda x, y, p, w, m, i: x.gather(1, i.clamp(max=1)) * y,
     "added by index": lambda x, y, p, w, m, i: x.scatter_add(1, i, y),
+    # entries of tokens, in an order or not
+    "entries: flatten": lambda x, y, p, w, m, i: (x.flatten() * y.flatten()).view(x.shape),
+    "entries: flatten, scan": lambda x, y, p, w, m, i: x.flatten(1).cumsum(1).view(x.shape),
+    "entries: of features": lambda x, y, p, w, m, i: (
+        x.flatten(1).view(x.shape[0], -1, 1) * w[0]
+    ).view(*x.shape, 7),
+    "entries: copies": lambda x, y, p, w, m, i: x.repeat(1, 2, 1).view(x.shape[0], 2, -1, 5),
+    "entries: two orders": lambda x, y, p, w, m, i: (
+        x.repeat_interleave(2, 1) * y.exp().repeat(1, 2, 1)
+    ).view(*x.shape[:2], 2, 5),
+    "entries: repeated, mixed": lambda x, y, p, w, m, i: (
+        x.repeat_interleave(2, 1).softmax(1).view(*x.shape[:2], 2, 5)
+    ),
+    "entries: one row": lambda x, y, p, w, m, i: (x.tile((2, 1)) + p.tile((2, 1))).view(
+        x.shape[0], 2, -1, 5
+    ),
+    "experts": lambda x, y, p, w, m, i: _experts(x, w, lambda entry, **_: entry.exp()),
+    "experts: in the order's place": lambda x, y, p, w, m, i: _experts(
+        x, w, lambda entry, perm, **_: entry * (perm + 1.0)[:, None]
+    ),
+    "experts: a share of all": lambda x, y, p, w, m, i: _experts(
+        x, w, lambda entry, counts, keys, **_: entry * (counts / counts.sum())[keys, None]
+    ),
+    "experts: capacity": lambda x, y, p, w, m, i: _experts(x, w, _up_to_capacity),
+    "experts: neighbours": lambda x, y, p, w, m, i: _experts(
+        x, w, lambda entry, **_: entry.cumsum(0)
+    ),
+    "experts: tokens chosen by experts": lambda x, y, p, w, m, i: _chosen_by_experts(x, w),
     "scan and lookup": lambda x, y, p, w, m, i: F.linear(x.cumsum(1), w.T).cumsum(1).softmax(-1),
     # nothing to select from
     "weights alone": lambda x, y, p, w, m, i: (w @ w.T).sum() * x,
     "positions alone": lambda x, y, p, w, m, i: p.cumsum(0).softmax(-1) * x,
     "unused tokens": lambda x, y, p, w, m, i: p.tanh() @ w,
 }
+
+
+def _experts(x: Tensor, w: Tensor, expert: Callable[..., Tensor]) -> Tensor:
+    """Two choices of each token in the order of the choices, and back."""
+    rows = x.reshape(-1, x.shape[-1])
+    gates, chosen = (rows @ w).topk(2, -1)
+    keys, perm = chosen.reshape(-1).sort()
+    counts = torch.histc(keys.double(), bins=7, min=0, max=6)
+    entries = expert(rows[perm // 2], perm=perm, keys=keys, counts=counts)
+    entries = (entries * gates.reshape(-1)[perm, None])[perm.argsort()]
+    return entries.view(-1, 2, entries.shape[-1]).sum(1).view(x.shape)
+
+
+def _up_to_capacity(entry: Tensor, *, keys: Tensor, counts: Tensor, **_: Tensor) -> Tensor:
+    """Entries that come late in their group are dropped: that depends on all tokens."""
+    start = counts.cumsum(0) - counts
+    place = torch.arange(entry.shape[0]) - start[keys]
+    return entry.exp() * (place < 4)[:, None]
+
+
+def _chosen_by_experts(x: Tensor, w: Tensor) -> Tensor:
+    """Each expert takes the tokens that suit it best."""
+    rows = x.reshape(-1, x.shape[-1])
+    gates, taken = (rows @ w).topk(3, 0)
+    entries = rows[taken.reshape(-1)].exp() * gates.reshape(-1, 1)
+    return torch.zeros_like(rows).index_add(0, taken.reshape(-1), entries).view(x.shape)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

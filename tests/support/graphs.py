@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from fxseek import _torch
 from fxseek.capture.patches import capture_settings
 from fxseek.passes.ditch import ditch
+from fxseek.passes.entries import Entries
 from fxseek.passes.facts import Facts, Rows, example, is_tensor, needs_grad
 from fxseek.passes.functionalise import functionalise
 from fxseek.passes.ir import Piece, Prefilled, Selected
@@ -223,8 +224,17 @@ def selections(batch: int, tokens: int) -> list[Tensor]:
     ]
 
 
-def elements_of(marked: Tensor, shape: Sequence[int], rows: Rows) -> Tensor:
+def elements_of(marked: Tensor, shape: Sequence[int], rows: Rows | Entries) -> Tensor:
     """Whether each element of a value belongs to a marked token; `marked` is [batch, tokens]."""
+    if isinstance(rows, Entries):
+        assert rows.order is None
+        entries = marked.repeat_interleave(rows.inner, 1)
+        if not rows.packed:
+            return elements_of(entries.tile(rows.outer), shape, rows.rows)
+        single = list(shape)
+        single[rows.row] //= rows.outer
+        times = [rows.outer if dim == rows.row else 1 for dim in range(len(shape))]
+        return elements_of(entries, single, rows.rows).tile(*times)
     if rows.packed:
         mask, places = marked.reshape(-1), (rows.row,)
     elif rows.batch is None:
@@ -244,8 +254,15 @@ def _tokens_of(shape: Sequence[int], rows: Rows, batch: int) -> int:
     return shape[rows.row] // batch if rows.packed else shape[rows.row]
 
 
-def take(value: Tensor, rows: Rows, kept: Tensor) -> Tensor:
+def take(value: Tensor, rows: Rows | Entries, kept: Tensor) -> Tensor:
     """The selected rows of a full value, one by one; shares nothing with fxseek.ops.rows."""
+    if isinstance(rows, Entries):
+        assert rows.order is None
+        inner = torch.arange(rows.inner)
+        entries = (kept[:, :, None] * rows.inner + inner).flatten(1)
+        return torch.cat(
+            [take(copy, rows.rows, entries) for copy in value.chunk(rows.outer, rows.row)], rows.row
+        )
     pieces: list[Tensor] = []
     tokens = _tokens_of(value.shape, rows, kept.shape[0])
     for index, positions in enumerate(kept.tolist()):
@@ -267,11 +284,9 @@ def gradients(result: Tensor, inputs: Sequence[Any], cotangent: Tensor) -> list[
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     if not result.requires_grad:
         return [None for _ in leaves]
-    return list(
-        torch.autograd.grad(
-            (result * cotangent).sum(), leaves, retain_graph=True, allow_unused=True
-        )
-    )
+    total = (result * cotangent).sum()
+    total = total.real if total.is_complex() else total
+    return list(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
 
 
 def assert_equal_gradients(

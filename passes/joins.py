@@ -1,0 +1,99 @@
+"""Joins: a new tensor that is written slice by slice is the concatenation of what is written.
+
+Before::
+
+    k = x.new_empty(b, h, t, 14)
+    k = set_item(k, (..., slice(None, 8)), copied(k[..., :8], nope))
+    k = set_item(k, (..., slice(8, None)), copied(k[..., 8:], rotary))
+
+After::
+
+    k = cat((nope, rotary), -1)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxseek._torch import size_expression
+from fxseek.passes.facts import example, is_tensor
+from fxseek.passes.writes import copied, set_item
+
+__all__ = ["join_writes"]
+
+_EMPTY = ("new_empty", "empty", "empty_like", "new_zeros", "zeros", "zeros_like")
+
+
+def join_writes(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` in which no new tensor is written slice by slice."""
+    copy = fx.Graph(owning_module=graph.owning_module)
+    new_of: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        found = _pieces(node)
+        if found is None:
+            new_of[node] = copy.node_copy(node, new_of.__getitem__)
+            continue
+        pieces, dim = found
+        made = copy.call_function(torch.cat, (tuple(new_of[piece] for piece in pieces), dim))
+        made.meta = dict(node.meta)
+        new_of[node] = made
+    return copy
+
+
+def _pieces(node: fx.Node) -> tuple[list[fx.Node], int] | None:
+    """What the slices of a new tensor hold, in order, and their dimension, if these are all."""
+    written: dict[int, tuple[int, fx.Node]] = {}
+    dims: set[int] = set()
+    base: Any = node
+    while isinstance(base, fx.Node) and base.target is set_item:
+        found = _slice(base)
+        if found is None:
+            return None
+        dim, start, stop, value = found
+        dims.add(dim)
+        if start in written:
+            return None
+        written[start] = (stop, value)
+        base = base.args[0]
+    if not is_tensor(base) or len(dims) != 1 or len(written) < 2:
+        return None
+    if getattr(base.target, "__name__", base.target) not in _EMPTY:
+        return None
+    dim, at, pieces = dims.pop(), 0, []
+    for start in sorted(written):
+        stop, value = written[start]
+        if start != at:
+            return None
+        at = stop
+        pieces.append(value)
+    return (pieces, dim) if at == example(base).shape[dim] else None
+
+
+def _slice(write: fx.Node) -> tuple[int, int, int, fx.Node] | None:
+    """Dimension, start, end and value of a write to a slice of one dimension."""
+    base, index, value = write.args[:3]
+    if not is_tensor(base) or not is_tensor(value) or not isinstance(index, tuple):
+        return None
+    whole = example(base)  # type: ignore[arg-type]
+    if index.count(Ellipsis) == 1:
+        at = index.index(Ellipsis)
+        free = [slice(None)] * (whole.dim() - len(index) + 1)
+        index = (*index[:at], *free, *index[at + 1 :])
+    if not all(isinstance(item, slice) for item in index) or len(index) > whole.dim():
+        return None
+    cut = [dim for dim, item in enumerate(index) if item != slice(None)]
+    if len(cut) != 1:
+        return None
+    (dim,) = cut
+    own: Any = index[dim]
+    bounds = (own.start or 0, whole.shape[dim] if own.stop is None else own.stop)
+    if own.step not in (None, 1) or not all(type(bound) is int and bound >= 0 for bound in bounds):
+        return None
+    source: Any = value.args[1] if value.target is copied else value  # type: ignore[union-attr]
+    sizes = [*whole.shape[:dim], bounds[1] - bounds[0], *whole.shape[dim + 1 :]]
+    given = example(source)
+    same = [*map(size_expression, given.shape)] == [*map(size_expression, sizes)]
+    return (dim, *bounds, source) if same and given.dtype == whole.dtype else None
