@@ -117,7 +117,7 @@ def assert_law(captured: Captured, node: fx.Node, specs: tuple[str, ...], batch:
 
 
 def assert_moves_own_row(
-    captured: Captured, node: fx.Node, rows: Rows, inputs: list[Tensor], full: Tensor
+    captured: Captured, node: fx.Node, rows: Rows | Entries, inputs: list[Tensor], full: Tensor
 ) -> None:
     """Another value of one token of the first input moves that token's row alone."""
     first = inputs[0]
