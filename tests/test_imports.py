@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "_torch", "_fsdp"),
     ("ops",),
-    ("checks", "ratios", "scores", "spans", "selecting", "config"),
+    ("checks", "plots", "ratios", "scores", "spans", "selecting", "config"),
     ("passes",),
     ("program",),
     ("run", "reports"),

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fxseek.errors import ConfigError, InputError
+from fxseek.errors import ConfigError
 from fxseek.inspect.estimate import Estimate, estimate
 from fxseek.inspect.memory import unit_of
+from fxseek.plots import figure_for
 
 __all__ = ["MemoryBar", "MemoryComparison", "compare_memory"]
 
@@ -91,15 +92,9 @@ class MemoryComparison:
         Raises:
             InputError: the path ends in something else, or matplotlib is not installed.
         """
-        if Path(path).suffix.lower() not in (".png", ".svg"):
-            raise InputError(f"path={str(path)!r} must end in .png or .svg, the formats of a plot")
-        try:
-            import matplotlib
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InputError(
-                'a plot needs matplotlib, which is not installed: pip install "fxseek[demo]"'
-            ) from error
+        Figure = figure_for(path)
+        import matplotlib
+
         unit, scale = unit_of(max(bar.estimate.peak_bytes for bar in self.bars))
         batches = list(dict.fromkeys(bar.batch for bar in self.bars))
         style = {"svg.fonttype": "none", "svg.hashsalt": "fxseek", "font.size": 8}

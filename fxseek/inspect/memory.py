@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxseek import _torch
 from fxseek.errors import InputError
+from fxseek.plots import figure_for
 from fxseek.run.assemble import Step
 from fxseek.run.stages import Learn
 
@@ -273,14 +274,7 @@ class StepMemory:
             InputError: the path ends in something else, or matplotlib is not installed.
         """
         target = Path(path)
-        if target.suffix.lower() not in (".png", ".svg"):
-            raise InputError(f"path={str(path)!r} must end in .png or .svg, the formats of a plot")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InputError(
-                'a plot needs matplotlib, which is not installed: pip install "fxseek[demo]"'
-            ) from error
+        Figure = figure_for(path)
         series = self.over_time()
         first = self.stages[0][1] if self.stages else 0  # what was there before is no event
         at = [index for index in _most_telling(series) if index >= first]

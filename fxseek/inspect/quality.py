@@ -23,6 +23,7 @@ from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
 from fxseek.inspect.state import state_of
+from fxseek.plots import figure_for
 from fxseek.ratios import Fixed
 from fxseek.run.saved import SavedBytes
 from fxseek.scores import scorer_of
@@ -99,17 +100,10 @@ class GradientQuality:
             InputError: no choice has a number as ratio, the path ends in something else, or
                 matplotlib is not installed.
         """
-        if Path(path).suffix.lower() not in (".png", ".svg"):
-            raise InputError(f"path={str(path)!r} must end in .png or .svg, the formats of a plot")
+        Figure = figure_for(path)
         numbers = [choice for choice in self.choices if isinstance(choice.ratio, float)]
         if not numbers:
             raise InputError("no choice has a number as ratio: there is nothing to draw along it")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InputError(
-                'a plot needs matplotlib, which is not installed: pip install "fxseek[demo]"'
-            ) from error
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for panel, name, title in zip(

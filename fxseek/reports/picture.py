@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxseek.errors import InputError
+from fxseek.plots import figure_for
 from fxseek.reports.tokens import LEVELS, Scale, Tokens, check_place
 from fxseek.selecting import select_topk
 
@@ -37,17 +37,11 @@ def draw(tokens: Tokens, path: str | Path | None, row: int, first: int) -> None:
         InputError: the path ends in something else; there is no such row or position; matplotlib
             is not installed.
     """
-    if path is None or Path(path).suffix.lower() not in (".png", ".svg"):
-        raise InputError(f"path={str(path)!r} must end in .png or .svg, the formats of a plot")
+    Figure = figure_for(path)
+    assert path is not None  # which has no format
     batch, length = tokens.ids.shape
     check_place("row", row, batch)
     check_place("first", first, length)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            'a plot needs matplotlib, which is not installed: pip install "fxseek[demo]"'
-        ) from error
     scales = [scale for scale in tokens.scales if scale.name != "combined"]
     positions = range(first, min(first + _MOST, length))
     words = [tokens.texts[number] for number in tokens.ids[row].tolist()]
