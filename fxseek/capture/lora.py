@@ -11,40 +11,28 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from fxseek.capture.stand_ins import StandIns
+
 __all__ = ["traceable_target_parameters"]
 
-_LOCK = threading.RLock()
-_users = 0
-_originals: list[Any] = []
+_REPLACED = StandIns()
 _WRAPPER = ("_activate_lora", "get_param", "get_base_layer", "get_delta_weight")
 
 
 @contextlib.contextmanager
 def traceable_target_parameters() -> Iterator[None]:
     """PEFT's wrapper of parameters can be traced, where PEFT is imported and has it."""
-    global _users
     wrapper: Any = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None)
     if not all(hasattr(wrapper, name) for name in _WRAPPER):
         yield
         return
-    with _LOCK:
-        if _users == 0:
-            _originals.append(wrapper._activate_lora)
-            wrapper._activate_lora = _in_place_of(wrapper._activate_lora)
-        _users += 1
-    try:
+    with _REPLACED.on(wrapper, {"_activate_lora": _in_place_of(wrapper._activate_lora)}):
         yield
-    finally:
-        with _LOCK:
-            _users -= 1
-            if _users == 0:
-                wrapper._activate_lora = _originals.pop()
 
 
 def _in_place_of(activate: Any) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxseek.capture.stand_ins import StandIns
 from fxseek.errors import InputError
 from fxseek.ops.log_probs import STATISTICS, token_statistics
 
 __all__ = ["rebind_fused_heads", "refuse_untraceable", "traceable_log_probs"]
 
-_LOCK = threading.RLock()
-_users = 0
-_original: dict[str, Any] = {}
+_REPLACED = StandIns()
 
 
 class _Statistics:
@@ -119,22 +117,9 @@ def _rebound(cell: types.CellType, copies: Mapping[nn.Module, nn.Module]) -> typ
 @contextlib.contextmanager
 def traceable_log_probs() -> Iterator[None]:
     """TRL's function is one that can be traced, where TRL is imported and has it."""
-    global _users
     module = sys.modules.get("trl.trainer.utils")
     if module is None or not all(hasattr(module, name) for name in _STAND_INS):
         yield
         return
-    with _LOCK:
-        if _users == 0:
-            for name, stand_in in _STAND_INS.items():
-                _original[name] = getattr(module, name)
-                setattr(module, name, stand_in)
-        _users += 1
-    try:
+    with _REPLACED.on(module, _STAND_INS):
         yield
-    finally:
-        with _LOCK:
-            _users -= 1
-            if _users == 0:
-                for name in _STAND_INS:
-                    setattr(module, name, _original.pop(name))
