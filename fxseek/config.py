@@ -30,6 +30,7 @@ __all__ = [
     "BACKENDS",
     "GRADIENT_NORMS",
     "KVS",
+    "KV_GRAD_DTYPES",
     "NORMALISATIONS",
     "OUTPUTS",
     "RECOMPUTES",
@@ -42,6 +43,7 @@ GRADIENT_NORMS = ("l1", "l2", "sum")
 BACKENDS = ("eager", "aot_eager", "inductor")
 RECOMPUTES = ("none", "selective", "block")
 KVS = ("device", "offload")
+KV_GRAD_DTYPES = ("float32", "model")
 OUTPUTS = ("loss", "selected", "full")
 
 _CALLABLES = ("ratio", "score", "loss")
@@ -107,6 +109,10 @@ class SeekConfig:
         kv: Where keys and values of all tokens wait between their use: ``"device"``, or
             ``"offload"``, in (pinned) host memory; they come back block by block. Needs
             ``recompute="block"`` and ``backend="eager"``. Default ``"device"``.
+        kv_grad_dtype: With ``learn_chunk``, the precision in which gradients of keys and values
+            wait for the part that made them: ``"float32"``, where the model's is lower; or
+            ``"model"``, that of the keys and values: in bfloat16 half the bytes, and one rounding
+            for each later part. Default ``"float32"``.
         prefill_chunk: Tokens of a row for which the passes over all tokens compute what lies
             between two attentions at a time (norms, linear layers): the prefill, and the last block
             in the score stage, which computes it once more in its backward. None for all of them.
@@ -155,6 +161,7 @@ class SeekConfig:
     backend: str = "eager"
     recompute: str = "selective"
     kv: str = "device"
+    kv_grad_dtype: str = "float32"
     prefill_chunk: int | None = None
     learn_chunk: int | None = None
     memory_budget_bytes: int | str | None = None
@@ -359,6 +366,7 @@ def _problems(config: SeekConfig) -> list[str]:
         *choice("backend", config.backend, BACKENDS),
         *choice("recompute", config.recompute, RECOMPUTES),
         *choice("kv", config.kv, KVS),
+        *choice("kv_grad_dtype", config.kv_grad_dtype, KV_GRAD_DTYPES),
         *choice("outputs", config.outputs, OUTPUTS),
         *problems_of(config.ratio),
         *bounds("ratio_bounds", config.ratio_bounds),

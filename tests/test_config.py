@@ -35,6 +35,7 @@ def test_defaults():
         "backend": "eager",
         "recompute": "selective",
         "kv": "device",
+        "kv_grad_dtype": "float32",
         "prefill_chunk": None,
         "learn_chunk": None,
         "memory_budget_bytes": None,
@@ -70,6 +71,7 @@ def test_numbers_are_stored_as_plain_numbers():
 BAD = [
     ("recompute", "blocks", ["recompute='blocks'", "did you mean 'block'"]),
     ("kv", "host", ["kv='host'", "'device', 'offload'"]),
+    ("kv_grad_dtype", "half", ["kv_grad_dtype='half'", "'float32', 'model'"]),
     ("prefill_chunk", 0, ["prefill_chunk=0", "at least 1"]),
     ("learn_chunk", 0, ["learn_chunk=0", "at least 1"]),
     ("memory_budget_bytes", -1, ["memory_budget_bytes=-1", "at least 1"]),

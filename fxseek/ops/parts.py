@@ -53,14 +53,18 @@ class Joint:
     """A value of all tokens, of which each part makes its own rows with gradient.
 
     `base`: the value, as an earlier pass over all tokens has made it, [..., tokens, ...]; `at`:
-    where its tokens are; `cuts`: whether tokens behind a part's last query may be left out.
+    where its tokens are; `cuts`: whether tokens behind a part's last query may be left out;
+    `wide`: gradients wait in float32 at least, else in the value's own precision.
     """
 
-    def __init__(self, base: Tensor | HostTensor, at: Rows, part: Part, *, cuts: bool) -> None:
+    def __init__(
+        self, base: Tensor | HostTensor, at: Rows, part: Part, *, cuts: bool, wide: bool
+    ) -> None:
         self.base = base
         self.at = at
         self.part = part
         self.cuts = cuts
+        self.wide = wide
         self.waiting: Tensor | None = None
         """Gradient for the slots before those that have run, [..., slots, ...]."""
         self.behind: Tensor | None = None
@@ -115,9 +119,10 @@ class Joint:
         if self.at.packed:
             earlier = earlier.unflatten(self.at.row, (batch, -1))
         if self.waiting is None:
-            wide = torch.promote_types(earlier.dtype, torch.float32)
+            least = torch.float32 if self.wide else earlier.dtype
+            dtype = torch.promote_types(earlier.dtype, least)
             place = torch.device("cpu") if isinstance(self.base, HostTensor) else earlier.device
-            self.waiting = earlier.to(place, wide)
+            self.waiting = earlier.to(place, dtype)
             return
         self.waiting = _slots(self.waiting, self.at, slice(0, count))
         self.waiting += earlier.to(self.waiting)

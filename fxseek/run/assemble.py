@@ -73,12 +73,11 @@ def assemble(program: Program) -> Step:
 
 
 def _learn(program: Program, module: fx.GraphModule, run: Run) -> Learn:
-    parts, size = program.parts, program.config.learn_chunk
+    parts, config = program.parts, program.config
     if isinstance(parts, str):
         return Learn(program.learn, module, run)
-    assert size is not None
-    body = lower(module_of(parts.body, "Body"), parts.schedule, program.config)
-    return LearnInParts(parts, size, body, program.learn, module, run)
+    body = lower(module_of(parts.body, "Body"), parts.schedule, config)
+    return LearnInParts(parts, config, body, program.learn, module, run)
 
 
 def _assemble(program: Program) -> Step:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from fxseek import _torch
+from fxseek.config import SeekConfig
 from fxseek.errors import GraphError, InputError
 from fxseek.ops.masks import Mask, looks_ahead
 from fxseek.ops.parts import Joint, Part
@@ -47,11 +48,14 @@ class LearnInParts(Learn):
     """The selected tokens with grad, at most `size` of each row at a time."""
 
     def __init__(
-        self, parts: Parts, size: int, body: Run, piece: Piece, module: fx.GraphModule, run: Run
-    ) -> None:
+        self, parts: Parts, config: SeekConfig, body: Run, piece: Piece, module: fx.GraphModule,
+        run: Run,
+    ) -> None:  # fmt: skip
         super().__init__(piece, module, run)
+        assert config.learn_chunk is not None
         self.parts = parts
-        self.size = size
+        self.size = config.learn_chunk
+        self.wide = config.kv_grad_dtype == "float32"
         self.body = body
         self.told = False
         inputs = parts.body.inputs
@@ -233,10 +237,12 @@ class _Step:
         return self.keys[self.slots.index(slots)]
 
     def _joints(self, values: Mapping[fx.Node, Any], part: Part) -> dict[Joined, Joint]:
-        cuts = self.learn.parts.cuts
+        learn, cuts = self.learn, self.learn.parts.cuts
         return {
-            item: Joint(values[item.node], item.rows, part, cuts=item.node in cuts)
-            for item in self.learn.joined
+            item: Joint(
+                values[item.node], item.rows, part, cuts=item.node in cuts, wide=learn.wide
+            )
+            for item in learn.joined
         }
 
     def _run(

@@ -28,6 +28,7 @@ from tuners import TUNERS
 import fxseek
 from fxseek.capture.step import step_of
 from fxseek.errors import GraphError, InputError
+from fxseek.ops.parts import Joint
 from fxseek.passes.parts import Parts
 from fxseek.run import parts as run_parts
 
@@ -208,6 +209,41 @@ def test_autocast():
         fxseek.uncompile(model)
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 0.05 * one.norm()
+
+
+@pytest.mark.parametrize("kv", ["device", "offload"])
+def test_the_precision_of_gradients_that_wait(kv, monkeypatch):
+    """In the model's own they round once more for each later part, and take half the bytes."""
+    found: dict[str, dict[str, Tensor]] = {}
+    seen: dict[str, set[torch.dtype]] = {"float32": set(), "model": set()}
+    add = Joint._add
+    for choice, dtypes in seen.items():
+
+        def noted(joint: Joint, *given: Any, dtypes: set[torch.dtype] = dtypes) -> None:
+            add(joint, *given)
+            assert joint.waiting is not None
+            dtypes.add(joint.waiting.dtype)
+
+        monkeypatch.setattr(Joint, "_add", noted)
+        options = {"learn_chunk": 5, "recompute": "block", "kv": kv, "kv_grad_dtype": choice}
+        _, found[choice] = gradients(tiny_llama().bfloat16(), rows(), 1.0, **options)
+    assert seen == {"float32": {torch.float32}, "model": {torch.bfloat16}}
+    for name, wanted in found["float32"].items():
+        off = (found["model"][name].double() - wanted.double()).norm()
+        assert off <= 0.02 * wanted.double().norm(), name
+
+
+def test_an_estimate_knows_the_precision_of_gradients_that_wait():
+    model = tiny_llama().bfloat16()
+    options = {"ratio": 1.0, "learn_chunk": 16, "recompute": "block", "dtype": torch.bfloat16}
+    wide, narrow = (
+        fxseek.estimate(model, tokens=512, kv_grad_dtype=x, **options).stage_peaks["backward"]
+        for x in ("float32", "model")
+    )
+    config: Any = model.config
+    heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    waiting = 2 * config.num_hidden_layers * heads * (512 - 16)
+    assert 2 * waiting <= wide - narrow <= 2.5 * waiting  # and what is made of them on the way
 
 
 # ---- dropout -------------------------------------------------------------------------------------
