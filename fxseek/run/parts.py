@@ -239,9 +239,7 @@ class _Step:
     def _joints(self, values: Mapping[fx.Node, Any], part: Part) -> dict[Joined, Joint]:
         learn, cuts = self.learn, self.learn.parts.cuts
         return {
-            item: Joint(
-                values[item.node], item.rows, part, cuts=item.node in cuts, wide=learn.wide
-            )
+            item: Joint(values[item.node], item.rows, part, cuts=item.node in cuts, wide=learn.wide)
             for item in learn.joined
         }
 
