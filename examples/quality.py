@@ -43,6 +43,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tokentune": ("TokenTune as published", {"score": "random"}),
     "tokenseek": ("TokenSeek as published", {}),
     "sampled": ("sampled tokens", {"score": "gradient", "select": "sample"}),
+    "sinks": (
+        "sampled tokens and the first",
+        {"score": "gradient", "select": "sample", "sinks": 1},
+    ),
     "spans": ("sampled spans of 8", {"score": "gradient", "select": "sample", "span": 8}),
     "random": ("random labelled tokens", {"score": "random", "supervised_only": True}),
     "windows": (

@@ -25,7 +25,8 @@ HEAD = """# What a share of the tokens teaches
 
 Written by `make quality` (`examples/quality.py`), from the runs in `quality.jsonl`. Each run trains
 for some steps; the loss is that of held-out answers, in nats per token, of the ordinary model. Only
-answers have labels. On CUDA, products are in TF32.
+answers have labels, and a ratio counts all tokens of a row: where prompts are long, ways that
+select among labelled tokens learn a larger share of those. On CUDA, products are in TF32.
 
 *Gain* is how much the loss has fallen, as a share of what ordinary training gains with that seed
 in the same number of steps; *at equal time*, as a share of what gradient checkpointing gains in the

@@ -233,7 +233,7 @@ def run_of(text: str, memory: float, loss: float, seed: int = 0, **options: Any)
     if options:
         way = Way(way.tuner, way.selection, {**(way.options or {}), **options})
     return {
-        "setting": {"model": "m", "data": "d", "steps": 3},
+        "setting": {"model": "m", "data": "d", "steps": 3, "tasks": "one,two"},
         "way": vars(way),
         "seed": seed,
         "rate": 1e-4,
@@ -244,6 +244,14 @@ def run_of(text: str, memory: float, loss: float, seed: int = 0, **options: Any)
             "machine": "M",
         },
     }
+
+
+def test_the_page_says_how_uncertain_few_questions_leave_a_score() -> None:
+    run = run_of("full", 40.0, 2.0)
+    assert page.uncertainty([run]) == ""
+    run["setting"] |= {"tasks": "continuation", "questions": 100}
+    run["found"]["scores"] = {"continuation": 80.0}
+    assert page.uncertainty([run]).endswith("a standard error of 4.0 points.")
 
 
 def test_the_page_has_the_papers_columns_the_ablations_and_pictures(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from common import ExampleError
 from quality_page import spread
 from reproduce import paper
 from reproduce.methods import SELECTIONS, TUNERS, Way, ablations
+from reproduce.tasks import LOCAL
 
 Run = dict[str, Any]
 
@@ -90,7 +92,7 @@ def section(runs: Sequence[Run], stem: Path) -> str:
     told = [f"{statistics.mean(x):.3f}{kind}" for kind, x in before.items() if x]
     text = [
         f"## {setting['model']}, {setting['data']}\n",
-        f"{about}; on {machines}. Held-out loss before: {', '.join(told)}.\n",
+        f"{about}; on {machines}. Held-out loss before: {', '.join(told)}.{uncertainty(runs)}\n",
     ]
     main = [run for run in runs if way_of(run).is_named]
     tables: list[tuple[str, list[Run], Callable[[Path, Sequence[Run], Sequence[Run]], None]]] = [
@@ -110,6 +112,16 @@ def section(runs: Sequence[Run], stem: Path) -> str:
         if drawn(lambda some=some, draw=draw, picture=picture: draw(picture, some, main)):
             text += [f"![{title or 'Memory and score'}]({picture.name})\n"]
     return "\n".join(text)
+
+
+def uncertainty(runs: Sequence[Run]) -> str:
+    """The standard error of a score, where the questions are those of the local task."""
+    setting, found = runs[0]["setting"], scores(runs)
+    if setting["tasks"] != LOCAL or not found:
+        return ""
+    share = statistics.mean(found) / 100
+    points = 100 * math.sqrt(share * (1 - share) / setting["questions"])
+    return f" So few questions give a score a standard error of {points:.1f} points."
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
