@@ -66,7 +66,7 @@ def family_cell(name: str, attention: str, tuning: str) -> str:
     def make() -> Any:
         model = family.make(attention)
         if tuning == "QLoRA":
-            return model if family.task == "images" else _quantised(model, family)
+            return _quantised(model, family)
         model = model.double()
         return model if tuning == "full" else _with_lora(model, family).double()
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxseek import _torch
 from fxseek.capture.backend import Made, Recorder, make_backend
 from fxseek.capture.call import Calls
+from fxseek.capture.counted import Counted
 from fxseek.capture.limits import refuse_model
 from fxseek.capture.lora import traceable_target_parameters
 from fxseek.capture.patches import capture_settings
@@ -67,7 +68,8 @@ class SeekStep:
     ) -> None:
         self.model = model
         self.config = self.given = config
-        self.calls = Calls(model, config, self._tell)
+        self.counted = Counted(model)
+        self.calls = Calls(model, config, self.counted, self._tell)
         self.fit = fit
         self.run = run
         self.recorder = Recorder()
@@ -304,10 +306,14 @@ class SeekStep:
         """The compiled call, captured again where hooks had to be installed first."""
         trace_dequantisation()
         while True:
+            image = batch[self.calls.primary_names(batch)[0]]
             try:
-                return self._compiled(**batch)
+                with self.counted.on(image):
+                    return self._compiled(**batch)
             except _torch.CaptureFailure as error:
-                if not install_recorders(self.model, error):
+                if self.counted.found(error, image):
+                    self._prepare()
+                elif not install_recorders(self.model, error):
                     raise
 
     def _own_error(self, batch: dict[str, Any]) -> Exception | None:

@@ -219,6 +219,7 @@ _PALIGEMMA = {
     "projection_dim": 40, "hidden_size": 40, "image_token_index": IMAGE, "pad_token_id": 0,
 }  # fmt: skip
 _VIT = {k: v for k, v in ENCODER.items() if k not in ("vocab_size", "pad_token_id")}
+_PATCHES = {**_VIT, "image_size": 20, "patch_size": 4, "num_labels": 3}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -369,8 +370,21 @@ FAMILIES: dict[str, Family] = {
                _PALIGEMMA, "prefix", dense=False),
         Family("paligemma_images", "PaliGemmaConfig", "PaliGemmaForConditionalGeneration",
                _PALIGEMMA, "images and prefix", dense=False),
-        Family("vit", "ViTConfig", "ViTForImageClassification",
-               {**_VIT, "image_size": 20, "patch_size": 4, "num_labels": 3}, "images",
-               dense=False, refused="patches of an image"),
+        Family("vit", "ViTConfig", "ViTForImageClassification", _PATCHES, "images", dense=False),
+        Family("deit", "DeiTConfig", "DeiTForImageClassification", _PATCHES, "images", dense=False),
+        Family("dinov2", "Dinov2Config", "Dinov2ForImageClassification",
+               {**_PATCHES, "mlp_ratio": 2}, "images", dense=False),
+        Family("siglip", "SiglipConfig", "SiglipForImageClassification",
+               {"vision_config": {**_EYES, "patch_size": 4},
+                "num_labels": 3}, "images", dense=False),
+        Family("beit", "BeitConfig", "BeitForImageClassification", _PATCHES, "images",
+               dense=False),
+        Family("beit_relative", "BeitConfig", "BeitForImageClassification",
+               {**_PATCHES, "use_relative_position_bias": True}, "images", dense=False,
+               refused="adds what has a row for each"),
+        Family("swin", "SwinConfig", "SwinForImageClassification",
+               {"image_size": 20, "patch_size": 2, "embed_dim": 12, "depths": [1, 1],
+                "num_heads": [2, 4], "window_size": 5, "drop_path_rate": 0.0, "num_labels": 3},
+               "images", dense=False, refused="not windows of it"),
     )
 }  # fmt: skip
