@@ -18,6 +18,7 @@ from fxseek import _torch
 from fxseek.capture.backend import Made, Recorder, make_backend
 from fxseek.capture.call import Calls
 from fxseek.capture.counted import Counted
+from fxseek.capture.encoders import Encoders
 from fxseek.capture.limits import refuse_model
 from fxseek.capture.lora import traceable_target_parameters
 from fxseek.capture.patches import capture_settings
@@ -69,6 +70,7 @@ class SeekStep:
         self.model = model
         self.config = self.given = config
         self.counted = Counted(model)
+        self.encoders = Encoders(model)
         self.calls = Calls(model, config, self.counted, self._tell)
         self.fit = fit
         self.run = run
@@ -165,14 +167,24 @@ class SeekStep:
         calls.without_cache(batch)
         if self._global_hooks != _torch.global_hooks():
             self._prepare()
-        marked = calls.marked(batch, any_device=self.run is not None)
+        marked = self._marked(batch)
         if self.run is None:
             self._fit_budget(batch)
         self.recorder.padding_mask = calls.padding_mask(batch)
         try:
-            return self._run(marked)
+            while True:
+                try:
+                    return self._run(marked)
+                except CaptureError:
+                    if self._sharded or not self.encoders.take_out(batch, self._tell):
+                        raise
+                marked = self._marked(batch)
         finally:
             self.recorder.padding_mask = None
+
+    def _marked(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return self.calls.marked(self.encoders.encoded(batch), any_device=self.run is not None)
+
 
     def _tell(self, message: str) -> None:
         """Log a warning, once for each model."""
@@ -308,7 +320,7 @@ class SeekStep:
         while True:
             image = batch[self.calls.primary_names(batch)[0]]
             try:
-                with self.counted.on(image):
+                with self.counted.on(image), self.encoders.unchecked(batch):
                     return self._compiled(**batch)
             except _torch.CaptureFailure as error:
                 if self.counted.found(error, image):
