@@ -23,10 +23,17 @@ from torch import Tensor, nn
 
 from fxseek import _torch
 
-__all__ = ["Encoders"]
+__all__ = ["OUTSIDE", "Encoders"]
+
+OUTSIDE = (
+    "the encoder of images is run outside the captured step, since it cannot be captured: as in "
+    "ordinary training, with activations of its own where it is trained, which "
+    "report(model).saved_bytes does not count"
+)
 
 _OUTPUTS = "mm_encoder_outputs"
 _POSITIONS = "compute_3d_position_ids"
+_METHOD = "get_{}_features"
 _MASK = "get_placeholder_mask"
 _KINDS = ("image", "video", "audio")
 
@@ -43,25 +50,18 @@ class Encoders:
         self._number: Callable[..., Any] | None = None
         self._places: nn.Module | None = None
         for module in model.modules():
-            if not self._encode and _takes_outputs(module):
-                found = {kind: getattr(module, f"get_{kind}_features", None) for kind in _KINDS}
-                self._encode = {kind: run for kind, run in found.items() if run is not None}
+            found = [kind for kind in _KINDS if hasattr(type(module), _METHOD.format(kind))]
+            if found and not self._encode and _OUTPUTS in _arguments(module.forward):
+                self._encode = {kind: getattr(module, _METHOD.format(kind)) for kind in found}
             if self._number is None and hasattr(type(module), _POSITIONS):
                 self._number = getattr(module, _POSITIONS)
             if self._places is None and _masks_alone(module):
                 self._places = module
 
-    def take_out(self, batch: dict[str, Any], tell: Callable[[str], None]) -> bool:
-        """Let encoders run outside from now on; False where this would be nothing new."""
-        if self.outside or not self._reads(batch):
-            return False
-        self.outside = True
-        tell(
-            "the encoder of images is run outside the captured step, since it cannot be captured: "
-            "as in ordinary training, with activations of its own where it is trained, which "
-            "report(model).saved_bytes does not count"
-        )
-        return True
+    def take_out(self, batch: dict[str, Any]) -> bool:
+        """Let encoders run outside; False where this would be nothing new."""
+        before, self.outside = self.outside, self.outside or self._reads(batch)
+        return self.outside is not before
 
     def _reads(self, batch: dict[str, Any]) -> bool:
         """Whether a batch has inputs of an encoder that may be run outside."""
@@ -77,7 +77,7 @@ class Encoders:
         made, outputs = dict(batch), {}
         for kind, run in self._encode.items():
             if batch.get(_first(run)) is not None:
-                outputs[kind] = _run(run, batch, return_dict=True)
+                outputs[kind] = _run(run, {**batch, "return_dict": True})
                 del made[_first(run)]
         self._check_places(batch, outputs)
         made[_OUTPUTS] = _of_any_size(outputs)
@@ -87,14 +87,13 @@ class Encoders:
                 made["position_ids"] = positions
         return made
 
-
     def _check_places(self, batch: dict[str, Any], outputs: dict[str, Any]) -> None:
         """Let the model count features and their places, and raise its own error."""
         ids, module = batch.get("input_ids"), self._places
         if module is None or not isinstance(ids, Tensor):
             return
         for kind, output in outputs.items():
-            name, features = f"{kind}_features", output["pooler_output"]
+            name, features = f"{kind}_features", getattr(output, "pooler_output", None)
             if isinstance(features, (list, tuple)):
                 features = torch.cat(list(features), dim=0)
             if isinstance(features, Tensor) and name in _arguments(getattr(module, _MASK)):
@@ -104,8 +103,12 @@ class Encoders:
     @contextmanager
     def unchecked(self, batch: dict[str, Any]) -> Iterator[None]:
         """Meanwhile the model finds the places of features, and does not count them."""
-        module = self._places
-        if module is None or not self.outside or _OUTPUTS not in batch or "input_ids" not in batch:
+        module = self._places if self.outside and _OUTPUTS in batch else None
+        if (
+            module is None
+            or not isinstance(batch.get("input_ids"), Tensor)
+            or _MASK in vars(module)
+        ):
             yield
             return
         vars(module)[_MASK] = partial(_without_features, getattr(module, _MASK))
@@ -132,20 +135,19 @@ def _masks_alone(module: nn.Module) -> bool:
     return bool(features) and all(x.default is None for x in features)
 
 
-def _takes_outputs(module: nn.Module) -> bool:
-    return _OUTPUTS in _arguments(module.forward)
-
-
 def _first(run: Callable[..., Any]) -> str:
     """The argument that an encoder reads: what it encodes."""
     return next(iter(_arguments(run)))
 
 
-def _run(run: Callable[..., Any], batch: dict[str, Any], **options: Any) -> Any:
-    """The result of a method, with those arguments of the batch that it names."""
+def _run(run: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """The result of a method, with those of the arguments that it names; None for what it lacks."""
     named = _arguments(run)
-    given = {name: batch.get(name) for name, x in named.items() if x.kind is not x.VAR_KEYWORD}
-    return run(**given, **options)
+    needed = [n for n, x in named.items() if x.default is x.empty and x.kind is not x.VAR_KEYWORD]
+    passed = {name: given[name] for name in named if name in given}
+    if any(x.kind is x.VAR_KEYWORD for x in named.values()) and "return_dict" in given:
+        passed["return_dict"] = given["return_dict"]
+    return run(**{**dict.fromkeys(needed), **passed})
 
 
 def _of_any_size(value: Any) -> Any:

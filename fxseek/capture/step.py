@@ -18,7 +18,7 @@ from fxseek import _torch
 from fxseek.capture.backend import Made, Recorder, make_backend
 from fxseek.capture.call import Calls
 from fxseek.capture.counted import Counted
-from fxseek.capture.encoders import Encoders
+from fxseek.capture.encoders import OUTSIDE, Encoders
 from fxseek.capture.limits import refuse_model
 from fxseek.capture.lora import traceable_target_parameters
 from fxseek.capture.patches import capture_settings
@@ -172,19 +172,29 @@ class SeekStep:
             self._fit_budget(batch)
         self.recorder.padding_mask = calls.padding_mask(batch)
         try:
-            while True:
-                try:
-                    return self._run(marked)
-                except CaptureError:
-                    if self._sharded or not self.encoders.take_out(batch, self._tell):
-                        raise
-                marked = self._marked(batch)
+            return self._run_encoded(batch, marked)
         finally:
             self.recorder.padding_mask = None
 
+    def _run_encoded(self, batch: dict[str, Any], marked: dict[str, Any]) -> Any:
+        """The step, with encoders of images outside where it cannot be captured with them."""
+        taken_out = False
+        while True:
+            try:
+                result = self._run(marked)
+            except CaptureError:
+                self.encoders.outside &= not taken_out
+                if taken_out or self._sharded or not self.encoders.take_out(batch):
+                    raise
+            else:
+                if self.encoders.outside:
+                    self._tell(OUTSIDE)
+                return result
+            taken_out = True
+            marked = self._marked(batch)
+
     def _marked(self, batch: dict[str, Any]) -> dict[str, Any]:
         return self.calls.marked(self.encoders.encoded(batch), any_device=self.run is not None)
-
 
     def _tell(self, message: str) -> None:
         """Log a warning, once for each model."""

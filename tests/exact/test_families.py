@@ -27,12 +27,13 @@ SDPA_ALONE = {
     "paligemma_images", "bert_classes", "deepseek_v2", "distilbert", "distilbert_classes",
     "llama_classes", "phi3_longrope", "qwen3_vl_text", "roberta", "roberta_classes", "t5", "trocr",
     "qwen2", "qwen3", "mistral", "olmo2", "smollm3", "stablelm", "granite", "phi3", "opt",
-    "qwen3_moe", "gpt_neox", "falcon", "glm4_moe",
+    "qwen3_moe", "gpt_neox", "falcon", "glm4_moe", "vit", "llava_images",
 }  # fmt: skip
 """Families whose eager attention is left to the sweep."""
 SWEPT = {
     "albert", "electra", "roformer", "qwen2_moe", "olmoe", "granitemoe", "mpt", "bart",
-    "smolvlm_text", "smolvlm_images", "paligemma_text", "roberta_classes",
+    "smolvlm_text", "smolvlm_images", "paligemma_text", "roberta_classes", "gemma3_images",
+    "qwen2_vl_images", "qwen2_5_vl_images", "qwen3_vl_images", "deit", "dinov2", "siglip", "beit",
 }  # fmt: skip
 """Families left to the sweep: another one is much like them."""
 
