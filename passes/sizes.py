@@ -21,7 +21,7 @@ from fxseek.passes.facts import (
     primary,
     user_tensors,
 )
-from fxseek.passes.uncounted import UncountedTokens, find_uncounted
+from fxseek.passes.uncounted import UncountedTokens, find_uncounted, refuse_bypass
 
 __all__ = ["find_sizes", "may_batch", "may_count"]
 
@@ -58,6 +58,8 @@ def find_sizes(
     name = _torch.source_name(first) or first.name
     if not isinstance(tokens, sympy.Symbol):
         _refuse_constant(graph, first, name, token_dim)
+    if name == POSITIONS:
+        refuse_bypass(graph, [node for node in inputs if node is not first])
     hints: dict[sympy.Symbol, int] = {}
     for node in inputs:
         for size in example(node).shape:

@@ -21,10 +21,17 @@ from torch import fx
 
 from fxseek import _torch
 from fxseek.errors import GraphError
-from fxseek.passes.facts import descendants, example, is_tensor, module_paths
+from fxseek.passes.facts import (
+    descendants,
+    example,
+    is_tensor,
+    module_paths,
+    needs_grad,
+    where,
+)
 from fxseek.passes.rules import argument, operation
 
-__all__ = ["Uncounted", "UncountedTokens", "find_uncounted"]
+__all__ = ["Uncounted", "UncountedTokens", "find_uncounted", "refuse_bypass"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,27 @@ def find_uncounted(graph: fx.Graph, image: fx.Node) -> Uncounted | None:
             if len(shape) == 3 and shape[:2] == wanted:
                 return Uncounted(module, _torch.size_hint(tokens))
     return None
+
+
+def refuse_bypass(graph: fx.Graph, inputs: list[fx.Node]) -> None:
+    """What counted tokens are made of may have no gradient but through them.
+
+    Raises:
+        GraphError: what is in front of the count is read behind it too, or returned.
+    """
+    counts = [node for node in graph.nodes if operation(node) == "rows_at"]
+    behind = descendants(counts)
+    for node in descendants(inputs) - behind:
+        if not needs_grad(node):
+            continue
+        for user in node.users:
+            if user not in counts and (user in behind or user.op == "output"):
+                raise GraphError(
+                    "patches have gradient that comes from elsewhere than the layers that they go "
+                    f"through: what is made at {where(node)} is read behind these or returned, so "
+                    "that patches that are not selected would be trained. Leave that out "
+                    "(output_hidden_states=True, a connection past all layers)."
+                )
 
 
 def _attends(node: fx.Node) -> bool:

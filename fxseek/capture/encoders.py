@@ -87,6 +87,7 @@ class Encoders:
                 made["position_ids"] = positions
         return made
 
+    @torch.no_grad()
     def _check_places(self, batch: dict[str, Any], outputs: dict[str, Any]) -> None:
         """Let the model count features and their places, and raise its own error."""
         ids, module = batch.get("input_ids"), self._places

@@ -35,8 +35,9 @@ class Block(nn.Module):
 class Seeing(nn.Module):
     """A class token and the patches of an image of any size."""
 
-    def __init__(self, pairs: bool = False) -> None:
+    def __init__(self, pairs: bool = False, bypass: bool = False) -> None:
         super().__init__()
+        self.bypass = bypass
         self.patch = nn.Conv2d(3, 12, 4, 4)
         self.token = nn.Parameter(torch.linspace(-1, 1, 12).reshape(1, 1, 12))
         self.blocks = nn.Sequential(Block(pairs), Block(pairs))
@@ -45,13 +46,13 @@ class Seeing(nn.Module):
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         x = self.patch(pixel_values).flatten(2).transpose(1, 2)
         x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), 1)
-        logits = self.head(self.blocks(x)[:, 0])
+        logits = self.head(self.blocks(x)[:, 0] + (x.mean(1) if self.bypass else 0))
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def model_of(pairs: bool = False) -> Seeing:
+def model_of(**options: bool) -> Seeing:
     torch.manual_seed(0)
-    return Seeing(pairs).double().train()
+    return Seeing(**options).double().train()
 
 
 def batch(size: int = 20, rows: int = 2) -> dict[str, Any]:
@@ -119,7 +120,14 @@ def test_other_ways_are_refused_with_a_reason():
         fxseek.estimate(FAMILIES["vit"].make(), tokens=26)
 
 
-def test_fewer_keys_than_patches_are_refused():
-    model = fxseek.compile(model_of(pairs=True), 0.3, score="random")
-    with pytest.raises(fxseek.GraphError, match="nor fewer keys than patches"):
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("pairs", "nor fewer keys than patches"),
+        ("bypass", "have gradient that comes from elsewhere"),
+    ],
+)
+def test_other_sequences_are_refused(option, reason):
+    model = fxseek.compile(model_of(**{option: True}), 0.3, score="random")
+    with pytest.raises(fxseek.GraphError, match=reason):
         model(**batch())
