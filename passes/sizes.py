@@ -131,23 +131,22 @@ def _refuse_constant(graph: fx.Graph, first: fx.Node, name: str, token_dim: int)
         )
     image = example(first).is_floating_point() and token_dim == 1
     place = find_uncounted(graph, first) if image else None
-    if place is not None:
+    if place is not None and place.tokens != size:
         raise UncountedTokens(
             f"{found} {size}, and the model makes its tokens itself. fxseek.compile(model) counts "
             'them; torch.compile(backend="fxseek") does not.',
             place,
         )
-    raise GraphError(
-        f"{found} {size}. "
-        + (
-            "The patches of an image are counted by the model's code, not by an input, and no "
-            "module is given all of them as the one sequence [batch, patches, width] that the "
-            "model's first attention reads (not windows of it, nor fewer keys than patches)."
-            if name == "pixel_values"
-            else "Either the model's code fixes the length (a Python loop or a comparison over "
-            "it), or the input was not marked dynamic: with torch.compile pass dynamic=True or "
-            "call torch._dynamo.mark_dynamic(input, dim); fxseek.compile marks it by itself."
+    if name == "pixel_values":
+        raise GraphError(
+            "no token dimension: no input counts the patches of an image, and no module is given "
+            "all of them as the one sequence [batch, patches, width] that the model's first "
+            "attention reads (not windows of it, nor fewer keys than patches)."
         )
+    raise GraphError(
+        f"{found} {size}. Either the model's code fixes the length (a Python loop or a comparison "
+        "over it), or the input was not marked dynamic: with torch.compile pass dynamic=True or "
+        "call torch._dynamo.mark_dynamic(input, dim); fxseek.compile marks it by itself."
     )
 
 
