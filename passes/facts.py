@@ -173,21 +173,29 @@ _TORCH = str(Path(torch.__file__).parent)
 
 def module_path(node: fx.Node) -> str:
     """The path of the module that a node was captured in, or an empty string."""
+    return next(reversed(module_paths(node)), "")
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """The paths of the modules that a node was captured in, outer ones first."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for entry in stack.values():
-        path = entry[0]
-    return _MODEL.sub("", path)
+    return [_CHILD.sub(r".\1", _MODEL.sub("", entry[0])).strip(".") for entry in stack.values()]
 
 
 # How Dynamo names the captured model: by itself, or as the owner of the call that a step captures.
 _MODEL = re.compile(r"L\['(self|call)'\](\.__self__)?\.?")
+
+# How Dynamo names a child whose parent has a `__getattr__` of its own, as peft's models have.
+_CHILD = re.compile(r"(?:^|\.)(?:__dict__\[')?_modules(?:'\])?\['(\w+)'\]")
 
 
 PRIMARY_INPUTS = (
     *("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values"),
 )
 """Arguments by which transformers' models take their tokens, in order of preference."""
+
+POSITIONS = "fxseek_positions"
+"""The input that counts tokens where no argument does, Long[batch, tokens]: each token's place."""
 
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
 

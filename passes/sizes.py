@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NoReturn
 
 import sympy
 import torch
@@ -12,6 +13,7 @@ from torch import fx
 from fxseek import _torch
 from fxseek.errors import GraphError
 from fxseek.passes.facts import (
+    POSITIONS,
     Sizes,
     example,
     is_tensor,
@@ -19,6 +21,7 @@ from fxseek.passes.facts import (
     primary,
     user_tensors,
 )
+from fxseek.passes.uncounted import UncountedTokens, find_uncounted, refuse_bypass
 
 __all__ = ["find_sizes", "may_batch", "may_count"]
 
@@ -54,20 +57,9 @@ def find_sizes(
     tokens = _torch.size_expression(shape[token_dim])
     name = _torch.source_name(first) or first.name
     if not isinstance(tokens, sympy.Symbol):
-        image = name == "pixel_values"
-        raise GraphError(
-            f"no token dimension: dimension {token_dim} of {name!r} was captured as the "
-            f"constant {tokens}. "
-            + (
-                "The patches of an image are counted by the model's code, not by an input: their "
-                "number is a constant of the graph, and so are its tokens. fxseek needs a model "
-                "whose inputs count tokens."
-                if image
-                else "Either the model's code fixes the length (a Python loop or a comparison over "
-                "it), or the input was not marked dynamic: with torch.compile pass dynamic=True or "
-                "call torch._dynamo.mark_dynamic(input, dim); fxseek.compile marks it by itself."
-            )
-        )
+        _refuse_constant(graph, first, name, token_dim)
+    if name == POSITIONS:
+        refuse_bypass(graph, [node for node in inputs if node is not first])
     hints: dict[sympy.Symbol, int] = {}
     for node in inputs:
         for size in example(node).shape:
@@ -125,6 +117,37 @@ def find_sizes(
         hints = hints | {inside: hints[tokens] + virtual}
         tokens = inside
     return Sizes(tokens, batch, same, hints, virtual)
+
+
+def _refuse_constant(graph: fx.Graph, first: fx.Node, name: str, token_dim: int) -> NoReturn:
+    """Say why the tokens are a constant of the graph, or where they begin that no input counts."""
+    size = example(first).shape[token_dim]
+    found = f"no token dimension: dimension {token_dim} of {name!r} was captured as the constant"
+    if name == POSITIONS:
+        raise GraphError(
+            f"the model's code fixes the number of its patches to {size}: it cuts them up into "
+            "windows, merges some, or adds what has a row for each of so many. fxseek needs "
+            "patches that go on through all layers as the tokens of one sequence."
+        )
+    image = example(first).is_floating_point() and token_dim == 1
+    place = find_uncounted(graph, first) if image else None
+    if place is not None and place.tokens != size:
+        raise UncountedTokens(
+            f"{found} {size}, and the model makes its tokens itself. fxseek.compile(model) counts "
+            'them; torch.compile(backend="fxseek") does not.',
+            place,
+        )
+    if name == "pixel_values":
+        raise GraphError(
+            "no token dimension: no input counts the patches of an image, and no module is given "
+            "all of them as the one sequence [batch, patches, width] that the model's first "
+            "attention reads (not windows of it, nor fewer keys than patches)."
+        )
+    raise GraphError(
+        f"{found} {size}. Either the model's code fixes the length (a Python loop or a comparison "
+        "over it), or the input was not marked dynamic: with torch.compile pass dynamic=True or "
+        "call torch._dynamo.mark_dynamic(input, dim); fxseek.compile marks it by itself."
+    )
 
 
 def may_count(value: torch.Tensor, dim: int, token_dim: int) -> bool:

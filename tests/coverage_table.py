@@ -36,9 +36,12 @@ Mixtures of experts: `all-linear` adapts the experts' stacked weights too (peft'
 peft refuses Mamba-2's `out_proj`, and its gradients are compared operation by operation, as its
 mixers mix tokens and use parameters outside of modules.
 
-Models of images and text learn from rows of text alone (`_text`) and from rows that start with an
-image (`_images`). Where an encoder reads words (T5, BART), speech (Whisper) or an image (a ViT in
-front of TrOCR's decoder), the tokens that are selected are the decoder's.
+Models of images and text learn from rows of text alone (`_text`) and from rows with images
+(`_images`), their encoders of images too. Those of Qwen run ahead of the step, in which the tokens
+of images take the general path once. Where an encoder reads words (T5, BART), speech (Whisper) or
+an image (a ViT in front of TrOCR's decoder), the tokens that are selected are the decoder's. Those
+of vision transformers are patches; what reads the class token, or the mean over patches, takes the
+general path.
 """
 
 HEAD = """# Coverage
@@ -66,7 +69,7 @@ def family_cell(name: str, attention: str, tuning: str) -> str:
     def make() -> Any:
         model = family.make(attention)
         if tuning == "QLoRA":
-            return model if family.task == "images" else _quantised(model, family)
+            return _quantised(model, family)
         model = model.double()
         return model if tuning == "full" else _with_lora(model, family).double()
 

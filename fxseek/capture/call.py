@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fxseek import _torch
+from fxseek.capture.counted import Counted
 from fxseek.capture.limits import uses_cache
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
 from fxseek.ops.masks import read_tokens
-from fxseek.passes.facts import DECODER_INPUTS, PRIMARY_INPUTS
+from fxseek.passes.facts import DECODER_INPUTS, POSITIONS, PRIMARY_INPUTS
 from fxseek.passes.sizes import may_batch, may_count
 
 __all__ = ["Calls"]
@@ -24,14 +25,18 @@ _CACHES = ("past_key_values", "cache_params", "past_buckets_states")
 
 
 class Calls:
-    """Reads the calls of one model. `tell` logs a message, once for each model.
+    """Reads the calls of one model. `tell` logs a message, once for each model."""
 
-    `token_inputs`: the arguments that count tokens, None for all that are long enough.
-    """
-
-    def __init__(self, model: nn.Module, config: SeekConfig, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SeekConfig,
+        counted: Counted,
+        tell: Callable[[str], None],
+    ) -> None:
         self.model = model
         self.config = config
+        self.counted = counted
         self.tell = tell
         self.signature = inspect.signature(model.forward)
         parameters = self.signature.parameters
@@ -39,8 +44,14 @@ class Calls:
             parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
         )
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self.token_inputs = DECODER_INPUTS if self.seq2seq else None
         self._seen_positions = False
+
+    @property
+    def token_inputs(self) -> tuple[str, ...] | None:
+        """The arguments that count tokens, None for all that are long enough."""
+        if self.counted.place is not None:
+            return (POSITIONS,)
+        return DECODER_INPUTS if self.seq2seq else None
 
     def padding_mask(self, batch: dict[str, Any]) -> Tensor | None:
         """Which tokens of the batch are no padding, Bool[batch or 1, tokens]; None without a mask.
@@ -159,7 +170,7 @@ class Calls:
         self._check_lengths(batch, names[0], rows, tokens)
         decoder = [batch.get(name) for name in self.token_inputs or ()]
         lengths = {x.shape[dim] for x in decoder if isinstance(x, Tensor) and x.dim() > dim}
-        lengths = {tokens, *lengths} - {1}
+        lengths = {tokens, *lengths} - {1} if self.counted.place is None else set()
         aliases: dict[int, Tensor] = {}
 
         def alias(value: Any) -> Any:
@@ -193,7 +204,8 @@ class Calls:
             raise InputError(
                 f"{name} has the shape {list(primary.shape)}: the batch is empty. Skip it."
             )
-        if primary.shape[self.config.token_dim] == 1:
+        image = primary.is_floating_point() and primary.dim() > 3
+        if primary.shape[self.config.token_dim] == 1 and not image:
             raise InputError(
                 f"{name} has the shape {list(primary.shape)}: with one token in a row there is "
                 "nothing to select. Skip the batch, pad it to two tokens (attention_mask 0), or "

@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from fxseek import _torch
 from fxseek.capture.backend import Made, Recorder, make_backend
 from fxseek.capture.call import Calls
+from fxseek.capture.counted import Counted
+from fxseek.capture.encoders import OUTSIDE, Encoders
 from fxseek.capture.limits import refuse_model
 from fxseek.capture.lora import traceable_target_parameters
 from fxseek.capture.patches import capture_settings
@@ -67,7 +69,9 @@ class SeekStep:
     ) -> None:
         self.model = model
         self.config = self.given = config
-        self.calls = Calls(model, config, self._tell)
+        self.counted = Counted(model)
+        self.encoders = Encoders(model)
+        self.calls = Calls(model, config, self.counted, self._tell)
         self.fit = fit
         self.run = run
         self.recorder = Recorder()
@@ -163,14 +167,34 @@ class SeekStep:
         calls.without_cache(batch)
         if self._global_hooks != _torch.global_hooks():
             self._prepare()
-        marked = calls.marked(batch, any_device=self.run is not None)
+        marked = self._marked(batch)
         if self.run is None:
             self._fit_budget(batch)
         self.recorder.padding_mask = calls.padding_mask(batch)
         try:
-            return self._run(marked)
+            return self._run_encoded(batch, marked)
         finally:
             self.recorder.padding_mask = None
+
+    def _run_encoded(self, batch: dict[str, Any], marked: dict[str, Any]) -> Any:
+        """The step, with encoders of images outside where it cannot be captured with them."""
+        taken_out = False
+        while True:
+            try:
+                result = self._run(marked)
+            except CaptureError:
+                self.encoders.outside &= not taken_out
+                if taken_out or self._sharded or not self.encoders.take_out(batch):
+                    raise
+            else:
+                if self.encoders.outside:
+                    self._tell(OUTSIDE)
+                return result
+            taken_out = True
+            marked = self._marked(batch)
+
+    def _marked(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return self.calls.marked(self.encoders.encoded(batch), any_device=self.run is not None)
 
     def _tell(self, message: str) -> None:
         """Log a warning, once for each model."""
@@ -304,10 +328,14 @@ class SeekStep:
         """The compiled call, captured again where hooks had to be installed first."""
         trace_dequantisation()
         while True:
+            image = batch[self.calls.primary_names(batch)[0]]
             try:
-                return self._compiled(**batch)
+                with self.counted.on(image), self.encoders.unchecked(batch):
+                    return self._compiled(**batch)
             except _torch.CaptureFailure as error:
-                if not install_recorders(self.model, error):
+                if self.counted.found(error, image):
+                    self._prepare()
+                elif not install_recorders(self.model, error):
                     raise
 
     def _own_error(self, batch: dict[str, Any]) -> Exception | None:

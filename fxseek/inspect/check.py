@@ -133,6 +133,7 @@ def _reference(
     latest = step.recorder.latest
     assert latest is not None
     structure, virtual = latest.program.structure, latest.program.facts.sizes.virtual
+    tokens = None if step.counted.place is None else last.tokens
     loss = step.config.loss
     restricted = bool(structure.losses)
     if loss is None and restricted and not structure.unrestricted:
@@ -144,7 +145,9 @@ def _reference(
     # Something else is a part of the loss, or a caller's own: its cross-entropies over the selected
     # positions, wherever they are computed.
     with _SelectedCrossEntropy(last) if restricted else nullcontext():
-        return masked_backprop(model, batch, last.selected, loss=loss or _own_loss, virtual=virtual)
+        return masked_backprop(
+            model, batch, last.selected, loss=loss or _own_loss, virtual=virtual, tokens=tokens
+        )
 
 
 def _by_position(report: StepReport, length: int) -> tuple[Tensor, Tensor]:

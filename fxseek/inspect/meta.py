@@ -147,7 +147,8 @@ def batch_of(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
     parameters = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
-    if not open_ended and not {"input_ids", "labels"} <= set(parameters):
+    image = "pixel_values" in parameters and "input_ids" not in parameters
+    if image or (not open_ended and not {"input_ids", "labels"} <= set(parameters)):
         raise ConfigError(
             f"{type(model).__name__}.forward takes {', '.join(parameters)}: an estimate is of a "
             "causal language model, which takes input_ids and labels"

@@ -72,6 +72,7 @@ def masked_backprop(
     shift: bool | None = None,
     loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
     virtual: int = 0,
+    tokens: int | None = None,
 ) -> Reference:
     """Loss and gradients of masked full backprop for the selection ``kept``.
 
@@ -93,6 +94,8 @@ def masked_backprop(
             back-propagated as it is, so ``weights``, ``shift`` and labels are not used.
         virtual: How many tokens the model puts in front of those it is given; ``kept`` counts
             them.
+        tokens: How many tokens a row has where no argument counts them, such as the patches of an
+            image. No other size may be the same then, since none can be tried beforehand.
 
     Raises:
         InputError: Sizes that disagree, no labels, no logits, or a loss that is neither kind of
@@ -101,8 +104,11 @@ def masked_backprop(
     inner = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     seq2seq = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
     counting = _DECODER if seq2seq else tuple(batch)
-    sizes = lengths_of({name: batch[name] for name in counting if name in batch}, kept)
-    sizes = Lengths(sizes.batch, sizes.tokens + virtual)
+    if tokens is None:
+        sizes = lengths_of({name: batch[name] for name in counting if name in batch}, kept)
+        sizes = Lengths(sizes.batch, sizes.tokens + virtual)
+    else:
+        sizes = Lengths(kept.shape[0], tokens)
     selected = selected_of(kept, sizes)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     own = ("labels", "num_items_in_batch") if loss is None else ()
@@ -119,7 +125,9 @@ def masked_backprop(
         if loss is None and shift is None:
             shift = _finds_shift(inner, inputs, labels_of(batch, sizes), virtual)
             restore()
-        probed = _run_recorded(inner, inputs, sizes, counting, virtual)
+        probed = None
+        if tokens is None:
+            probed = _run_recorded(inner, inputs, sizes, counting, virtual)
         layout = _Layout(sizes, probed, {n for n, m in inner.named_modules() if _is_function(m)})
         restore()
         with _hooked(inner, lambda name, call, x: layout.mask(name, call, x, selected)):

@@ -19,6 +19,7 @@ __all__ = [
     "owned",
     "placed",
     "put_rows_",
+    "rows_at",
     "scatter_entries",
     "scatter_rows",
 ]
@@ -82,6 +83,16 @@ def gather_rows(x: Tensor, kept: Tensor, at: Rows) -> Tensor:
     moved = x.movedim((batch, row), (0, 1))
     which = torch.arange(rows, device=kept.device).unsqueeze(1)
     return moved[which, kept].movedim((0, 1), (batch, row))
+
+
+@torch.compiler.allow_in_graph
+def rows_at(x: Tensor, positions: Tensor) -> Tensor:
+    """The rows of `x` at the positions of tokens: [batch, n, ...] → [batch, tokens, ...].
+
+    Shapes: positions LongTensor[batch, tokens], below n. The result is as long as they are, also
+    where that is a symbol and n a number.
+    """
+    return gather_rows(x, positions, Rows(1, 0))
 
 
 def scatter_rows(

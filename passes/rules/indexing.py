@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fxseek.ops.rows import rows_at
 from fxseek.passes.facts import is_tensor
 from fxseek.passes.rules.experts import look_up
 from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, rule, whole
@@ -39,6 +40,27 @@ def embedding(call: Call) -> Plan | None:
     args = (call.own(indices, rows), Full(weight), *call.node.args[2:])
     kwargs = {k: v for k, v in call.node.kwargs.items() if k not in ("input", "weight")}
     return Plan(rows, call.target, args, kwargs)
+
+
+@rule(
+    "rows_at",
+    family="per-token",
+    reason="each position is looked up by itself in a table without tokens",
+    samples=(
+        Sample(
+            lambda i, w: rows_at(w.expand(i.shape[0], -1, -1), i.clamp(max=6)), ("int:b t", "7 5")
+        ),
+    ),
+)
+def at_positions(call: Call) -> Plan | None:
+    """`rows_at`: the rows of a value without tokens become those of the tokens."""
+    x, positions = call.arg(0, "x"), call.arg(1, "positions")
+    rows = call.rows(positions)
+    if rows is None or rows.packed or call.facts.token_sized(x):
+        return None
+    if not call.sizes.valid(rows, call.out):
+        return None
+    return Plan(rows, rows_at, (Full(x), call.own(positions, rows)))
 
 
 @rule(

@@ -24,6 +24,7 @@ from fxseek import _torch
 from fxseek.ops.experts import count_keys
 from fxseek.ops.log_probs import by_weight, token_statistics
 from fxseek.ops.loss import scaled_cross_entropy
+from fxseek.ops.rows import rows_at
 from fxseek.passes.entries import Entries, moved_rows
 from fxseek.passes.facts import Facts, Placed, Rows, RowsLike, example, is_tensor
 from fxseek.passes.writes import set_item
@@ -272,6 +273,7 @@ ALIASES: dict[str, tuple[Any, ...]] = {
     "set_item": (set_item,),
     "count_keys": (count_keys,),
     "grouped_mm": tuple(filter(None, [getattr(torch, "_grouped_mm", None)])),  # Dynamo's view of it
+    "rows_at": (rows_at,),
     "token_statistics": (token_statistics,),
 }
 

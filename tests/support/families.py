@@ -6,6 +6,7 @@ are as different from each other as the families allow, and no width equals a nu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,40 @@ def _after_images(
     return build
 
 
+_GRIDS = (((1, 4, 4),), ((1, 4, 2), (1, 4, 4)))
+PATCH = 3 * 2 * 5 * 5
+"""Numbers of a patch: of three colours, twice, 5 × 5 of each."""
+
+
+def _grids(batch: int, tokens: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Rows of one image or two, of their own sizes; a token is made of 2 × 2 patches."""
+    made = _causal(batch, tokens, draw)
+    kinds = torch.zeros_like(made["input_ids"])
+    grids: list[tuple[int, int, int]] = []
+    for row in range(batch):
+        at = 2
+        for grid in _GRIDS[row % 2]:
+            count = math.prod(grid) // 4
+            kinds[row, at : at + count] = 1
+            grids.append(grid)
+            at += count + 2
+    made["input_ids"][kinds == 1] = IMAGE
+    made["labels"][kinds == 1] = -100
+    patches = sum(map(math.prod, grids))
+    return {
+        **made,
+        "mm_token_type_ids": kinds,
+        "image_grid_thw": torch.tensor(grids),
+        "pixel_values": torch.randn(patches, PATCH, generator=draw),
+    }
+
+
+def _typed_images(batch: int, tokens: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Rows that start with an image, whose tokens attend to each other in both directions."""
+    made = _after_images(_causal, 3, 20, 20)(batch, tokens, draw)
+    return {**made, "token_type_ids": (made["input_ids"] == IMAGE).long()}
+
+
 BATCHES: dict[str, Callable[[int, int, torch.Generator], dict[str, Tensor]]] = {
     "causal": _causal,
     "masked": _causal,
@@ -174,7 +209,10 @@ BATCHES: dict[str, Callable[[int, int, torch.Generator], dict[str, Tensor]]] = {
     "transcription": _transcription,
     "prefix": _prefix,
     "images and text": _after_images(_causal, 1, 3, 20, 20),
+    "an image and text": _after_images(_causal, 3, 20, 20),
     "images and prefix": _after_images(_prefix, 3, 20, 20),
+    "typed images": _typed_images,
+    "grids": _grids,
 }
 
 _GPT = {
@@ -218,7 +256,18 @@ _PALIGEMMA = {
     },
     "projection_dim": 40, "hidden_size": 40, "image_token_index": IMAGE, "pad_token_id": 0,
 }  # fmt: skip
+_QWEN = {
+    "depth": 2, "num_heads": 3, "patch_size": 5, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+_QWEN_EYES = {**_QWEN, "hidden_size": 36, "intermediate_size": 52, "out_hidden_size": 40}
+_ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
+_ROTATED = {"rope_parameters": {**_ROTATION, "mrope_section": [1, 2, 2]}}
+_INTERLEAVED = {
+    "rope_parameters": {**_ROTATION, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
+}
+_MARKS = {"image_token_id": IMAGE, "video_token_id": IMAGE + 1}
 _VIT = {k: v for k, v in ENCODER.items() if k not in ("vocab_size", "pad_token_id")}
+_PATCHES = {**_VIT, "image_size": 20, "patch_size": 4, "num_labels": 3}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -246,10 +295,7 @@ FAMILIES: dict[str, Family] = {
                 "attention_multiplier": 0.2, "logits_scaling": 2.0}),
         Family("diffllama", "DiffLlamaConfig", "DiffLlamaForCausalLM", DENSE),
         Family("qwen3_vl_text", "Qwen3VLConfig", "Qwen3VLForConditionalGeneration",
-               {"text_config": {**_READER, "head_dim": 12,
-                                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
-                                                    "mrope_section": [2, 2, 2],
-                                                    "mrope_interleaved": True}},
+               {"text_config": {**_READER, "head_dim": 12, **_INTERLEAVED},
                 "vision_config": {"depth": 1, "hidden_size": 36, "intermediate_size": 52,
                                   "num_heads": 3, "patch_size": 5, "out_hidden_size": 40,
                                   "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
@@ -369,8 +415,44 @@ FAMILIES: dict[str, Family] = {
                _PALIGEMMA, "prefix", dense=False),
         Family("paligemma_images", "PaliGemmaConfig", "PaliGemmaForConditionalGeneration",
                _PALIGEMMA, "images and prefix", dense=False),
-        Family("vit", "ViTConfig", "ViTForImageClassification",
-               {**_VIT, "image_size": 20, "patch_size": 4, "num_labels": 3}, "images",
-               dense=False, refused="patches of an image"),
+        Family("llava_images", "LlavaConfig", "LlavaForConditionalGeneration",
+               {"text_config": {"model_type": "llama", **_READER},
+                "vision_config": {"model_type": "clip_vision_model", **_EYES, "patch_size": 10},
+                "image_token_index": IMAGE}, "an image and text", dense=False),
+        Family("gemma3_images", "Gemma3Config", "Gemma3ForConditionalGeneration",
+               {"text_config": {**_READER, **_GEMMA},
+                "vision_config": {**_EYES, "patch_size": 5, "vision_use_head": False},
+                "mm_tokens_per_image": IMAGE_TOKENS, "image_token_index": IMAGE},
+               "typed images", dense=False),
+        Family("qwen2_vl_images", "Qwen2VLConfig", "Qwen2VLForConditionalGeneration",
+               {"text_config": {**_READER, **_ROTATED},
+                "vision_config": {**_QWEN, "embed_dim": 36, "mlp_ratio": 2, "hidden_size": 40},
+                **_MARKS}, "grids", dense=False),
+        Family("qwen2_5_vl_images", "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration",
+               {"text_config": {**_READER, **_ROTATED},
+                "vision_config": {**_QWEN_EYES, "window_size": 20, "fullatt_block_indexes": [1]},
+                **_MARKS}, "grids", attentions=("sdpa",), dense=False),
+        Family("qwen3_vl_images", "Qwen3VLConfig", "Qwen3VLForConditionalGeneration",
+               {"text_config": {**_READER, "head_dim": 12, **_INTERLEAVED},
+                "vision_config": {**_QWEN_EYES, "num_position_embeddings": 16,
+                                  "deepstack_visual_indexes": [0]}, **_MARKS},
+               "grids", dense=False),
+        Family("vit", "ViTConfig", "ViTForImageClassification", _PATCHES, "images", dense=False),
+        Family("deit", "DeiTConfig", "DeiTForImageClassification", _PATCHES, "images",
+               attentions=("sdpa",), dense=False),
+        Family("dinov2", "Dinov2Config", "Dinov2ForImageClassification",
+               {**_PATCHES, "mlp_ratio": 2}, "images", attentions=("sdpa",), dense=False),
+        Family("siglip", "SiglipConfig", "SiglipForImageClassification",
+               {"vision_config": {**_EYES, "patch_size": 4},
+                "num_labels": 3}, "images", attentions=("sdpa",), dense=False),
+        Family("beit", "BeitConfig", "BeitForImageClassification", _PATCHES, "images",
+               attentions=("sdpa",), dense=False),
+        Family("beit_relative", "BeitConfig", "BeitForImageClassification",
+               {**_PATCHES, "use_relative_position_bias": True}, "images",
+               attentions=("sdpa",), dense=False, refused="adds what has a row for each"),
+        Family("swin", "SwinConfig", "SwinForImageClassification",
+               {"image_size": 20, "patch_size": 2, "embed_dim": 12, "depths": [1, 1],
+                "num_heads": [2, 4], "window_size": 5, "drop_path_rate": 0.0, "num_labels": 3},
+               "images", attentions=("sdpa",), dense=False, refused="not windows of it"),
     )
 }  # fmt: skip
