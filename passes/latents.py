@@ -158,7 +158,9 @@ def _latents(
     order = {node: index for index, node in enumerate(graph.nodes)}
     together = nx.Graph()
     together.add_nodes_from(inside)
-    together.add_edges_from((x, node) for node in inside for x in node.all_input_nodes if x in inside)
+    together.add_edges_from(
+        (x, node) for node in inside for x in node.all_input_nodes if x in inside
+    )
     for component in list(nx.connected_components(together)):
         found = sorted(component & ends, key=order.__getitem__)
         size, cut = _smallest_cut(component, found, facts)

@@ -206,9 +206,7 @@ _LATENT = {
     "v_head_dim": 10,
 }  # fmt: skip
 _LATENT_LORA = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-_SMALL_LATENT = {
-    k: v for k, v in _LATENT.items() if k.startswith(("q_", "kv_", "qk_", "v_"))
-}
+_SMALL_LATENT = {k: v for k, v in _LATENT.items() if k.startswith(("q_", "kv_", "qk_", "v_"))}
 _STATES = {
     "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 12, "mamba_chunk_size": 8,
 }  # fmt: skip
