@@ -64,8 +64,7 @@ def expand_latents(learn: Piece, graph: fx.Graph, facts: Facts) -> Piece:
     for wanted, latents, inside in _latents(graph, facts, scattered):
         rows = [("rows", node) for node in wanted]
         piece = ditch(graph, facts, carrying=inside, outputs=rows, given=latents)
-        carried = any(node in learn.compact for node in latents)
-        if carried and piece.runs_on_rows():
+        if piece.runs_on_rows():
             stage.expand(piece, scattered)
     return stage.done()
 
@@ -81,9 +80,16 @@ class _Stage:
         self.places = {item: node for node, item in items.items()}
 
     def expand(self, piece: Piece, scattered: dict[fx.Node, list[fx.Node]]) -> None:
-        """Put what `piece` makes of latents in the place of scattered values."""
+        """Put what `piece` makes of latents in the place of scattered values.
+
+        Not where no latent carries gradient, or one is made when the values have been read.
+        """
         readers = {node for wanted in piece.outputs for node in scattered[wanted]}
-        first = next(node for node in self.graph.nodes if node in readers)
+        carried = {x for node in piece.given() if (x := self.learn.compact.get(node)) is not None}
+        met = [node for node in self.graph.nodes if node in readers or node in carried]
+        first = next(node for node in met if node in readers)
+        if not carried or not carried.issuperset(met[: len(carried)]):
+            return
         with self.graph.inserting_before(first):
             made: dict[fx.Node, fx.Node] = {}
             given = piece.placeholders()

@@ -22,6 +22,7 @@ from fxseek.program import Program
 FAMILY = FAMILIES["minicpm3"]
 LATENT, ROTARY = 12, 6
 SWEEP = pytest.mark.sweep
+OFFLOAD = {"recompute": "block", "kv": "offload"}
 
 
 def program_of(model: nn.Module) -> Program:
@@ -49,8 +50,8 @@ def adapted(model: Any, dropout: float = 0.0) -> nn.Module:
         ({}, True),
         ({"learn_chunk": 3}, False),
         pytest.param({"learn_chunk": 3, "ratio": 1.0, "recompute": "block"}, True, marks=SWEEP),
-        pytest.param({"learn_chunk": 5, "kv": "offload", "prefill_chunk": 6}, True, marks=SWEEP),
-        pytest.param({"recompute": "block", "kv": "offload"}, False, marks=SWEEP),
+        pytest.param({**OFFLOAD, "learn_chunk": 5, "prefill_chunk": 6}, True, marks=SWEEP),
+        pytest.param(OFFLOAD, False, marks=SWEEP),
         pytest.param({"ratio": 1.0}, False, marks=SWEEP),
         pytest.param({"learn_chunk": 4, "ratio": "labelled"}, False, marks=SWEEP),
     ],
