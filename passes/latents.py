@@ -103,8 +103,10 @@ class _Stage:
                 else:
                     made[node] = self._input(item)
             for node in piece.graph.nodes:
-                if node.op.startswith("call_"):
-                    made[node] = self.graph.node_copy(node, made.__getitem__)
+                if node.op in ("placeholder", "output"):
+                    continue
+                made[node] = self.graph.node_copy(node, made.__getitem__)
+                if node.op != "get_attr":  # the body of an autograd function
                     made[node].meta[_EXPANDED] = True
             results: tuple[fx.Node, ...] = piece.graph.output_node().args[0]  # type: ignore[assignment]
             for wanted, result in zip(piece.outputs, results, strict=True):
