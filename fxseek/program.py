@@ -23,6 +23,7 @@ from fxseek.passes.hoist import hoist_gathers, mask_by_flags, masks_of_attention
 from fxseek.passes.inline import inline
 from fxseek.passes.ir import Gathered, Joined, Piece, Prefilled
 from fxseek.passes.joins import join_writes
+from fxseek.passes.latents import expand_latents
 from fxseek.passes.masks import read_whole, use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
@@ -124,6 +125,7 @@ def build(
     """
     then = Passes()
     eager = config.backend == "eager"
+    expands = eager and config.recompute != "none"
 
     graph = then(inline, captured)
     graph = then(unbatch, graph)
@@ -167,6 +169,8 @@ def build(
         body = [] if cut is None else [("rows", cut.entry)]
         up_to_exit = then(ditch, graph, facts, carrying=carrying, outputs=body, constants=constants)
         up_to_exit = then(hoist_gathers, up_to_exit)
+        if expands:
+            up_to_exit = then(expand_latents, up_to_exit, graph, facts)
         parts = then(find_parts, up_to_exit, facts, structure, cut, outputs, carrying, config)
     wanted = [*outputs.wanted] if ending is None else [("rows", ending.entry), *outputs.wanted]
     given = [] if ending is None else [ending.loss.node]
@@ -176,6 +180,8 @@ def build(
         ditch, graph, facts, carrying=carrying, outputs=wanted, given=given, constants=constants
     )
     learn = then(hoist_gathers, learn)
+    if expands:
+        learn = then(expand_latents, learn, graph, facts)
     drawn = draws(learn) or (isinstance(parts, Parts) and parts.draws)
     if outside is not None and outside.read is not None and kind == "full" and not drawn:
         learn = then(reuse_values, learn, facts, outside)

@@ -30,8 +30,8 @@ from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.ops.attention import attend_rows
 from fxseek.ops.masks import HIDDEN
-from fxseek.ops.parts import join_rows
-from fxseek.ops.rows import Rows, scatter_entries, scatter_rows
+from fxseek.ops.parts import join_rows, pass_joint
+from fxseek.ops.rows import Rows, pass_kept, scatter_entries, scatter_rows
 from fxseek.passes.facts import Facts, ancestors, descendants, example, tensors_of, where
 from fxseek.passes.hoist import mask_by_flags, masks_of_attentions, share_masks
 from fxseek.passes.ir import (
@@ -39,8 +39,10 @@ from fxseek.passes.ir import (
     Input,
     Joined,
     Piece,
+    Prefilled,
     placeholder_of,
 )
+from fxseek.passes.latents import is_expanded
 from fxseek.passes.outputs import Outputs
 from fxseek.passes.rules import argument, called, find_rule, operation
 from fxseek.passes.schedule import Schedule, schedule
@@ -173,7 +175,7 @@ class _Mixing:
         self.given = body.placeholders()
         self.masks: dict[tuple[Hides, ...], None] = {}
         self.read: dict[fx.Node, set[fx.Node]] = {}
-        """What reads each scattered value."""
+        """What reads each scattered value, or what it is expanded to."""
         self.hidden: set[fx.Node] = set()
         """Softmaxes of products whose masks are known."""
         self.weighed: dict[fx.Node, fx.Node] = {}
@@ -199,10 +201,15 @@ class _Mixing:
 
     def _readers(self, scattered: fx.Node, value: fx.Node) -> str | None:
         for user in value.users:
-            if value is scattered:
+            if is_expanded(user):
+                reason: str | None = self._readers(scattered, user)
+                if reason is not None:
+                    return reason
+                continue
+            if value is scattered or is_expanded(value):
                 self.read[scattered].add(user)
             if user.op == "output":
-                reason: str | None = "a value of all tokens is returned"
+                reason = "a value of all tokens is returned"
             elif user.op == "call_method" and user.target in ("size", "dim"):
                 reason = None
             elif user.target is attend_rows and value is not user.args[0]:
@@ -235,15 +242,18 @@ class _Mixing:
     def _masked_scores(self, product: fx.Node) -> str | None:
         """The same of queries × keys, on the way to a softmax."""
         masks: dict[Hides, None] = {}
-        queue, ended = [product], set[fx.Node]()
+        queue, ended = [(product, False)], set[fx.Node]()
         while queue:
-            node = queue.pop()
+            node, masked = queue.pop()
             for user in node.users:
                 if operation(user) in ("softmax", "_softmax"):
                     ended.add(user)
                 elif operation(user) in _ENTRYWISE or _moves_only(user):
-                    masks |= dict.fromkeys(self._hides(user, node))
-                    queue.append(user)
+                    found = dict.fromkeys(self._hides(user, node))
+                    masks |= found
+                    queue.append((user, masked or bool(found)))
+                elif masked and operation(user) in _GREATEST:
+                    queue.append((user, masked))
                 else:
                     return f"{called(user)} at {where(user)} reads products of other tokens"
         if operation(product) == "baddbmm":
@@ -285,10 +295,23 @@ class _Mixing:
         }
         alone: set[Any] = {None}
         while alone:
-            pairs: list[Any] = [user.args[1:3] for node in whole for user in node.users]
-            alone = {x for pair in pairs if not whole.issuperset(pair) for x in pair} & whole
+            read = [self._sources(*user.args[1:3]) for node in whole for user in self.read[node]]
+            alone = {x for found in read if not whole.issuperset(found) for x in found} & whole
             whole -= alone
         return {node.meta["origin"] for node in whole}
+
+    def _sources(self, *values: Any) -> set[Any]:
+        """What values are, or what they are expanded from that has tokens."""
+        found: set[Any] = set()
+        for value in values:
+            if value in self.read or not is_expanded(value):
+                found.add(value)
+                continue
+            for operand in value.all_input_nodes:
+                whole = isinstance(self.given.get(operand), Prefilled)
+                if whole or operand.op != "placeholder":
+                    found |= self._sources(operand)
+        return found
 
 
 def _ends_in_tokens(scattered: fx.Node) -> bool:
@@ -307,6 +330,8 @@ def _moves_only(node: fx.Node) -> bool:
 
 _ENTRYWISE = ("add", "sub", "mul", "div", "tanh", "to", "where", "masked_fill", "clone")
 """What may be done to scores between the product and the softmax."""
+_GREATEST = ("max", "amax")
+"""What reads the scores of a query together: of masked ones none that is hidden counts."""
 
 
 def _multiplies(node: fx.Node, value: fx.Node) -> bool:
@@ -372,8 +397,11 @@ def _joined(body: Piece) -> Piece:
     """Let a body take values that parts share in the place of scattering rows into full ones."""
     graph = body.graph
     items: dict[fx.Node, Input] = dict(body.placeholders())
+    joint: fx.Node | None = None
     start = next(iter(graph.nodes))
     for node in list(graph.nodes):
+        if node.target is pass_kept:
+            node.target, node.args = pass_joint, (node.args[0], joint, node.args[2])
         if node.target is not scatter_rows:
             continue
         _, rows, _, at, *_ = node.args

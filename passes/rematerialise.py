@@ -11,8 +11,9 @@ After, with x, h and u saved::
 
 A region is what follows from a few values without any product: norms, activations, rotations,
 casts, layout. Regions end at products, attentions and draws, where the residual stream is all that
-goes on, and at the next attention where something else goes on too. Whether making one again saves
-memory is known when it is run: `fxseek.run.selective`.
+goes on, and at the next attention where something else goes on too. What latents are expanded to
+(`latents.py`) is made again, products and all. Whether making a region again saves memory is known
+when it is run: `fxseek.run.selective`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import fx
 
 from fxseek.passes.facts import needs_grad
 from fxseek.passes.ir import Argument, Given, Input, Parameter
+from fxseek.passes.latents import is_expanded
 from fxseek.passes.modes import regions
 from fxseek.passes.rules import find_rule
 
@@ -64,11 +66,14 @@ def cheap_regions(
             if trained or isinstance(item, Given):
                 carrying.add(node)
             continue
-        if carrying.isdisjoint(node.all_input_nodes):
+        again = is_expanded(node)
+        if not carrying.isdisjoint(node.all_input_nodes):
+            carrying.add(node)
+        elif not again:
             continue
-        carrying.add(node)
         found = find_rule(node)
-        if found is None or not found.cheap or node in ends or node in in_autocast:
+        cheap = again or (found is not None and found.cheap)
+        if not cheap or node in ends or node in in_autocast:
             continue
         between.add_node(node)
         between.add_edges_from(

@@ -16,7 +16,8 @@ After::
 Attention masks are written so, as functions of one query and one key. What is a number to
 the function becomes a tensor with a dimension for each level of vmap, of 1 element where the number
 does not depend on that level. Elementwise operations broadcast over these, and so do tables that
-are looked up by numbers. Whatever else a function does under vmap is refused.
+are looked up by numbers. So does a function of several tensors of one rank, such as the one that a
+scan combines states by. Whatever else a function does under vmap is refused.
 """
 
 from __future__ import annotations
@@ -71,10 +72,9 @@ def _name(node: fx.Node) -> str:
 def _refusal(node: fx.Node) -> GraphError:
     return GraphError(
         "a transform of torch.func (vmap, grad, jvp) hides a dimension of the values at "
-        f"{where(node)} ({node.format_node()}): only elementwise functions of numbers are "
-        "understood under vmap. Write the function on whole tensors, or compute that part before "
-        "the call. A scan over tokens (associative_scan) maps a function over them, too, and has "
-        "no such form."
+        f"{where(node)} ({node.format_node()}): only elementwise functions are understood under "
+        "vmap, of numbers or of tensors of one rank. Write the function on whole tensors, or "
+        "compute that part before the call."
     )
 
 
@@ -85,6 +85,8 @@ class _Region:
         self.graph = graph
         self.nodes = nodes
         self.levels: list[int] = []
+        self.rank = next((example(x).dim() for x in nodes if _name(x) == _ADD), 0)
+        """How many dimensions the values have to the function."""
         self.new_of: dict[fx.Node, fx.Node] = {}
         """Values with the levels in front of their own dimensions."""
         self.removed: dict[fx.Node, tuple[fx.Node, list[Any]]] = {}
@@ -121,9 +123,10 @@ class _Region:
             self.new_of[node] = self._operation(node)
 
     def _added(self, node: fx.Node) -> fx.Node:
-        source, _, level = node.args
+        source, dim, level = node.args
         assert isinstance(source, fx.Node)
-        if source in self.new_of or source in self.removed or example(node).dim() > 0:
+        nested = source in self.new_of or source in self.removed
+        if nested or dim != 0 or example(node).dim() != self.rank:
             raise _refusal(node)
         index = tuple(slice(None) if at == level else None for at in self.levels)
         return self._make(operator.getitem, (source, index), node)
@@ -139,12 +142,13 @@ class _Region:
         sizes = [size, *sizes]
         self.removed[node] = (whole, sizes)
         if len(sizes) == len(self.levels):
-            node.replace_all_uses_with(self._make("expand", (whole, *sizes), node))
+            own = [-1] * self.rank
+            node.replace_all_uses_with(self._make("expand", (whole, *sizes, *own), node))
 
     def _operation(self, node: fx.Node) -> fx.Node:
-        if not is_tensor(node) or example(node).dim() > 0:
+        if not is_tensor(node) or example(node).dim() != self.rank:
             raise _refusal(node)
-        if node.op == "call_method" and node.target in _NUMBERS:
+        if node.op == "call_method" and node.target in _NUMBERS and self.rank == 0:
             pass  # it only takes its device and dtype from the value
         elif node.target is torch.ops.aten.index:
             table, indices = node.args
@@ -157,12 +161,18 @@ class _Region:
             return self._make(operator.getitem, (table, given), node)
         else:
             rule = find_rule(node)
-            numbers = all(example(x).dim() == 0 for x in tensor_nodes((node.args, node.kwargs)))
-            if rule is None or rule.function not in (unary, binary, convert) or not numbers:
+            if rule is None or rule.function not in (unary, binary, convert):
+                raise _refusal(node)
+            if not all(self._broadcasts(x) for x in tensor_nodes((node.args, node.kwargs))):
                 raise _refusal(node)
         args = map_arg(node.args, lambda x: self.new_of.get(x, x))
         kwargs = map_arg(node.kwargs, lambda x: self.new_of.get(x, x))
         return self._make(node.target, args, node, kwargs)  # type: ignore[arg-type]
+
+    def _broadcasts(self, operand: fx.Node) -> bool:
+        """Whether an operand's own dimensions stay behind those of the levels."""
+        rank = example(operand).dim()
+        return rank == self.rank if operand in self.new_of else rank <= self.rank
 
     def _make(
         self,

@@ -33,8 +33,11 @@ checked operation by operation. What takes the general path is named as a whole.
 NOTES = """
 Mixtures of experts: `all-linear` adapts the experts' stacked weights too (peft's
 `target_parameters`); not Llama 4's router, whose result is a tuple, to which peft adds a tensor.
-peft refuses Mamba-2's `out_proj`, and its gradients are compared operation by operation, as its
-mixers mix tokens and use parameters outside of modules.
+
+State-space models, delta rules and short convolutions mix tokens by other means than attention: all
+operations of these mixers may take the general path, and the table names the module. Attention,
+MLPs and experts around them run on selected tokens alone. As these mixers use parameters outside of
+modules, gradients are compared operation by operation. peft refuses the `out_proj` of some of them.
 
 Models of images and text learn from rows of text alone (`_text`) and from rows with images
 (`_images`), their encoders of images too. Those of Qwen run ahead of the step, in which the tokens
@@ -77,7 +80,8 @@ def family_cell(name: str, attention: str, tuning: str) -> str:
     dtype = torch.float32 if tuning == "QLoRA" else torch.float64
     batch = family.batch(rows, dtype=dtype)
     with contextlib.nullcontext() if tuning == "QLoRA" else double_throughout():
-        return _checked(make, batch, 1e-4 if tuning == "QLoRA" else 1e-9, name, family.score)
+        tolerance = 1e-4 if tuning == "QLoRA" else 1e-9
+        return _checked(make, batch, tolerance, family.score, family.mixer)
 
 
 def tuner_cell(name: str) -> str:
@@ -139,13 +143,14 @@ def _with_bits(model: Any, kind: str) -> Any:
 
 
 def _checked(
-    make: Any, batch: dict[str, Any], tolerance: float, name: str = "", score: str = "tokenseek"
+    make: Any, batch: dict[str, Any], tolerance: float, score: str = "tokenseek", mixer: str = ""
 ) -> str:
     import torch
     from oracle import assert_exact_causal
 
     import fxseek
     from fxseek.capture.step import step_of
+    from fxseek.passes.facts import module_path
 
     torch._dynamo.reset()
     try:
@@ -154,7 +159,7 @@ def _checked(
         return f"not made: {_reason(error)}"
     try:
         fxseek.compile(model, 0.3, score=score)
-        if name in BEYOND_HOOKS:
+        if mixer:
             assert_exact_causal(model, batch, tolerance=tolerance)
         else:
             fxseek.check_gradients(model, tolerance, **batch)
@@ -164,11 +169,13 @@ def _checked(
     assert step is not None
     learn = step.recorder.steps[0].program.learn
     assert learn is not None
-    general = dict.fromkeys(str(getattr(n.target, "__name__", n.target)) for n in learn.general)
-    if not general:
-        return "exact"
-    listed = BEYOND_HOOKS.get(name) or ", ".join(f"`{operation}`" for operation in general)
-    return f"exact; general: {listed}"
+    general = {
+        f"in `{mixer}`"
+        if mixer and mixer in module_path(node).split(".")
+        else f"`{getattr(node.target, '__name__', node.target)}`": None
+        for node in learn.general
+    }
+    return f"exact; general: {', '.join(general)}" if general else "exact"
 
 
 def _reason(error: Exception) -> str:

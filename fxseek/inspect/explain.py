@@ -50,7 +50,8 @@ class Explanation:
 
     `stages`: operations of each stage by name. `fallbacks`: operations on the general path.
     `predicted_saved_bytes` and `ordinary_saved_bytes`: what autograd would keep for this
-    batch, with and without fxseek (parameters excluded). `program`: the step as a GraphModule.
+    batch, with and without fxseek (parameters excluded). `whole_bytes`: of all tokens' values that
+    others read, above all keys and values. `program`: the step as a GraphModule.
     `kept`: tokens of a row that are selected. Where the ratio varies, from `fewest_kept` to `kept`,
     for which the bytes are predicted: with ``"mass:0.9"`` the scores will tell, and with
     ``"labelled"`` the rows of this batch have so many labels.
@@ -67,6 +68,7 @@ class Explanation:
     notes: tuple[str, ...]
     predicted_saved_bytes: int
     ordinary_saved_bytes: int
+    whole_bytes: int
     program: fx.GraphModule
 
     def __str__(self) -> str:
@@ -83,8 +85,7 @@ class Explanation:
         lines += [
             "",
             f"  attentions: {self.attentions}; input of the last block: {self.block_input}",
-            f"  saved for backward: {_mib(self.predicted_saved_bytes)} predicted, "
-            f"{_mib(self.ordinary_saved_bytes)} without fxseek",
+            f"  saved for backward: {self._remains()}",
         ]
         lines += [f"  {note}" for note in self.notes]
         if not self.fallbacks:
@@ -95,6 +96,17 @@ class Explanation:
             lines.append(f"    {item.operation} in {item.module or 'the model'}: {item.reason}")
             lines.append(f"      {item.line}; {_mib(item.cost_bytes)}")
         return "\n".join(lines)
+
+    def _remains(self) -> str:
+        """What share of the ordinary activations is kept, and of what it consists."""
+        kept, ordinary = self.predicted_saved_bytes, self.ordinary_saved_bytes
+        share = f"{kept / max(1, ordinary):.1%} of ordinary training's"
+        consists = [f"activations of {self.kept / self.tokens:.0%} of the tokens"]
+        if self.whole_bytes:
+            consists.append(f"keys, values and the like of all ({_mib(self.whole_bytes)})")
+        if self.fallbacks:
+            consists.append(f"{len(self.fallbacks)} operations on all tokens, listed below")
+        return f"{share} ({_mib(kept)} of {_mib(ordinary)}): {', '.join(consists)}"
 
 
 def _mib(count: int) -> str:
@@ -212,7 +224,7 @@ def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
         for piece in program.learned
         for node in piece.general
     )
-    tokens, (fewest, kept), batch, predicted = _predict(step, inputs)
+    tokens, (fewest, kept), batch, predicted, whole = _predict(step, inputs)
     return Explanation(
         tokens=tokens,
         kept=kept,
@@ -225,6 +237,7 @@ def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
         notes=tuple(notes),
         predicted_saved_bytes=predicted,
         ordinary_saved_bytes=_predict_ordinary(program, inputs),
+        whole_bytes=whole,
         program=step.module,
     )
 
@@ -255,10 +268,10 @@ def _elements(tensor: torch.Tensor) -> int:
     return total
 
 
-def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], int, int]:
-    """tokens, the fewest and the most kept, batch, and the bytes that the learn stage saves.
+def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], int, int, int]:
+    """tokens, the fewest and the most kept, batch, the bytes that the learn stage saves.
 
-    Found on fake tensors.
+    And those of values of all tokens that it reads. Found on fake tensors.
     """
     config, counted = step.program.config, step.program.score.tokens
     mode, fakes = _torch.faked(inputs)
@@ -278,9 +291,10 @@ def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], i
         every = range(tokens) if config.ratio == 1.0 else None
         selection = Selection(positions, weights, consecutive=every)
         step.module.get_submodule("prefill")(env)
+        whole = sum(x.nbytes for node in step.program.whole for x in tensors_of(env.read(node)))
         step.module.get_submodule("gather")(env, selection)
         _, saved_bytes = step.module.get_submodule("learn")(env, selection)
-    return tokens, (fewest, kept), batch, saved_bytes
+    return tokens, (fewest, kept), batch, saved_bytes, whole
 
 
 def _labels_of_rows(program: Program, inputs: Sequence[Any]) -> torch.Tensor | None:

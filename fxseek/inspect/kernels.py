@@ -82,11 +82,15 @@ def _attend_cuda(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Flash without a mask in half precision, else the memory-efficient kernel where it can."""
+    """Flash without a mask in half precision, else the memory-efficient kernel where it can.
+
+    Flash wants values as wide as keys.
+    """
     half = query.dtype in (torch.float16, torch.bfloat16)
     grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     plain = query.dim() == 4 and query.dtype is not torch.float64
-    if plain and half and attn_mask is None and query.shape[-1] <= 256:
+    even = query.shape[-1] == value.shape[-1]
+    if plain and half and even and attn_mask is None and query.shape[-1] <= 256:
         return torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, scale=scale
         )[0]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fxseek.ops.offload import HostTensor
-from fxseek.ops.rows import Rows, gather_rows, placed, put_rows_
+from fxseek.ops.rows import Rows, gather_rows, only_rows, placed, put_rows_
 
-__all__ = ["Joint", "Part", "join_rows"]
+__all__ = ["Joint", "Part", "join_rows", "pass_joint"]
 
 
 class Part:
@@ -101,7 +101,7 @@ class Joint:
         With them goes what later parts have left.
         """
         part, at = self.part, self.at
-        batch, kept = part.kept.shape
+        batch = len(part.kept)
         own = gather_rows(slope, part.kept[:, slots], at)
         if self.waiting is not None:
             waited = _slots(self.waiting, at, slots).to(own)
@@ -111,9 +111,17 @@ class Joint:
             own = own.masked_fill(placed(left_out, own, at), 0.0)
         if slots.start > 0:
             self._add(gather_rows(slope, part.kept[:, : slots.start], at), batch, slots.start)
-        if slots.stop < kept and not (self.cuts and part.keys is not None):
-            self._check(gather_rows(slope, part.kept[:, slots.stop :], at), slots)
+        self._check(slope, at, slots)
         return own
+
+    def passed(self, slope: Tensor, at: Rows, slots: slice) -> Tensor:
+        """The gradient of what the value has been expanded to, at tokens of this part and earlier.
+
+        `at`: where these are in it.
+        """
+        slots_read = slice(0, slots.stop)
+        self._check(slope, at, slots)
+        return only_rows(slope, self.part.kept[:, slots_read], at, self.part.left_out(slots_read))
 
     def _add(self, earlier: Tensor, batch: int, count: int) -> None:
         if self.at.packed:
@@ -127,11 +135,16 @@ class Joint:
         self.waiting = _slots(self.waiting, self.at, slice(0, count))
         self.waiting += earlier.to(self.waiting)
 
-    def _check(self, later: Tensor, slots: slice) -> None:
-        left_out = self.part.left_out(slice(slots.stop, None))
+    def _check(self, slope: Tensor, at: Rows, slots: slice) -> None:
+        """Note whether gradient has arrived behind a part."""
+        part = self.part
+        if slots.stop == part.kept.shape[1] or (self.cuts and part.keys is not None):
+            return
+        later = gather_rows(slope, part.kept[:, slots.stop :], at)
+        left_out = part.left_out(slice(slots.stop, None))
         arrived = later.abs() > 0  # not where it is NaN, as it is elsewhere then
         if left_out is not None:
-            arrived &= ~placed(left_out, later, self.at)
+            arrived &= ~placed(left_out, later, at)
         found = arrived.any()
         self.behind = found if self.behind is None else self.behind | found
 
@@ -165,3 +178,22 @@ def join_rows(joint: Joint, rows: Tensor) -> Tensor:
         joint.write(rows)
         return joint.value()
     return _Join.apply(joint, rows)  # type: ignore[return-value]
+
+
+class _PassJoint(torch.autograd.Function):
+    """What a joint is expanded to; gradient passes it at tokens of the part and of earlier ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, joint: Joint, at: Rows) -> Tensor:
+        ctx.joint, ctx.at, ctx.slots = joint, at, joint.part.slots
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.joint.passed(slope, ctx.at, ctx.slots), None, None
+
+
+def pass_joint(x: Tensor, joint: Joint, at: Rows) -> Tensor:
+    """`pass_kept` of what a joint is expanded to, [..., tokens that the part may read, ...]."""
+    return _PassJoint.apply(x, joint, at)  # type: ignore[return-value]

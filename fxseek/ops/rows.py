@@ -13,10 +13,13 @@ from torch import Tensor
 
 __all__ = [
     "Rows",
+    "every_token",
     "gather_entries",
     "gather_rows",
     "inverse",
+    "only_rows",
     "owned",
+    "pass_kept",
     "placed",
     "put_rows_",
     "rows_at",
@@ -117,6 +120,41 @@ def scatter_rows(
     moved = base.movedim((batch, row), (0, 1))
     whole = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
     return whole.movedim((0, 1), (batch, row))
+
+
+class _PassKept(torch.autograd.Function):
+    """A value whose gradient is that of its selected rows, and 0 elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, at: Rows, filled: Tensor | None) -> Tensor:
+        ctx.kept, ctx.at, ctx.filled = kept, at, filled
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return only_rows(slope, ctx.kept, ctx.at, ctx.filled), None, None, None
+
+
+def pass_kept(x: Tensor, kept: Tensor, at: Rows, filled: Tensor | None = None) -> Tensor:
+    """A full value through which gradient passes at its selected rows alone.
+
+    Shapes as `scatter_rows` has them.
+    """
+    return _PassKept.apply(x, kept, at, filled)  # type: ignore[return-value]
+
+
+def only_rows(x: Tensor, kept: Tensor, at: Rows, filled: Tensor | None = None) -> Tensor:
+    """A full value [..., tokens, ...] with zeros but for its selected rows."""
+    rows = gather_rows(x, kept, at)
+    if filled is not None:
+        rows = rows.masked_fill(placed(filled, rows, at), 0.0)
+    return scatter_rows(torch.zeros_like(x), rows, kept, at)
+
+
+def every_token(x: Tensor, at: Rows) -> Tensor:
+    """The positions of all tokens of a value that is not packed, LongTensor[batch, tokens]."""
+    batch = 1 if at.batch is None else x.shape[at.batch] // at.heads
+    return torch.arange(x.shape[at.row], device=x.device).expand(batch, -1)
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -112,25 +112,38 @@ def permute(call: Call) -> Plan | None:
     family="per-token",
     layout=True,
     cheap=True,
-    reason="repeats along dimensions of size 1, which belong to no token",
+    reason="repeats along dimensions of size 1, which belong to no token, or makes rows of tokens",
     samples=(
         Sample(lambda x: x.unsqueeze(2).expand(-1, -1, 3, -1)),
         Sample(lambda x: x.unsqueeze(0).expand(2, *x.shape)),
         Sample(lambda x: torch.broadcast_to(x.unsqueeze(0), (2, *x.shape))),
         Sample(lambda x, y: x[..., :1].expand_as(y), ("b t 5", "b t 5")),
+        Sample(lambda x, w: x * w.expand(x.shape[0], x.shape[1], -1), ("b t 5", "5")),
+        Sample(lambda x, w: x + w.view(3, 1, 1).expand_as(x), ("b 3 t 5", "3")),
     ),
 )
 def expand(call: Call) -> Plan | None:
-    """Broadcasting to explicit sizes."""
+    """Broadcasting to explicit sizes; what has no tokens becomes the same for each."""
     found = _source(call)
     if found is None:
-        return None
+        return _of_each(call)
     source, rows = found
     after = _checked(call, rows.shift(len(call.out) - len(call.shape(source))))
     if after is None:
         return None
     target = torch.Tensor.expand
     return Plan(after, target, (call.own(source, rows), call.compact_shape(after)))
+
+
+def _of_each(call: Call) -> Plan | None:
+    """A value without tokens, the same for every token."""
+    source = call.arg(0, "input")
+    if not is_tensor(source) or call.facts.token_sized(source):
+        return None
+    rows = call.sizes.rows(call.out)
+    if rows is None or rows.packed:
+        return None
+    return Plan(rows, torch.Tensor.expand, (Full(source), call.compact_shape(rows)))
 
 
 @rule(

@@ -7,6 +7,7 @@ import inspect
 import io
 import logging
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -184,6 +185,8 @@ def test_explain_runs_no_step_and_names_the_stages(model, inputs):
     page = str(fxseek.explain(model, **inputs))
     assert "prefill → score → select → gather → learn" in page
     assert "general path (scatter → op → gather): none" in page
+    share = r"saved for backward: [\d.]+% of ordinary training's \(.* MiB of .* MiB\): "
+    assert re.search(share + r"activations of \d+% of the tokens, keys, values and", page)
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(fxseek.InputError, match="no training step has run"):

@@ -8,8 +8,10 @@ import pytest
 import torch
 from families import FAMILIES
 from models import double_throughout
+from oracle import WIDTH, Model, assert_exact, inputs_of, model_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.integrations import moe
 from tuners import spread
 
@@ -109,6 +111,37 @@ def test_adapters_on_experts(targets):
     assert any("experts" in name for name in trained)
     experts = base.model.layers[0].mlp.experts.get_base_layer()
     assert isinstance(experts.down_proj, nn.Parameter)  # as it was before the step
+
+
+def _up_to_capacity(m: Model, x: Tensor) -> Tensor:
+    """Each expert takes the first two tokens of a row that have chosen it, and drops the others."""
+    router, *experts = m.layers
+    shares = router(x).softmax(-1)
+    chosen = F.one_hot(shares.argmax(-1), len(experts))
+    chosen = chosen * (chosen.cumsum(1) <= 2)
+    found = torch.stack([expert(x) for expert in experts], -1)
+    return x + (found * (chosen * shares).unsqueeze(2)).sum(-1)
+
+
+def _weighed_by_others(m: Model, x: Tensor) -> Tensor:
+    """A capacity in shares: what the tokens before have taken carries gradient."""
+    router, *experts = m.layers
+    shares = router(x).softmax(-1)
+    left = (2 - shares.cumsum(1)).clamp(min=0)
+    found = torch.stack([expert(x) for expert in experts], -1)
+    return x + (found * (left * shares).unsqueeze(2)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("body", "general"), [(_up_to_capacity, []), (_weighed_by_others, ["cumsum"])]
+)
+def test_a_capacity_is_decided_by_all_tokens(body, general):
+    """What is counted over them is a constant; what carries gradient falls back, and is named."""
+    layers = [nn.Linear(WIDTH, 3), *(nn.Linear(WIDTH, WIDTH) for _ in range(3))]
+    model = model_of(body, *layers)
+    assert_exact(model)
+    assert fallbacks(model) == general
+    assert [x.operation for x in fxseek.explain(model, **inputs_of()).fallbacks] == general
 
 
 class Unknown(nn.Module):

@@ -34,6 +34,8 @@ SWEPT = {
     "albert", "electra", "roformer", "qwen2_moe", "olmoe", "granitemoe", "mpt", "bart",
     "smolvlm_text", "smolvlm_images", "paligemma_text", "roberta_classes", "gemma3_images",
     "qwen2_vl_images", "qwen2_5_vl_images", "qwen3_vl_images", "deit", "dinov2", "siglip", "beit",
+    "youtu", "glm4_moe_lite", "minicpm3", "kimi_linear", "jamba", "zamba2", "bamba", "falcon_h1",
+    "qwen3_next",
 }  # fmt: skip
 """Families left to the sweep: another one is much like them."""
 
@@ -49,7 +51,12 @@ CELLS = [
     )
     for family in FAMILIES.values()
     for attention in family.attentions
-    if family.name != "mamba2" and not family.refused
+    if not family.mixer and not family.refused
+]
+MIXERS = [
+    pytest.param(family, id=family.name, marks=_marks(family, "sdpa"))
+    for family in FAMILIES.values()
+    if family.mixer
 ]
 
 
@@ -87,18 +94,23 @@ def test_exact(family: Family, attention: str):
     assert general_in_experts(model) == []
 
 
-def test_mamba_2():
-    """No attention, and scans over tokens: every operation of the mixer is the general path's.
+@pytest.mark.parametrize("family", MIXERS)
+def test_mixers_of_other_kinds_take_the_general_path(family: Family):
+    """Scans over tokens, delta rules, convolutions; and nothing else does.
 
-    Its own parameters are added inside the mixer's forward, where module hooks cannot cut.
+    Their own parameters are added inside their forward, where module hooks cannot cut.
     """
-    family = FAMILIES["mamba2"]
     with double_throughout():
-        model = family.make("eager").double()
-        batch = family.batch(batch=5)
-        fxseek.compile(model, 0.3, score="random")
-        assert_exact_causal(model, batch)
-        assert "conv1d" in " ".join(general(model))
+        model = family.make(family.attentions[0]).double()
+        fxseek.compile(model, 0.3, score=family.score)
+        assert_exact_causal(model, family.batch(batch=5, dtype=torch.float64))
+    assert "conv1d" in " ".join(general(model))
+    outside = [
+        node.format_node()
+        for node in fallbacks(model)
+        if family.mixer not in module_path(node).split(".")
+    ]
+    assert outside == []
 
 
 @pytest.mark.parametrize("name", [name for name, x in FAMILIES.items() if x.refused])

@@ -12,6 +12,7 @@ from models import batch, double_throughout
 from oracle import Model, assert_exact, inputs_of, model_of
 from sweeps import thinned
 from torch import Tensor
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 import fxseek
@@ -62,11 +63,32 @@ def test_a_function_of_one_level_with_gradient():
     assert_exact(model_of(body))
 
 
+def test_a_function_of_rows():
+    def body(m: Model, x: Tensor) -> Tensor:
+        return x + torch.vmap(lambda row, other: (row * m.scale).sin() + other)(x, x.cos())
+
+    assert_exact(model_of(body))
+
+
+def test_a_scan_over_tokens():
+    """By a function of two states, mapped over the pairs of each level of a tree."""
+
+    def combined(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Any:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def body(m: Model, x: Tensor) -> Tensor:
+        pairs = (x.sigmoid(), x * m.scale)
+        states = associative_scan(combined, pairs, dim=1, combine_mode="generic")
+        return x + states[1]
+
+    assert_exact(model_of(body))
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda row: (row * 2).cumsum(0),
-        lambda row: row * 2,
+        lambda row: row * torch.ones(2, 1, 1),
         lambda row: row.sum(),
     ],
 )

@@ -71,6 +71,10 @@ class Family:
     """A part of the error's message, where the family cannot be trained."""
     score: str = "tokenseek"
     """ "random" where a model has no attention, or no residual stream."""
+    mixer: str = ""
+    """The module that mixes tokens by other means than attention, and has parameters of its own.
+
+    Hooks on modules cannot cut inside it; its operations may take the general path."""
 
     def make(self, attention: str = "sdpa", **changes: Any) -> nn.Module:
         """The model in training mode, float32, the same weights every time."""
@@ -240,6 +244,10 @@ _LATENT = {
     "v_head_dim": 10,
 }  # fmt: skip
 _LATENT_LORA = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+_SMALL_LATENT = {k: v for k, v in _LATENT.items() if k.startswith(("q_", "kv_", "qk_", "v_"))}
+_STATES = {
+    "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 12, "mamba_chunk_size": 8,
+}  # fmt: skip
 _EYES = {
     "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 3,
     "image_size": 20,
@@ -357,7 +365,49 @@ FAMILIES: dict[str, Family] = {
         Family("mamba2", "Mamba2Config", "Mamba2ForCausalLM",
                {"vocab_size": VOCAB, "hidden_size": 40, "num_hidden_layers": 2, "num_heads": 8,
                 "head_dim": 10, "state_size": 12, "n_groups": 2, "chunk_size": 8, "expand": 2},
-               attentions=("eager",), dense=False, lora=("in_proj",), score="random"),
+               attentions=("eager",), dense=False, lora=("in_proj",), score="random",
+               mixer="mixer"),
+        Family("jamba", "JambaConfig", "JambaForCausalLM",
+               {**DENSE, **EXPERTS, "num_experts": 4, "attn_layer_period": 2,
+                "attn_layer_offset": 1, "mamba_d_state": 12, "mamba_dt_rank": 6},
+               attentions=("sdpa",), dense=False, mixer="mamba"),
+        Family("zamba2", "Zamba2Config", "Zamba2ForCausalLM",
+               {**DENSE, "num_hidden_layers": 3, "n_mamba_heads": 8, "mamba_ngroups": 2,
+                "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+                "mamba_d_state": 12, "chunk_size": 8, "use_shared_attention_adapter": True,
+                "adapter_rank": 6, "use_mem_rope": True, "num_key_value_heads": 4},
+               attentions=("sdpa",), dense=False, mixer="mamba"),
+        Family("bamba", "BambaConfig", "BambaForCausalLM",
+               {**DENSE, **_STATES, "attn_layer_indices": [1]},
+               attentions=("sdpa",), dense=False, mixer="mamba"),
+        Family("falcon_h1", "FalconH1Config", "FalconH1ForCausalLM",
+               {**DENSE, **_STATES, "mamba_d_ssm": 80}, attentions=("sdpa",), dense=False,
+               mixer="mamba", lora=(*ATTENTION, "gate_proj", "up_proj", "down_proj", "in_proj")),
+        Family("qwen3_next", "Qwen3NextConfig", "Qwen3NextForCausalLM",
+               {**DENSE, **EXPERTS, "num_experts": 4, "moe_intermediate_size": 28,
+                "shared_expert_intermediate_size": 36, "head_dim": 16,
+                "layer_types": ["linear_attention", "full_attention"],
+                "linear_key_head_dim": 6, "linear_value_head_dim": 10,
+                "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+               attentions=("sdpa",), dense=False, mixer="linear_attn"),
+        Family("lfm2", "Lfm2Config", "Lfm2ForCausalLM",
+               {**DENSE, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3,
+                "block_auto_adjust_ff_dim": False},
+               attentions=("sdpa",), dense=False, mixer="conv"),
+        Family("minicpm3", "MiniCPM3Config", "MiniCPM3ForCausalLM",
+               {**_NO_GROUPS, **_SMALL_LATENT}, attentions=("sdpa",), dense=False),
+        Family("youtu", "YoutuConfig", "YoutuForCausalLM",
+               {**_NO_GROUPS, **_SMALL_LATENT}, attentions=("sdpa",), dense=False),
+        Family("glm4_moe_lite", "Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM",
+               {**_LATENT, "mlp_layer_types": ["dense", "sparse"]},
+               attentions=("sdpa",), dense=False),
+        Family("kimi_linear", "KimiLinearConfig", "KimiLinearForCausalLM",
+               {**_NO_GROUPS, **_SMALL_LATENT, **EXPERTS, "q_lora_rank": None,
+                "num_local_experts": 4, "moe_intermediate_size": 28,
+                "mlp_layer_types": ["dense", "sparse"],
+                "layer_types": ["linear_attention", "full_attention"],
+                "linear_head_dim": 10, "linear_num_heads": 2},
+               attentions=("sdpa",), dense=False, mixer="self_attn"),
         Family("bert", "BertConfig", "BertForMaskedLM", ENCODER, "masked", dense=False),
         Family("roberta", "RobertaConfig", "RobertaForMaskedLM", ENCODER, "masked", dense=False),
         Family("distilbert", "DistilBertConfig", "DistilBertForMaskedLM",

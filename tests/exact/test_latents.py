@@ -1,0 +1,116 @@
+"""Latent attention: what keys and values follow from waits for backward, and not they."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import FAMILIES
+from models import double_throughout
+from torch import nn
+from tuners import spread
+
+import fxseek
+from fxseek.capture.step import step_of
+from fxseek.ops.parts import pass_joint
+from fxseek.ops.rows import pass_kept
+from fxseek.passes.facts import example
+from fxseek.program import Program
+
+FAMILY = FAMILIES["minicpm3"]
+LATENT, ROTARY = 12, 6
+SWEEP = pytest.mark.sweep
+OFFLOAD = {"recompute": "block", "kv": "offload"}
+
+
+def program_of(model: nn.Module) -> Program:
+    step = step_of(model)
+    assert step is not None
+    return step.recorder.steps[-1].program
+
+
+def kept_widths(program: Program) -> set[int]:
+    """The widths of the values [batch, heads, tokens, width] that wait for the learn stage."""
+    values = (example(node) for node in program.whole)
+    return {int(value.shape[-1]) for value in values if value.dim() == 4}
+
+
+def adapted(model: Any, dropout: float = 0.0) -> nn.Module:
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=dropout)
+    tuned = peft.get_peft_model(model, config).double().train()
+    spread(tuned)
+    return tuned
+
+
+@pytest.mark.parametrize(
+    ("options", "lora"),
+    [
+        ({}, True),
+        ({"learn_chunk": 3}, False),
+        pytest.param({"learn_chunk": 3, "ratio": 1.0, "recompute": "block"}, True, marks=SWEEP),
+        pytest.param({**OFFLOAD, "learn_chunk": 5, "prefill_chunk": 6}, True, marks=SWEEP),
+        pytest.param(OFFLOAD, False, marks=SWEEP),
+        pytest.param({"ratio": 1.0}, False, marks=SWEEP),
+        pytest.param({"learn_chunk": 4, "ratio": "labelled"}, False, marks=SWEEP),
+    ],
+)
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=SWEEP)])
+@pytest.mark.parametrize("rows", [2, pytest.param(1, marks=SWEEP)])
+def test_gradients_are_those_of_expanded_keys_and_values(options, lora, attention, rows):
+    layers = 1 if rows == 2 else 2
+    with double_throughout():
+        model = FAMILY.make(attention, num_hidden_layers=layers).double()
+        model = adapted(model) if lora else model
+        fxseek.compile(model, **{"ratio": 0.3, **options})
+        fxseek.check_gradients(model, 1e-9, **FAMILY.batch(rows, dtype=torch.float64))
+    program = program_of(model)
+    assert kept_widths(program) == {LATENT, ROTARY}
+    assert isinstance(program.parts, str) is ("learn_chunk" not in options)
+    learned = program.learned[0].graph
+    target = pass_joint if "learn_chunk" in options else pass_kept
+    assert len(learned.find_nodes(op="call_function", target=target)) == 2 * layers
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_what_is_drawn_is_not_drawn_again(chunk):
+    """Of an adapter with dropout, what is behind it is kept beside the latent: 3 more numbers."""
+    model = adapted(FAMILY.make(num_hidden_layers=1), dropout=0.3)
+    fxseek.compile(model, 0.3, learn_chunk=chunk)
+    model(**FAMILY.batch(dtype=torch.float64)).loss.backward()
+    assert kept_widths(program_of(model)) == {LATENT, ROTARY, 3}
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_nothing_is_expanded_again_where_all_is_to_be_kept():
+    model = fxseek.compile(FAMILY.make(num_hidden_layers=1), 0.3, recompute="none")
+    model(**FAMILY.batch()).loss.backward()
+    assert kept_widths(program_of(model)) == {8 + ROTARY, 10}
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({"ratio": 0.1}, 0.15),
+        ({"ratio": 1.0, "learn_chunk": 12}, 0.0),
+        pytest.param({"ratio": 0.1, "recompute": "block"}, 0.0, marks=SWEEP),
+        pytest.param({"ratio": 1.0}, 2.0, marks=SWEEP),
+    ],
+)
+def test_saved_bytes_do_not_grow_with_the_heads(options, least):
+    """Of all tokens 18 numbers are kept, however many heads are made of them.
+
+    `least`: by how much a head may add, in shares of its keys and values of all tokens. Queries of
+    the selected tenth are kept.
+    """
+    tokens, width, saved = 120, 14, []
+    for heads in (4, 8):
+        sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "v_head_dim": width}
+        model = FAMILY.make(num_hidden_layers=1, **sizes)
+        fxseek.compile(model, score="random", **options)
+        model(**FAMILY.batch(1, tokens)).loss.backward()
+        saved.append(fxseek.report(model).saved_bytes)
+    keys_and_values = 4 * 2 * tokens * width * 4
+    assert saved[1] - saved[0] <= least * keys_and_values
