@@ -98,8 +98,13 @@ class Gathering:
             piece, dim = sharding.piece, sharding.dim
             nbytes = math.prod(piece) * sharding.dtype.itemsize
             pieces = self.received[:, start : start + nbytes].view(sharding.dtype)
-            pieces = pieces.view(len(pieces), *piece)
-            full = torch.cat(pieces.unbind(0), dim)  # a view would keep all that was received
+            pieces = pieces.view(-1, *piece)
+            if dim:
+                full = torch.cat(pieces.unbind(0), dim)
+            else:
+                if len(self.starts) > 1:  # a view would keep all that was received
+                    pieces = pieces.clone(memory_format=torch.contiguous_format)
+                full = pieces.flatten(0, 1)
             found.append(full.narrow(dim, 0, sharding.shape[dim]))
         del self.received, pieces
         self.shardings[0].team.follow(found)
