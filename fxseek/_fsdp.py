@@ -62,6 +62,11 @@ def policy_of(module: nn.Module) -> Any:
     return state_of(module)._mp_policy
 
 
+def reduces(module: nn.Module) -> bool:
+    """Whether FSDP's backward reduces a module's gradients (`set_requires_gradient_sync`)."""
+    return all(group.reduce_grads for group in groups_of(module))
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: its parameters may wait elsewhere."""
     return state_of(module)._device

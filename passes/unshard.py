@@ -9,19 +9,21 @@ After::
     w0_whole, w1_whole = unshard_0(w0, w1)        # one all-gather for the segment
     h = linear(x0, w0_whole); x1 = add(x0, linear(h, w1_whole)); ...
 
-A whole parameter is let go after its last reader, as any value. Where a segment is run again in
-backward, so is its all-gather, and nothing whole is kept in between. A parameter that several
-segments read is gathered in each; autograd adds up what their backward has reduced.
+Where the backend can overlap, `unshard_0` also begins the gather of `unshard_1`, whose shards it is
+given for that. A whole parameter is let go after its last reader, as any value. Where a segment is
+run again in backward, so is its all-gather, and nothing whole is kept in between. A parameter that
+several segments read is gathered in each; autograd adds up what their backward has reduced.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 from torch import fx
 
-from fxseek.ops.shards import Sharding, Unshard, in_buckets
+from fxseek.ops.shards import Chain, Sharding, Unshard, in_buckets
 from fxseek.passes.ir import Input, Parameter, Piece, origin
 from fxseek.passes.segments import block_inputs
 from fxseek.passes.structure import Structure
@@ -58,15 +60,21 @@ def unshard(piece: Piece, place: dict[fx.Node, int]) -> Piece:
             continue
         for read in dict.fromkeys(x for x in node.all_input_nodes if x in shardings):
             readers.setdefault(place[node], {}).setdefault(read, []).append(node)
-    parts = dict(piece.parts)
+    parts, chain = dict(piece.parts), Chain()
+    calls: list[fx.Node] = []
     for segment, read in readers.items():
         nodes = list(read)
         for bucket in in_buckets(shardings[node] for node in nodes):
             own = {nodes[at]: read[nodes[at]] for at in bucket}
             name = f"unshard_{len(parts)}"
-            parts[name] = Unshard([shardings[node] for node in own])
-            for made in _gather(piece.graph, name, own):
-                place[made] = segment
+            parts[name] = Unshard([shardings[node] for node in own], chain)
+            call, *values = _gather(piece.graph, name, own)
+            calls.append(call)
+            place.update(dict.fromkeys((call, *values), segment))
+    for call, following in pairwise(calls):
+        own, after = call.args, following.args
+        call.kwargs = {**call.kwargs, "after": after}
+        following.kwargs = {"before": own}
     piece.parts = parts
     return piece
 

@@ -1,4 +1,4 @@
-"""What Dynamo traces where PEFT reads a quantised weight, as DoRA does."""
+"""Quantised weights: what Dynamo traces where PEFT reads one, and what stands for a sharded one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["trace_dequantisation"]
+__all__ = ["holds_packed", "packed_weight", "trace_dequantisation"]
 
 _done = False
 
@@ -51,3 +51,26 @@ def trace_dequantisation() -> None:
         original = getattr(module, traced.__name__, None)
         if original is not None:
             torch.compiler.substitute_in_graph(original)(traced)
+
+
+def holds_packed(module: torch.nn.Module, name: str) -> bool:
+    """Whether a parameter of a module holds numbers of 4 bits of bitsandbytes, packed."""
+    return name == "weight" and getattr(module, "quant_state", None) is not None
+
+
+def packed_weight(
+    module: torch.nn.Module, name: str, empty: torch.Tensor
+) -> torch.nn.Parameter | None:
+    """A parameter of 4 bits that has the module's state, as a shard has not; None for others.
+
+    bitsandbytes would make one of a plain parameter in the module's forward.
+    """
+    if not holds_packed(module, name):
+        return None
+    from bitsandbytes.nn import Params4bit
+
+    state: Any = module.quant_state
+    return Params4bit(
+        empty, quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested,
+        quant_type=state.quant_type, quant_storage=empty.dtype, bnb_quantized=True,
+    )  # fmt: skip

@@ -18,15 +18,24 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from fxseek import _fsdp, _torch, errors
+from fxseek import _fsdp, _torch
+from fxseek.capture.quantised import holds_packed, packed_weight
 from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, InputError
-from fxseek.ops.shards import Sharding, Team, Unshard
+from fxseek.ops.shards import Sharding, Unshard
+from fxseek.ops.team import Team, as_message, error_of, step_begins, tell
 from fxseek.passes.facts import needs_grad
 from fxseek.passes.unshard import mark_sharded, sharding_of
 from fxseek.program import Program
 
-__all__ = ["Shards", "collectives_of", "config_for_shards", "refuse_sharded", "refuse_shards"]
+__all__ = [
+    "Shards",
+    "collectives_of",
+    "config_for_shards",
+    "refuse_sharded",
+    "refuse_shards",
+    "refuse_unreduced",
+]
 
 _MESSAGE_BYTES = 2048
 _PLANS = 2**32
@@ -49,6 +58,19 @@ def refuse_shards(model: nn.Module, call: str) -> None:
         raise InputError(
             f"{call} runs the model in ways of its own, and reads whole parameters; this one is "
             "sharded by FSDP2. Give it the model before fully_shard, or a small one of its kind."
+        )
+
+
+def refuse_unreduced(model: nn.Module) -> None:
+    """Refuse a sharded model whose own backward would leave gradients where they are.
+
+    Raises:
+        InputError: `set_requires_gradient_sync` is off.
+    """
+    if not all(map(_fsdp.reduces, _fsdp.sharded_modules(model.modules()))):
+        raise InputError(
+            "FSDP2's own backward, which gradients are compared with, does not reduce them at the "
+            "moment: call model.set_requires_gradient_sync(True) before the check"
         )
 
 
@@ -112,7 +134,7 @@ class Shards:
             for module, name, sharding in _shardings(modules, InputError):
                 parameter: Any = getattr(module, name)
                 own = known.get(id(parameter))  # tied parameters stay one
-                own = own or self._stand_in(parameter, sharding)
+                own = own or self._stand_in(module, name, parameter, sharding)
                 known[id(parameter)] = own
                 undo.callback(_fsdp.set_parameter, module, name, parameter)
                 _fsdp.set_parameter(module, name, own.stand_in)
@@ -150,12 +172,17 @@ class Shards:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A call that fails here before it has begun fails in all processes."""
+        """A call that fails here before it has begun fails in all processes.
+
+        One that fails later leaves a note for those that wait for this one.
+        """
         self._agreed = False
         try:
             yield
         except Exception as error:
-            if not self._agreed:
+            if self._agreed:
+                tell(error)
+            else:
                 self._meet(0, error)
             raise
 
@@ -168,6 +195,7 @@ class Shards:
         """
         self._agreed = True
         self._meet(plan, None)
+        step_begins()
 
     def _meet(self, plan: int, error: Exception | None) -> None:
         teams = [known.sharding.team for known in self._known.values()]
@@ -179,24 +207,28 @@ class Shards:
         plans = [plan, -plan] if error is None else [0, -_PLANS]
         last, highest, lowest = team.largest(torch.tensor([failed, *plans])).tolist()
         if last:
-            own = type(error).__name__ + "\n" + str(error) if failed == last else ""
+            own = as_message(error) if error is not None and failed == last else ""
             text = bytearray(own.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"))
             told = team.largest(torch.frombuffer(text, dtype=torch.uint8))
             if error is None:
-                raise _error_of(last - 1, bytes(told.tolist()))
+                message = bytes(told.tolist()).rstrip(b"\0").decode(errors="ignore")
+                raise error_of(last - 1, "could not begin its step", message)
         elif highest != -lowest:
             raise InputError(
                 "processes have captured steps that gather other parameters, or in another order: "
                 "call the model with the same arguments in each, and freeze the same parameters"
             )
 
-    def _stand_in(self, parameter: Any, sharding: Sharding) -> _Known:
+    def _stand_in(self, module: nn.Module, name: str, parameter: Any, sharding: Sharding) -> _Known:
         known = self._known.get(id(parameter))
         trained = parameter.requires_grad
         if known is None or known.sharding != sharding or known.stand_in.requires_grad != trained:
             empty = torch.empty(sharding.shape, dtype=sharding.dtype, device=sharding.team.device)
             empty.untyped_storage().resize_(0)
-            known = _Known(parameter, sharding, nn.Parameter(empty, requires_grad=trained))
+            stand_in = packed_weight(module, name, empty)
+            if stand_in is None:
+                stand_in = nn.Parameter(empty, requires_grad=trained)
+            known = _Known(parameter, sharding, stand_in)
         return known
 
     def mark(self, graph: fx.Graph) -> None:
@@ -234,14 +266,6 @@ def collectives_of(program: Program) -> int:
     return zlib.crc32(repr((gathered, trained)).encode())
 
 
-def _error_of(rank: int, message: bytes) -> FxseekError:
-    """The error of another process."""
-    name, _, text = message.rstrip(b"\0").decode(errors="ignore").partition("\n")
-    kind = getattr(errors, name, None)
-    told = text if kind is not None else f"{name}: {text}"
-    return (kind or FxseekError)(f"process {rank} could not begin its step: {told}")
-
-
 # ---- how parameters are sharded ------------------------------------------------------------------
 
 
@@ -265,7 +289,9 @@ def _shardings(
             if known is None:
                 full = f"{path}.{name}" if path else name
                 owner = _owner(path, by_name, owners)
-                known = found[id(parameter)] = _sharding(full, parameter, owner, teams, kind)
+                packed = holds_packed(module, name)
+                known = _sharding(full, parameter, owner, teams, kind, packed=packed)
+                found[id(parameter)] = known
             yield module, name, known
 
 
@@ -282,7 +308,7 @@ def _owner(path: str, modules: dict[str, nn.Module], owners: dict[Any, None]) ->
 
 def _sharding(
     name: str, parameter: Any, owner: nn.Module | None, teams: dict[Any, Team],
-    kind: type[FxseekError],
+    kind: type[FxseekError], *, packed: bool,
 ) -> Sharding:  # fmt: skip
     from torch.distributed.tensor import Replicate, Shard
 
@@ -323,6 +349,13 @@ def _sharding(
     divisor = next(iter(divisors), None)
     policy, dtype = _fsdp.policy_of(owner), parameter.dtype
     if policy.param_dtype is not None and dtype.is_floating_point:
+        if packed and policy.param_dtype != dtype:
+            raise kind(
+                f"{name!r} holds packed numbers of 4 bits as {dtype}, and FSDP2's "
+                f"MixedPrecisionPolicy would round them to {policy.param_dtype} as if they were "
+                "weights. Load the model with bnb_4bit_quant_storage=that type, or shard it "
+                "without param_dtype."
+            )
         dtype = policy.param_dtype
     return Sharding(
         name, team, parameter.shape, placements[-1].dim % max(1, parameter.dim()), dtype,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxseek.capture.sharded import refuse_shards
+from fxseek.capture.sharded import refuse_unreduced
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.capture.trl import traceable_log_probs
 from fxseek.errors import GradientMismatch, InputError
@@ -57,7 +57,8 @@ def check_gradients(
     """Compare one step's gradients with masked full backprop of the same selection.
 
     The model's gradients, random state and step count are put back. The reference runs the
-    uncompiled model with module hooks and shares no code with the passes.
+    uncompiled model with module hooks and shares no code with the passes. Of a model that FSDP2 has
+    sharded, gradients are averages over the processes, and all processes must call this.
 
     Args:
         model: a model compiled by `fxseek.compile`, in training mode.
@@ -79,7 +80,7 @@ def check_gradients(
     step = step_of(model)
     if step is None:
         raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
-    refuse_shards(model, "check_gradients")
+    refuse_unreduced(model)
     if not model.training:
         raise InputError("check_gradients needs training mode: call model.train() first")
     noisy = [

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxseek._fsdp import is_sharded
 from fxseek.errors import InputError
 
 __all__ = ["Comparison", "compare"]
@@ -32,7 +33,8 @@ def compare(
     An error is relative to the largest entry, in magnitude, of that parameter's reference gradient,
     but at least ``floor`` times the largest of all parameters: a gradient that is zero but for
     rounding, such as a key bias under full attention, has no relative error to speak of. A missing
-    gradient (no entry, or None) counts as zeros. NaN and infinity give an infinite error.
+    gradient (no entry, or None) counts as zeros. NaN and infinity give an infinite error. Sharded
+    gradients are gathered one by one: all processes find the same.
 
     Raises:
         InputError: Two gradients of one parameter have different shapes.
@@ -40,12 +42,12 @@ def compare(
     names = list(dict.fromkeys([*reference, *gradients]))
     scales = {}
     for name in names:
-        wanted = reference.get(name)
+        wanted = _whole(reference.get(name))
         scales[name] = 0.0 if wanted is None or not wanted.numel() else wanted.abs().max().item()
     lowest = max(floor * max(scales.values(), default=0.0), torch.finfo(torch.float64).tiny)
     worst = Comparison(0.0, names[0] if names else "")
     for name in names:
-        got, wanted = gradients.get(name), reference.get(name)
+        got, wanted = _whole(gradients.get(name)), _whole(reference.get(name))
         if got is None and wanted is None:
             continue
         if got is not None and wanted is not None and got.shape != wanted.shape:
@@ -64,3 +66,7 @@ def compare(
         if error > worst.error:
             worst = Comparison(error, name)
     return worst
+
+
+def _whole(gradient: Tensor | None) -> Tensor | None:
+    return gradient.full_tensor() if is_sharded(gradient) else gradient  # type: ignore[union-attr]

@@ -181,7 +181,7 @@ def estimate(
     held, step, given = model, captured.step, captured.inputs
     if shards > 1:
         noted = partial(run.tracker.label, category="whole parameters")
-        held, step, given = as_sharded(captured, model, config, shards, noted)
+        held, step, given = as_sharded(captured, model, config, shards, device != "cpu", noted)
     kept = run.selective(held, step, given, inputs)
     return Estimate(**run.tracker.result(), kept=kept, **about)
 

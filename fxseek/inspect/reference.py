@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxseek._fsdp import is_sharded
 from fxseek._torch import compiled_call, set_compiled_call
 from fxseek.errors import InputError
 from fxseek.inspect.lengths import (
@@ -389,11 +390,25 @@ def _gradients(value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
     """Gradients without touching ``.grad``; zeros for what ``value`` does not depend on."""
     if not value.requires_grad or not parameters:
         return [torch.zeros_like(p) for p in parameters]
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    if any(map(is_sharded, parameters)):  # FSDP2 hands gradients to `.grad` alone
+        found = _sharded_gradients(value, parameters)
+    else:
+        found = torch.autograd.grad(value, parameters, allow_unused=True)
     return [
         torch.zeros_like(p) if g is None else g.detach()
         for p, g in zip(parameters, found, strict=True)
     ]
+
+
+def _sharded_gradients(value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    before = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    value.backward()
+    found = [p.grad for p in parameters]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    return found
 
 
 # ---- the model and its batch -----------------------------------------------------------------

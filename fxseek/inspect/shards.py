@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fxseek.config import SeekConfig
 from fxseek.inspect.explain import Captured
-from fxseek.ops.shards import Sharding, Team
+from fxseek.ops.shards import Sharding
+from fxseek.ops.team import Team
 from fxseek.passes.unshard import mark_sharded
 from fxseek.run.assemble import Step
 
@@ -20,9 +21,10 @@ __all__ = ["as_sharded"]
 
 @dataclass(frozen=True)
 class _Pretended(Team):
-    """Processes that are not there; `noted` is told of parameters that are whole."""
+    """Processes that are not there; `noted` is told of whole parameters."""
 
     processes: int
+    ahead: bool
     noted: Callable[[Sequence[Tensor]], None]
 
     @property
@@ -37,8 +39,12 @@ class _Pretended(Team):
     def size(self) -> int:
         return self.processes
 
-    def gather(self, sent: Tensor) -> Tensor:
-        return sent.new_empty(self.count * len(sent))
+    @property
+    def overlaps(self) -> bool:
+        return self.ahead
+
+    def gather(self, sent: Tensor, *, later: bool = False) -> tuple[Tensor, Any]:
+        return sent.new_empty(self.count * len(sent)), None
 
     def reduce(self, sent: Tensor) -> Tensor:
         return sent.new_empty(sent.shape[1])
@@ -63,15 +69,17 @@ def as_sharded(
     model: nn.Module,
     config: SeekConfig,
     processes: int,
+    ahead: bool,
     noted: Callable[[Sequence[Tensor]], None],
 ) -> AsSharded:
     """The step of a process that holds one of so many shards of each of a model's parameters.
 
-    `noted` is told of parameters when they are whole. Quantised weights stay whole, as accelerate
-    leaves them out.
+    `ahead`: the next segment's parameters are gathered ahead of their use, as on a GPU; `noted` is
+    told of whole parameters, and of what is received of them. Quantised weights stay whole, as
+    accelerate leaves them out.
     """
     device = next(model.parameters()).device
-    team = _Pretended(None, None, device, processes, noted)  # type: ignore[arg-type]
+    team = _Pretended(None, None, device, processes, ahead, noted)  # type: ignore[arg-type]
     shards: dict[int, tuple[Sharding, nn.Parameter]] = {}
     held = nn.Module()
     for index, (name, parameter) in enumerate(model.named_parameters()):

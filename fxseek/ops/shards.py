@@ -3,78 +3,31 @@
 `torch.distributed.fsdp.fully_shard` leaves each process a shard of every parameter. Here several
 are made whole by one all-gather of their bytes. Backward reduces the gradients by one
 reduce-scatter, and averages them as FSDP does (over all processes of the mesh).
+
+Where collectives run beside what is computed, the all-gather of the next segment begins ahead of
+this segment's work, and is waited for where the next segment begins: two segments' parameters are
+there then, and never more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxseek import _fsdp
+from fxseek import _torch
+from fxseek.ops.team import Team, steps_begun, tell
 
-__all__ = ["Sharding", "Team", "Unshard", "in_buckets", "whole"]
+__all__ = ["Chain", "Gathering", "Sharding", "Unshard", "begin", "in_buckets", "whole"]
 
 _ALIGNED = 16
 """Bytes at whose multiples a shard begins in a buffer: no number is longer."""
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that share a model: `shards` hold its parts, `replicas` the same part.
-
-    `device`: where they communicate.
-    """
-
-    shards: dist.ProcessGroup
-    replicas: dist.ProcessGroup | None
-    device: torch.device
-
-    @property
-    def count(self) -> int:
-        """How many shards a parameter has."""
-        return self.shards.size()
-
-    @property
-    def rank(self) -> int:
-        """Which of them is this process's."""
-        return self.shards.rank()
-
-    @property
-    def size(self) -> int:
-        """The number of processes."""
-        return self.count * (1 if self.replicas is None else self.replicas.size())
-
-    def gather(self, sent: Tensor) -> Tensor:
-        """What all have sent, one after the other: [n] → [count · n]."""
-        received = sent.new_empty(self.count * len(sent))
-        _fsdp.all_gather(received, sent, group=self.shards)
-        return received
-
-    def reduce(self, sent: Tensor) -> Tensor:
-        """The sum of the row that is this process's over all processes: [count, n] → [n]."""
-        received = sent.new_empty(sent.shape[1])
-        _fsdp.reduce_scatter(received, sent.view(-1), group=self.shards)
-        if self.replicas is not None:
-            dist.all_reduce(received, group=self.replicas)
-        return received
-
-    def follow(self, wholes: Sequence[Tensor]) -> None:
-        """Parameters are whole from now on; whoever predicts memory notes it."""
-
-    def largest(self, own: Tensor) -> Tensor:
-        """The largest of each number over all processes; waits for them and for the device."""
-        found = own.to(self.device, copy=True)
-        for group in (self.shards, self.replicas):
-            if group is not None:
-                dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-        return found.cpu()
 
 
 @dataclass(frozen=True)
@@ -118,8 +71,53 @@ def in_buckets(shardings: Iterable[Sharding]) -> list[list[int]]:
     return list(buckets.values())
 
 
-def whole(shardings: Sequence[Sharding], shards: Sequence[Tensor]) -> list[Tensor]:
-    """The whole parameters, without gradient, by one all-gather; all are of one team."""
+@dataclass
+class Gathering:
+    """An all-gather that has begun.
+
+    `starts`: where the piece of each parameter begins in a row of `received`, [count, bytes];
+    `work`: what to wait for, None where it has ended.
+    """
+
+    shardings: Sequence[Sharding]
+    starts: Sequence[int]
+    received: Tensor
+    work: Any
+
+    def wait(self) -> None:
+        """Until it has ended; a device waits, and not the host."""
+        if self.work is not None:
+            self.shardings[0].team.wait(self.work)
+            self.work = None
+
+    def finish(self) -> list[Tensor]:
+        """The whole parameters, without gradient. What was received is let go."""
+        self.wait()
+        found = []
+        for sharding, start in zip(self.shardings, self.starts, strict=True):
+            piece, dim = sharding.piece, sharding.dim
+            nbytes = math.prod(piece) * sharding.dtype.itemsize
+            pieces = self.received[:, start : start + nbytes].view(sharding.dtype)
+            pieces = pieces.view(-1, *piece)
+            if dim:
+                full = torch.cat(pieces.unbind(0), dim)
+            else:
+                if len(self.starts) > 1:  # a view would keep all that was received
+                    pieces = pieces.clone(memory_format=torch.contiguous_format)
+                full = pieces.flatten(0, 1)
+            found.append(full.narrow(dim, 0, sharding.shape[dim]))
+        del self.received, pieces
+        self.shardings[0].team.follow(found)
+        return found
+
+
+def begin(
+    shardings: Sequence[Sharding], shards: Sequence[Tensor], *, later: bool = False
+) -> Gathering:
+    """Begin one all-gather of parameters that are all of one team.
+
+    With `later`, one that runs beside what is computed until it is finished.
+    """
     team = shardings[0].team
     own: list[Tensor] = []
     starts: list[int] = []
@@ -133,18 +131,14 @@ def whole(shardings: Sequence[Sharding], shards: Sequence[Tensor]) -> list[Tenso
         length += len(held) + gap
     sent = torch.cat(own)
     del own
-    count = team.count
-    rows = team.gather(sent).view(count, length)
-    del sent
-    found = []
-    for sharding, start in zip(shardings, starts, strict=True):
-        piece, dim = sharding.piece, sharding.dim
-        nbytes = math.prod(piece) * sharding.dtype.itemsize
-        pieces = rows[:, start : start + nbytes].view(sharding.dtype).view(count, *piece)
-        full = torch.cat(pieces.unbind(0), dim)  # a view would keep all that was received
-        found.append(full.narrow(dim, 0, sharding.shape[dim]))
-    team.follow(found)
-    return found
+    received, work = team.gather(sent, later=later)
+    team.follow([received])
+    return Gathering(shardings, starts, received.view(team.count, length), work)
+
+
+def whole(shardings: Sequence[Sharding], shards: Sequence[Tensor]) -> list[Tensor]:
+    """The whole parameters, without gradient, by one all-gather; all are of one team."""
+    return begin(shardings, shards).finish()
 
 
 def _filled_up(sharding: Sharding, shard: Tensor) -> Tensor:
@@ -188,9 +182,9 @@ class _Unshard(torch.autograd.Function):
     """Shards → whole parameters; nothing is saved for backward."""
 
     @staticmethod
-    def forward(ctx: Any, shardings: Sequence[Sharding], *shards: Tensor) -> tuple[Tensor, ...]:
-        found = whole(shardings, shards)
-        ctx.shardings = shardings
+    def forward(ctx: Any, gathering: Gathering, *shards: Tensor) -> tuple[Tensor, ...]:
+        found = gathering.finish()
+        ctx.shardings = gathering.shardings
         ctx.stored = [(shard.device, shard.dtype) for shard in shards]
         ctx.set_materialize_grads(False)
         needed = ctx.needs_input_grad[1:]
@@ -224,13 +218,88 @@ class _Unshard(torch.autograd.Function):
         return None, *found
 
 
-class Unshard(nn.Module):
-    """Shards of parameters of one team → the whole ones, which backward reduces again."""
+class Chain:
+    """The gathers of a stage, in order; at most one of them has begun ahead of its use."""
 
-    def __init__(self, shardings: Sequence[Sharding]) -> None:
+    def __init__(self) -> None:
+        self.links: list[Unshard] = []
+        self._ahead: tuple[Unshard, list[Any], Gathering] | None = None
+
+    def send(self, link: Unshard, shards: Sequence[Tensor]) -> None:
+        """Begin a gather that will probably be the next."""
+        gathering = begin(link.shardings, shards, later=True)
+        self._ahead = link, _marks(shards), gathering
+
+    def take(self, link: Unshard, shards: Sequence[Tensor]) -> Gathering:
+        """The gather of these shards, whether or not it has begun.
+
+        Another one that has begun (a step has failed, or has no use for it) is let go.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            of, marks, gathering = ahead
+            if of is link and marks == _marks(shards):
+                return gathering
+            gathering.wait()
+        return begin(link.shardings, shards)
+
+
+def _marks(shards: Sequence[Tensor]) -> list[Any]:
+    """The step, and the memory of the shards: autograd hands on other tensors of it."""
+    return [steps_begun(), *((_torch.storage_key(x), x.storage_offset()) for x in shards)]
+
+
+class Unshard(nn.Module):
+    """Shards of parameters of one team → the whole ones, which backward reduces again.
+
+    In a chain it begins the gather of the next link, or of the link before where a segment is run
+    again in backward. `learns`: whether backward will run its segment again; `again`: it does.
+    """
+
+    def __init__(self, shardings: Sequence[Sharding], chain: Chain | None = None) -> None:
         super().__init__()
         self.shardings = tuple(shardings)
+        self.chain = Chain() if chain is None else chain
+        self.place = len(self.chain.links)
+        self.chain.links.append(self)
+        self.learns = False
+        self.again = False
 
-    def forward(self, *shards: Tensor) -> tuple[Tensor, ...]:
-        """One all-gather; backward does a reduce-scatter for each type that is reduced in."""
-        return _Unshard.apply(self.shardings, *shards)  # type: ignore[return-value]
+    def forward(
+        self, *shards: Tensor, after: Sequence[Tensor] = (), before: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, ...]:
+        """One all-gather; backward does a reduce-scatter for each type that is reduced in.
+
+        `after`, `before`: the shards of the next link and of the one before; none at the ends.
+        """
+        gathering = self.chain.take(self, shards)
+        found = _Unshard.apply(gathering, *shards)
+        if self.shardings[0].team.overlaps:
+            links, place = self.chain.links, self.place
+            if not self.again and after:
+                self.chain.send(links[place + 1], after)
+            elif self.again and before and links[place - 1].learns:
+                self.chain.send(links[place - 1], before)
+        return found  # type: ignore[return-value]
+
+    def contexts(self) -> tuple[Any, Any]:
+        """Of the segment's first run, and of another one in backward (`context_fn`)."""
+        return contextlib.nullcontext(), _RunAgain(self)
+
+
+class _RunAgain:
+    """A segment is run again. No generator: torch ends it by an exception, which that would keep.
+
+    With the exception, its frames would stay for a while, and the whole parameters in them.
+    """
+
+    def __init__(self, gather: Unshard) -> None:
+        self.gather = gather
+
+    def __enter__(self) -> None:
+        self.gather.again = True
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.gather.again = False
+        if isinstance(error, RuntimeError):  # torch's own exception is none
+            tell(error)

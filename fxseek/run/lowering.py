@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
+from fxseek.ops.shards import Unshard
 from fxseek.passes.schedule import Schedule
 from fxseek.run.boxed import Boxed
 from fxseek.run.saved import SavedBytes, functions_of
@@ -37,7 +39,23 @@ def run_part(module: fx.GraphModule, backend: str, recompute: str) -> Callable[.
     """
     if backend != "eager":
         return _compiled(module, backend, recompute)
-    return partial(checkpoint, module, use_reentrant=False) if recompute == "block" else module
+    return _recomputed(module) if recompute == "block" else module
+
+
+def _recomputed(module: fx.GraphModule) -> Callable[..., Any]:
+    """A part that backward runs again; its gather of sharded parameters is told when."""
+    gathers = [part for part in module.children() if isinstance(part, Unshard)]
+    if not gathers:
+        return partial(checkpoint, module, use_reentrant=False)
+    (gather,) = gathers  # a segment's parameters are of one team
+
+    def run(*arguments: Any) -> Any:
+        outputs = checkpoint(module, *arguments, use_reentrant=False, context_fn=gather.contexts)
+        tensors = (x for x in tree_leaves(outputs) if isinstance(x, Tensor))
+        gather.learns = any(x.requires_grad for x in tensors)
+        return outputs
+
+    return run
 
 
 def lower(module: fx.GraphModule, schedule: Schedule, config: SeekConfig) -> Run:

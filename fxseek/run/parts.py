@@ -24,6 +24,7 @@ from fxseek.ops.masks import Mask, looks_ahead
 from fxseek.ops.parts import Joint, Part
 from fxseek.ops.rows import gather_rows
 from fxseek.ops.sweep import CatRows, few, rows_of_chunk, slices_of, sweep
+from fxseek.ops.team import telling
 from fxseek.passes.ir import Gathered, Joined, Piece, Selected
 from fxseek.passes.parts import Hides, Parts
 from fxseek.passes.unshard import sharding_of
@@ -286,7 +287,8 @@ class _Parts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = dict(zip(ctx.nodes, ctx.saved_tensors, strict=True))
-        return None, None, *ctx.step.backward(saved, ctx.trained, slope)
+        with nullcontext() if ctx.step.learn.team is None else telling():
+            return None, None, *ctx.step.backward(saved, ctx.trained, slope)
 
 
 class _RandomStates:

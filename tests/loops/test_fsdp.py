@@ -16,7 +16,7 @@ from fxseek.inspect.compare import compare
 
 CASES = {
     "a quarter, uneven": Case({"ratio": 0.25}, uneven=True, compile_first=True),
-    "in parts, uneven": Case({"ratio": 0.6, "learn_chunk": 2}, uneven=True),
+    "in parts, uneven": Case({"ratio": 0.6, "learn_chunk": 2}, uneven=True, ahead=True),
 }
 SWEPT = {
     "all": Case({"ratio": 1.0}),
@@ -63,14 +63,28 @@ def test_sharded_models(tmp_path):
         blocks = [sum(p.nbytes for p in block.parameters()) for block in model.model.layers]
         root = sum(p.nbytes for p in model.parameters()) - sum(blocks)
         *alive, after = found[name]["alive"]
-        assert max(alive) <= blocks[0] + root < sum(blocks) + root
+        most = 2 * blocks[0] if case.ahead else blocks[0] + root
+        assert max(alive) <= most < sum(blocks) + root
         assert after == 0
+    assert_begun_ahead(found["in parts, uneven"]["order"])
     # Each part gathers what it learns once for its forward, once for its backward.
     one, parts = (found[name]["bytes"] for name in CASES)
     assert parts["gathered"] > 2 * one["gathered"]
     assert parts["reduced"] > 2 * one["reduced"]
     for rank in range(2):
         loops_do(torch.load(tmp_path / f"use-{rank}.pt"), rank)
+
+
+def assert_begun_ahead(order: list[str]) -> None:
+    """Each block's gather begins ahead of the work of the one that is run before it."""
+    first, second = (f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))
+    embedding = "model.embed_tokens.weight"
+    forward = [f"begin {embedding}", f"wait {embedding}", f"begin {first}", f"wait {first}",
+               f"begin {second}", "attend", f"wait {second}"]  # fmt: skip
+    backward = [f"begin {second}", f"wait {second}", f"begin {first}", "attend", f"wait {first}",
+                f"begin {embedding}", "attend", f"wait {embedding}"]  # fmt: skip
+    assert order[: len(forward)] == forward  # the prefill, and the body of each part again
+    assert order[-len(backward) :] == backward
 
 
 def loops_do(found: dict[str, Any], rank: int) -> None:
@@ -90,7 +104,9 @@ def loops_do(found: dict[str, Any], rank: int) -> None:
     assert found["classes"] == {"DTensor"}
     assert not any(".layers.0." in name for name in found["trained"])
     assert any(".layers.1." in name for name in found["trained"])
-    assert "check_gradients" in found["check"]
+    assert 0 <= found["check"] <= 1e-9
+    assert "set_requires_gradient_sync(True)" in found["check without reduction"]
+    assert found["mismatch"].startswith("GradientMismatch: ")
     assert "ConfigError" in found["inductor"]
     assert 'Use backend="eager"' in found["inductor"]
     assert "context parallelism is on" in found["context parallel"]
@@ -103,6 +119,18 @@ def test_a_mesh_of_replicas_and_shards(tmp_path):
     agree({"replicated": case}, tmp_path, processes=4, mesh=(2, 2))
 
 
+@pytest.mark.parametrize("at", ["forward", "backward", "parts"])
+@pytest.mark.sweep
+def test_an_error_in_one_process_ends_the_others_with_it(at, tmp_path):
+    ended = fsdp.spawn(fsdp.failing, 2, tmp_path, at)(raises=False)
+    assert all(code not in (0, None) for code in ended)
+    when, own = (tmp_path / "error-1").read_text().split(": ", 1)
+    then, told = (tmp_path / "error-0").read_text().split(": ", 1)
+    assert float(then) - float(when) < fsdp.TIMEOUT / 2
+    assert own.startswith("IndexError: " if at == "forward" else "OutOfMemoryError: ")
+    assert told == f"FxseekError: process 1 failed in its step: {own}"
+
+
 @pytest.mark.sweep
 def test_a_run_that_has_lost_a_process_is_resumed(tmp_path):
     options = {"ratio": 0.5, "score": "gradient", "select": "sample", "learn_chunk": 2}
@@ -110,7 +138,9 @@ def test_a_run_that_has_lost_a_process_is_resumed(tmp_path):
     ended = fsdp.spawn(fsdp.drill, 2, tmp_path, case, True)(raises=False)
     assert ended[1] == -signal.SIGKILL
     assert ended[0] not in (0, None)
-    assert "Connection closed by peer" in (tmp_path / "survivor").read_text()
+    seconds, _, told = (tmp_path / "survivor").read_text().partition(": ")
+    assert float(seconds) < fsdp.TIMEOUT
+    assert "Connection closed by peer" in told
     fsdp.spawn(fsdp.drill, 2, tmp_path, case, False)()
     wanted = fsdp.alone(case, 2)["weights"]
     for rank in range(2):
@@ -134,17 +164,29 @@ def test_mixed_precision_and_quantised_weights(tmp_path):
     fsdp.spawn(fsdp.precisions, 2, tmp_path)()
     for rank in range(2):
         found = torch.load(tmp_path / f"precisions-{rank}.pt")
-        for name, most in (("mixed", 1e-6), ("quantised", 1e-4)):
+        for name, most in (("mixed", 1e-6), ("quantised", 1e-4), ("packed", 1e-4)):
             plain, ours = found[name]
             assert {k: x.dtype for k, x in plain.items()} == {k: x.dtype for k, x in ours.items()}
             worst = compare(ours, plain)
             assert worst.error <= most, (name, worst)
+        assert "holds packed numbers of 4 bits as torch.float32" in found["rounded"]
 
 
 @pytest.mark.sweep
-def test_trainer_of_transformers(tmp_path):
-    fsdp.spawn(fsdp.in_trainer, 2, tmp_path)()
+@pytest.mark.parametrize("loads_first", [False, True])
+def test_trainer_of_transformers(loads_first, tmp_path):
+    fsdp.spawn(fsdp.in_trainer, 2, tmp_path, loads_first)()
     found = torch.load(tmp_path / "trainer-0.pt")
+    worst = compare(found["ours"], found["plain"])
+    assert worst.error <= 1e-4, worst
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("kind", "tuner"), [("dpo", "full"), ("dpo", "lora"), ("sft", "lora")])
+def test_trainers_of_trl(kind, tuner, tmp_path):
+    pytest.importorskip("trl")
+    fsdp.spawn(fsdp.in_trl, 2, tmp_path, kind, tuner)()
+    found = torch.load(tmp_path / "trl-0.pt")
     worst = compare(found["ours"], found["plain"])
     assert worst.error <= 1e-4, worst
 

@@ -41,9 +41,11 @@ import fxseek
 from fxseek import _fsdp
 from fxseek.capture import sharded
 from fxseek.ops import shards
-from fxseek.run import env
+from fxseek.ops.team import Team
 
 STEPS = 3
+TIMEOUT = 120
+"""Seconds: that of the process group."""
 VOCABULARY = 37
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: without_casts(tiny_llama()),
@@ -57,8 +59,8 @@ class Case:
     """A model, options of `fxseek.compile`, and how it is sharded.
 
     `uneven`: processes have other lengths, numbers of rows and labels; `compile_first`: before it
-    is sharded; `root_only`: blocks are not sharded by themselves; `shard`: options of
-    `fully_shard`.
+    is sharded; `root_only`: blocks are not sharded by themselves; `ahead`: the next segment is
+    gathered ahead of its use, as on a device; `shard`: options of `fully_shard`.
     """
 
     options: dict[str, Any]
@@ -66,6 +68,7 @@ class Case:
     uneven: bool = False
     compile_first: bool = False
     root_only: bool = False
+    ahead: bool = False
     shard: dict[str, Any] = field(default_factory=dict)
 
     def made(self) -> nn.Module:
@@ -165,7 +168,7 @@ def seeded(case: Case, rank: int) -> dict[str, Any]:
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def spawn(work: Any, processes: int, folder: Path, *given: Any, seconds: float = 240) -> Any:
+def spawn(work: Any, processes: int, folder: Path, *given: Any, seconds: float = 480) -> Any:
     """Start processes that run ``work(rank, processes, folder, *given)``; a function that waits.
 
     It raises what one of them has raised, and `TimeoutError` where they don't end in time; with
@@ -199,7 +202,7 @@ def _process(rank: int, processes: int, port: int, work: Any, folder: Path, give
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
     work(rank, processes, folder, *given)
     dist.destroy_process_group()
 
@@ -218,9 +221,11 @@ def run_cases(
         def losses(step: int, model: Any = model, case: Case = case) -> list[Tensor]:
             return [model(**case.rows(step, rank, processes)).loss]
 
-        with counted() as alive, counted_traffic() as traffic:
-            found = train(model, losses)
-        found["alive"], found["bytes"] = alive, traffic
+        with gathering_ahead() if case.ahead else contextlib.nullcontext():
+            with counted() as alive, counted_traffic() as traffic:
+                found = train(model, losses)
+            found["alive"], found["bytes"] = alive, traffic
+            found["order"] = order_of(lambda: losses(0)[0].backward()) if case.ahead else []
         found["kept"] = fxseek.report(model).selected.shape[1]
         found["kinds"] = {type(p.grad).__name__ for p in model.parameters() if p.requires_grad}
         torch.save(found, folder / f"{name}-{rank}.pt")
@@ -298,7 +303,14 @@ def use(rank: int, processes: int, folder: Path) -> None:
         parameter.requires_grad_(False)
     ours(**rows).loss.backward()
     found["trained"] = sorted(gradients(ours))
-    found["check"] = refusal(lambda: fxseek.check_gradients(ours, **rows))
+    before = gradients(ours)
+    found["check"] = fxseek.check_gradients(ours, **rows).error
+    assert all(torch.equal(x, before[name]) for name, x in gradients(ours).items())
+    with wrong_gradients():
+        found["mismatch"] = refusal(lambda: fxseek.check_gradients(ours, **rows))
+    ours.set_requires_gradient_sync(False)
+    found["check without reduction"] = refusal(lambda: fxseek.check_gradients(ours, **rows))
+    ours.set_requires_gradient_sync(True)
     inductor = Case({"backend": "inductor"})
     found["inductor"] = refusal(lambda: compiled(inductor)(**rows))
     parallel = case.made()
@@ -332,29 +344,38 @@ def tuners(rank: int, processes: int, folder: Path, names: Sequence[str]) -> Non
 
 
 def precisions(rank: int, processes: int, folder: Path) -> None:
-    """Mixed precision with offloaded shards, and LoRA on weights of 4 bits, which stay whole."""
+    """Mixed precision with offloaded shards, and LoRA on weights of 4 bits.
+
+    Those stay whole where they are stored as bytes ("quantised"), and are sharded where they are
+    stored as floating-point numbers ("packed").
+    """
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     case = Case({"ratio": 1.0})
-    found: dict[str, Any] = {"mixed": [], "quantised": []}
+    found: dict[str, Any] = {"mixed": [], "quantised": [], "packed": []}
+    rows: dict[str, Any] = case.rows(0, rank, processes)
     for ours in (False, True):
-        for name in found:
+        for name in ("mixed", "quantised", "packed"):
             model: Any = case.made().float()
             offload = CPUOffloadPolicy(pin_memory=False)
             options: dict[str, Any] = {"mp_policy": low, "offload_policy": offload}
-            if name == "quantised":
-                model = tiny_lora(in_four_bits(tiny_llama(hidden_size=64, intermediate_size=64)))
-                kept = {p for p in model.parameters() if type(p).__name__ == "Params4bit"}
+            if name != "mixed":
+                storage = torch.uint8 if name == "quantised" else torch.bfloat16
+                model = tiny_lora(in_four_bits(storage))
+                kept = {p for p in model.parameters() if p.dtype == torch.uint8}
                 options = {"ignored_params": kept}
             model = shard(case, model, **options)
             model = fxseek.compile(model, **case.options) if ours else model
-            loss = model(**case.rows(0, rank, processes)).loss
+            loss = model(**rows).loss
             loss.backward()
             found[name].append({"loss": loss.detach(), **gradients(model)})
+    rounded = shard(case, tiny_lora(in_four_bits(torch.float32)), mp_policy=low)
+    found["rounded"] = refusal(lambda: fxseek.compile(rounded, **case.options))
     torch.save(found, folder / f"precisions-{rank}.pt")
 
 
-def in_four_bits(model: nn.Module) -> nn.Module:
-    """The model with linear layers of bitsandbytes, but for the head."""
+def in_four_bits(storage: torch.dtype) -> nn.Module:
+    """A model with linear layers of bitsandbytes, but for the head."""
+    model = tiny_llama(hidden_size=64, intermediate_size=64)
     import bitsandbytes
 
     bits: Any = bitsandbytes.nn
@@ -362,9 +383,10 @@ def in_four_bits(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "lm_head":
             sizes = module.in_features, module.out_features
-            layer = bits.Linear4bit(*sizes, bias=False, quant_type="nf4")
+            kind: dict[str, Any] = {"quant_type": "nf4", "quant_storage": storage}
+            layer = bits.Linear4bit(*sizes, bias=False, **kind)
             weight = module.weight.data
-            layer.weight = bits.Params4bit(weight, requires_grad=False, quant_type="nf4")
+            layer.weight = bits.Params4bit(weight, requires_grad=False, module=layer, **kind)
             model.set_submodule(name, layer.to("cpu"))
     return model
 
@@ -395,44 +417,116 @@ def drill(rank: int, processes: int, folder: Path, case: Case, dies: bool) -> No
         if step == 2 and not first:
             save_state(states(), checkpoint_id=checkpoint)
         if step == 2 and dies and rank == 1:
-            die_at_gather(3)
+            die_at_gather(3, folder / "killed")
         optimizer.zero_grad()
         try:
             model(**case.rows(step, rank, processes)).loss.backward()
         except Exception as error:
-            (folder / "survivor").write_text(f"{type(error).__name__}: {error}")
+            seconds = time.time() - float((folder / "killed").read_text())
+            (folder / "survivor").write_text(f"{seconds}: {type(error).__name__}: {error}")
             raise
         optimizer.step()
     torch.save(weights(model), folder / f"weights-{rank}.pt")
 
 
-def die_at_gather(number: int) -> None:
-    """Let this process be killed ahead of a gather."""
-    gather, left = shards.whole, number
+def die_at_gather(number: int, killed: Path) -> None:
+    """Let this process be killed ahead of a gather, and write down when."""
+    begin, left = shards.begin, number
 
-    def whole(*given: Any) -> list[Tensor]:
+    def gather(*given: Any, **options: Any) -> shards.Gathering:
         nonlocal left
         left -= 1
         if not left:
+            killed.write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
-        return gather(*given)
+        return begin(*given, **options)
 
-    shards.whole = whole
+    shards.begin = gather
 
 
-def in_trainer(rank: int, processes: int, folder: Path) -> None:
+def failing(rank: int, processes: int, folder: Path, at: str) -> None:
+    """One process fails in its step, after the first gather: in its forward or its backward."""
+    case = Case({"ratio": 0.6, "learn_chunk": 2} if at == "parts" else {"ratio": 0.6})
+    model = compiled(case)
+    rows = case.rows(0, rank, processes)
+    model(**rows).loss.backward()
+    if rank == 1 and at == "forward":
+        rows["input_ids"][0, 0] = VOCABULARY  # no embedding has it
+    try:
+        loss = model(**rows).loss
+        if rank == 1:
+            run_out_of_memory_at_gather(2)
+        loss.backward()
+    except Exception as error:
+        text = f"{time.time()}: {type(error).__name__}: {error}"
+        (folder / f"error-{rank}").write_text(text)
+        raise
+
+
+def run_out_of_memory_at_gather(number: int) -> None:
+    """Let a gather fail in this process, before it has begun."""
+    begin, left = shards.begin, number
+
+    def gather(*given: Any, **options: Any) -> shards.Gathering:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise torch.OutOfMemoryError("no memory for a block")
+        return begin(*given, **options)
+
+    shards.begin = gather
+
+
+SHARDING = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}  # fmt: skip
+
+
+def shard_on_the_cpu() -> None:
+    """accelerate shards on devices only: it is told that there are some."""
+    from accelerate import DistributedType, PartialState
+
+    PartialState().distributed_type = DistributedType.MULTI_GPU
+
+
+def in_trl(rank: int, processes: int, folder: Path, kind: str, tuner: str) -> None:
+    """A trainer of TRL with ``fsdp_version: 2``, with fxseek and without."""
+    import trainers
+    from peft import LoraConfig
+
+    found: dict[str, Any] = {}
+    for name in ("plain", "ours"):
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"fsdp": True, "fsdp_config": SHARDING}
+        if tuner == "lora":
+            options["peft_config"] = LoraConfig(
+                r=3, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+            )  # fmt: skip
+        base = trainers.base_of(kind)
+        shard_on_the_cpu()
+        trainer = trainers.trainer(kind, folder / name, base, **options)
+        if name == "ours":
+            fxseek.compile(trainer.model, ratio=1.0, learn_chunk=7)
+        torch.manual_seed(3)
+        trainer.train()
+        losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+        found[name] = {"losses": torch.tensor(losses), **weights(trainer.model)}
+    torch.save(found, folder / f"trl-{rank}.pt")
+
+
+def in_trainer(rank: int, processes: int, folder: Path, loads_first: bool) -> None:
     """Trainer with ``fsdp_version: 2``, with fxseek and without.
 
-    accelerate shards on devices only; on the CPU it is told that there are some.
+    With `loads_first` the first process alone has the weights (`cpu_ram_efficient_loading`).
     """
-    from accelerate import DistributedType, PartialState
     from transformers import Trainer, TrainingArguments
 
-    sharding = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}  # fmt: skip
+    sharding = SHARDING | {"cpu_ram_efficient_loading": loads_first}
     found: dict[str, Any] = {}
     for name in ("plain", "ours"):
         model: Any = Case({}).made().float()
+        if loads_first and rank:
+            for parameter in model.parameters():
+                nn.init.zeros_(parameter)
         if name == "ours":
             fxseek.compile(model, ratio=1.0, learn_chunk=4)
         args = TrainingArguments(
@@ -442,7 +536,7 @@ def in_trainer(rank: int, processes: int, folder: Path) -> None:
             eval_steps=1, dataloader_pin_memory=False, fsdp_config=sharding,
             fsdp=True,  # type: ignore[arg-type]
         )  # fmt: skip
-        PartialState().distributed_type = DistributedType.MULTI_GPU
+        shard_on_the_cpu()
         rows = Rows(VOCABULARY, 16)
         trainer = Trainer(model, args, train_dataset=rows, eval_dataset=Rows(VOCABULARY, 4))
         trainer.train()
@@ -473,6 +567,17 @@ def refusal(call: Callable[[], Any]) -> str:
     except fxseek.FxseekError as error:
         return f"{type(error).__name__}: {error}"
     return "not refused"
+
+
+@contextlib.contextmanager
+def wrong_gradients() -> Iterator[None]:
+    """Gradients are reduced wrongly by fxseek."""
+    reduce = Team.reduce
+    Team.reduce = lambda team, sent: reduce(team, sent) * 1.001  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Team.reduce = reduce  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -510,24 +615,62 @@ def counted_traffic() -> Iterator[dict[str, int]]:
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
-    """Bytes of whole parameters that are alive after each gather."""
-    gather = shards.whole
+    """Bytes of whole parameters that are alive, whenever some have been received or made."""
+    follow = Team.follow
     alive: list[int] = []
     known: dict[StorageWeakRef, int] = {}
 
-    def whole(*given: Any) -> list[Tensor]:
-        found = gather(*given)
-        for x in found:
+    def followed(team: Team, wholes: Sequence[Tensor]) -> None:
+        for x in wholes:
             storage = x.untyped_storage()
             known[StorageWeakRef(storage)] = storage.nbytes()
         for gone in [x for x in known if x.expired()]:
             del known[gone]
         alive.append(sum(known.values()))
-        return found
+        follow(team, wholes)
 
-    shards.whole = env.whole = whole
+    Team.follow = followed
     try:
         yield alive
     finally:
-        shards.whole = env.whole = gather
+        Team.follow = follow
     alive.append(sum(n for x, n in known.items() if not x.expired()))
+
+
+@contextlib.contextmanager
+def gathering_ahead() -> Iterator[None]:
+    """Gathers are begun ahead of their use on the CPU, too."""
+    before = Team.overlaps
+    Team.overlaps = property(lambda team: True)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        Team.overlaps = before  # type: ignore[method-assign]
+
+
+def order_of(run: Callable[[], Any]) -> list[str]:
+    """What happens, in order: "begin" or "wait" and the first parameter of a gather, "attend"."""
+    begin, wait = shards.begin, shards.Gathering.wait
+
+    def begun(shardings: Sequence[shards.Sharding], *given: Any, **options: Any) -> Any:
+        with torch.profiler.record_function(f"begin {shardings[0].name}"):
+            return begin(shardings, *given, **options)
+
+    def waited(gathering: shards.Gathering) -> None:
+        with torch.profiler.record_function(f"wait {gathering.shardings[0].name}"):
+            wait(gathering)
+
+    shards.begin, shards.Gathering.wait = begun, waited
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run()
+    finally:
+        shards.begin, shards.Gathering.wait = begin, wait
+    attention = "aten::scaled_dot_product_attention"
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    names = [event.name for event in events]
+    return [
+        "attend" if name == attention else name
+        for name in names
+        if name == attention or name.startswith(("begin ", "wait "))
+    ]
