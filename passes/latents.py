@@ -58,7 +58,9 @@ def expand_latents(learn: Piece, graph: fx.Graph, facts: Facts) -> Piece:
     for node, item in items.items():
         if isinstance(item, Prefilled) and item.node not in gathered:
             users = list(node.users)
-            if all(user.target is scatter_rows and user.args[0] is node for user in users):
+            if users and all(
+                user.target is scatter_rows and user.args[0] is node for user in users
+            ):
                 scattered[item.node] = users
     stage = _Stage(learn, facts, items)
     for wanted, latents, inside in _latents(graph, facts, scattered):
@@ -181,13 +183,16 @@ def _smallest_cut(
 ) -> tuple[int, set[fx.Node]]:
     """The values from which all `ends` follow that take the fewest bytes, and how many."""
     flow: nx.DiGraph = nx.DiGraph()
+    flow.add_nodes_from(("start", "end"))
     for node in component:
         operands = [x for x in node.all_input_nodes if facts.token_sized(x)]
         for x in (node, *operands):
             flow.add_edge((x, "in"), (x, "out"), **_capacity(x, facts))
         flow.add_edges_from(((x, "out"), (node, "in")) for x in operands)
         flow.add_edges_from(("start", (x, "in")) for x in operands if x not in component)
-    flow.add_edges_from(((node, "out"), "end") for node in ends)
+    for node in ends:  # which can be kept in any case
+        flow.add_edge((node, "in"), (node, "out"), capacity=_bytes(node))
+        flow.add_edge((node, "out"), "end")
     size, (before, _) = nx.minimum_cut(flow, "start", "end")
     nodes = {node for node, _ in set(flow) - {"start", "end"}}
     return size, {x for x in nodes if (x, "in") in before and (x, "out") not in before}

@@ -400,11 +400,12 @@ def _joined(body: Piece) -> Piece:
     joint: fx.Node | None = None
     start = next(iter(graph.nodes))
     for node in list(graph.nodes):
+        arguments: tuple[Any, ...] = node.args
         if node.target is pass_kept:
-            node.target, node.args = pass_joint, (node.args[0], joint, node.args[2])
+            node.target, node.args = pass_joint, (arguments[0], joint, arguments[2])
         if node.target is not scatter_rows:
             continue
-        _, rows, _, at, *_ = node.args
+        _, rows, _, at, *_ = arguments
         assert isinstance(at, Rows)
         item = Joined(node.meta["origin"], at)
         with graph.inserting_before(start):

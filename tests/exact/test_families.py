@@ -15,6 +15,7 @@ from torch import fx, nn
 import fxseek
 from fxseek.capture.step import step_of
 from fxseek.passes.facts import module_path
+from fxseek.passes.rules import called
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers' own, of what it does in a capture
@@ -34,10 +35,13 @@ SWEPT = {
     "albert", "electra", "roformer", "qwen2_moe", "olmoe", "granitemoe", "mpt", "bart",
     "smolvlm_text", "smolvlm_images", "paligemma_text", "roberta_classes", "gemma3_images",
     "qwen2_vl_images", "qwen2_5_vl_images", "qwen3_vl_images", "deit", "dinov2", "siglip", "beit",
-    "youtu", "glm4_moe_lite", "minicpm3", "kimi_linear", "jamba", "zamba2", "bamba", "falcon_h1",
+    "youtu", "glm4_moe_lite", "minicpm3", "jamba", "zamba2", "bamba", "falcon_h1",
     "qwen3_next",
 }  # fmt: skip
 """Families left to the sweep: another one is much like them."""
+SCANS = {"jamba"}
+"""Families whose scan over tokens counts them by an expression of its own: what is added to its
+result is not known to have as many."""
 
 
 def _marks(family: Family, attention: str) -> tuple[pytest.MarkDecorator, ...]:
@@ -106,11 +110,11 @@ def test_mixers_of_other_kinds_take_the_general_path(family: Family):
         assert_exact_causal(model, family.batch(batch=5, dtype=torch.float64))
     assert "conv1d" in " ".join(general(model))
     outside = [
-        node.format_node()
+        called(node)
         for node in fallbacks(model)
         if family.mixer not in module_path(node).split(".")
     ]
-    assert outside == []
+    assert outside == (["add"] if family.name in SCANS else [])
 
 
 @pytest.mark.parametrize("name", [name for name, x in FAMILIES.items() if x.refused])

@@ -107,7 +107,11 @@ def test_saved_bytes_do_not_grow_with_the_heads(options, least):
     """
     tokens, width, saved = 120, 14, []
     for heads in (4, 8):
-        sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "v_head_dim": width}
+        sizes: dict[str, Any] = {
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "v_head_dim": width,
+        }
         model = FAMILY.make(num_hidden_layers=1, **sizes)
         fxseek.compile(model, score="random", **options)
         model(**FAMILY.batch(1, tokens)).loss.backward()
