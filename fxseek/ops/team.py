@@ -151,6 +151,8 @@ def _hearing() -> Iterator[None]:
     """A collective that fails raises the error of the process that has left it, where known."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # this process's own
     except RuntimeError as error:
         error.add_note(_ECHO)
         told = _told()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,27 @@ def test_an_error_in_one_process_ends_the_others_with_it(at, tmp_path):
     assert float(then) - float(when) < fsdp.TIMEOUT / 2
     assert own.startswith("IndexError: " if at == "forward" else "OutOfMemoryError: ")
     assert told == f"FxseekError: process 1 failed in its step: {own}"
+
+
+@pytest.mark.sweep
+def test_an_error_under_torchrun(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import torch.distributed as dist\n"
+        "import fsdp_cases\n"
+        "dist.init_process_group('gloo')\n"
+        "fsdp_cases.failing(dist.get_rank(), 2, Path(sys.argv[1]), 'forward')\n"
+    )
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join(sys.path)
+    ended = subprocess.run(
+        [*run, program, tmp_path], env=os.environ | {"PYTHONPATH": paths}, timeout=480,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert "IndexError: index out of range" in ended.stderr
 
 
 @pytest.mark.sweep
