@@ -132,7 +132,8 @@ def begin(
     sent = torch.cat(own)
     del own
     received, work = team.gather(sent, later=later)
-    team.follow([received])
+    if later:
+        team.follow([received])
     return Gathering(shardings, starts, received.view(team.count, length), work)
 
 

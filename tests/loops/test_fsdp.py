@@ -164,7 +164,7 @@ def test_a_run_that_has_lost_a_process_is_resumed(tmp_path):
     assert ended[0] not in (0, None)
     seconds, _, told = (tmp_path / "survivor").read_text().partition(": ")
     assert float(seconds) < fsdp.TIMEOUT
-    assert "Connection closed by peer" in told
+    assert "by peer" in told  # its connection was closed, or reset
     fsdp.spawn(fsdp.drill, 2, tmp_path, case, False)()
     wanted = fsdp.alone(case, 2)["weights"]
     for rank in range(2):
