@@ -174,6 +174,7 @@ def _key() -> str:
     return f"fxseek: error of step {_Steps.begun}"
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
+    """The store that all processes share; it has `check`, `get` and `compare_set`."""
     group: Any = dist.group.WORLD
     return group.get_group_store()
