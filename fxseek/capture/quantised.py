@@ -67,10 +67,11 @@ def packed_weight(
     """
     if not holds_packed(module, name):
         return None
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.modules import Params4bit
 
     state: Any = module.quant_state
-    return Params4bit(
-        empty, quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested,
-        quant_type=state.quant_type, quant_storage=empty.dtype, bnb_quantized=True,
-    )  # fmt: skip
+    kind: dict[str, Any] = {
+        "quant_state": state, "blocksize": state.blocksize, "compress_statistics": state.nested,
+        "quant_type": state.quant_type, "quant_storage": empty.dtype, "bnb_quantized": True,
+    }  # fmt: skip
+    return Params4bit(empty, **kind)

@@ -23,7 +23,7 @@ from fxseek.capture.quantised import holds_packed, packed_weight
 from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, InputError
 from fxseek.ops.shards import Sharding, Unshard
-from fxseek.ops.team import Team, as_message, error_of, step_begins, tell
+from fxseek.ops.team import Team, as_message, error_of, step_begins, steps_begun, tell
 from fxseek.passes.facts import needs_grad
 from fxseek.passes.unshard import mark_sharded, sharding_of
 from fxseek.program import Program
@@ -176,14 +176,14 @@ class Shards:
 
         One that fails later leaves a note for those that wait for this one.
         """
-        self._agreed = False
+        self._agreed, before = False, steps_begun()
         try:
             yield
         except Exception as error:
-            if self._agreed:
-                tell(error)
-            else:
+            if not self._agreed:
                 self._meet(0, error)
+            elif steps_begun() > before:
+                tell(error)
             raise
 
     def agree(self, plan: int) -> None:

@@ -75,7 +75,7 @@ def as_sharded(
     """The step of a process that holds one of so many shards of each of a model's parameters.
 
     `ahead`: the next segment's parameters are gathered ahead of their use, as on a GPU; `noted` is
-    told of whole parameters, and of what is received of them. Quantised weights stay whole, as
+    told of whole parameters, and of those that are received ahead. Quantised weights stay whole, as
     accelerate leaves them out.
     """
     device = next(model.parameters()).device

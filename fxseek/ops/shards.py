@@ -93,22 +93,26 @@ class Gathering:
     def finish(self) -> list[Tensor]:
         """The whole parameters, without gradient. What was received is let go."""
         self.wait()
-        found = []
-        for sharding, start in zip(self.shardings, self.starts, strict=True):
-            piece, dim = sharding.piece, sharding.dim
-            nbytes = math.prod(piece) * sharding.dtype.itemsize
-            pieces = self.received[:, start : start + nbytes].view(sharding.dtype)
-            pieces = pieces.view(-1, *piece)
-            if dim:
-                full = torch.cat(pieces.unbind(0), dim)
-            else:
-                if len(self.starts) > 1:  # a view would keep all that was received
-                    pieces = pieces.clone(memory_format=torch.contiguous_format)
-                full = pieces.flatten(0, 1)
-            found.append(full.narrow(dim, 0, sharding.shape[dim]))
-        del self.received, pieces
+        found = [
+            self._joined(sharding, start)
+            for sharding, start in zip(self.shardings, self.starts, strict=True)
+        ]
+        del self.received
         self.shardings[0].team.follow(found)
         return found
+
+    def _joined(self, sharding: Sharding, start: int) -> Tensor:
+        """The pieces of a parameter as one."""
+        piece, dim = sharding.piece, sharding.dim
+        nbytes = math.prod(piece) * sharding.dtype.itemsize
+        pieces = self.received[:, start : start + nbytes].view(sharding.dtype).view(-1, *piece)
+        if dim:
+            full = torch.cat(pieces.unbind(0), dim)
+        else:
+            if len(self.starts) > 1:  # a view would keep all that was received
+                pieces = pieces.clone(memory_format=torch.contiguous_format)
+            full = pieces.flatten(0, 1)
+        return full.narrow(dim, 0, sharding.shape[dim])
 
 
 def begin(
@@ -132,7 +136,8 @@ def begin(
     sent = torch.cat(own)
     del own
     received, work = team.gather(sent, later=later)
-    team.follow([received])
+    if later:
+        team.follow([received])
     return Gathering(shardings, starts, received.view(team.count, length), work)
 
 

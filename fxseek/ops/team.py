@@ -151,6 +151,8 @@ def _hearing() -> Iterator[None]:
     """A collective that fails raises the error of the process that has left it, where known."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # this process's own
     except RuntimeError as error:
         error.add_note(_ECHO)
         told = _told()
@@ -172,6 +174,7 @@ def _key() -> str:
     return f"fxseek: error of step {_Steps.begun}"
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
+    """The store that all processes share; it has `check`, `get` and `compare_set`."""
     group: Any = dist.group.WORLD
     return group.get_group_store()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,27 @@ def test_an_error_in_one_process_ends_the_others_with_it(at, tmp_path):
 
 
 @pytest.mark.sweep
+def test_an_error_under_torchrun(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import torch.distributed as dist\n"
+        "import fsdp_cases\n"
+        "dist.init_process_group('gloo')\n"
+        "fsdp_cases.failing(dist.get_rank(), 2, Path(sys.argv[1]), 'forward')\n"
+    )
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join(sys.path)
+    ended = subprocess.run(
+        [*run, program, tmp_path], env=os.environ | {"PYTHONPATH": paths}, timeout=480,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert "IndexError: index out of range" in ended.stderr
+
+
+@pytest.mark.sweep
 def test_a_run_that_has_lost_a_process_is_resumed(tmp_path):
     options = {"ratio": 0.5, "score": "gradient", "select": "sample", "learn_chunk": 2}
     case = Case(options, uneven=True)
@@ -140,7 +164,7 @@ def test_a_run_that_has_lost_a_process_is_resumed(tmp_path):
     assert ended[0] not in (0, None)
     seconds, _, told = (tmp_path / "survivor").read_text().partition(": ")
     assert float(seconds) < fsdp.TIMEOUT
-    assert "Connection closed by peer" in told
+    assert "by peer" in told  # its connection was closed, or reset
     fsdp.spawn(fsdp.drill, 2, tmp_path, case, False)()
     wanted = fsdp.alone(case, 2)["weights"]
     for rank in range(2):

@@ -620,14 +620,14 @@ def counted() -> Iterator[list[int]]:
     alive: list[int] = []
     known: dict[StorageWeakRef, int] = {}
 
-    def followed(team: Team, wholes: Sequence[Tensor]) -> None:
+    def followed(self: Team, wholes: Sequence[Tensor]) -> None:
         for x in wholes:
             storage = x.untyped_storage()
             known[StorageWeakRef(storage)] = storage.nbytes()
         for gone in [x for x in known if x.expired()]:
             del known[gone]
         alive.append(sum(known.values()))
-        follow(team, wholes)
+        follow(self, wholes)
 
     Team.follow = followed
     try:
@@ -656,9 +656,9 @@ def order_of(run: Callable[[], Any]) -> list[str]:
         with torch.profiler.record_function(f"begin {shardings[0].name}"):
             return begin(shardings, *given, **options)
 
-    def waited(gathering: shards.Gathering) -> None:
-        with torch.profiler.record_function(f"wait {gathering.shardings[0].name}"):
-            wait(gathering)
+    def waited(self: shards.Gathering) -> None:
+        with torch.profiler.record_function(f"wait {self.shardings[0].name}"):
+            wait(self)
 
     shards.begin, shards.Gathering.wait = begun, waited
     try:
@@ -667,7 +667,7 @@ def order_of(run: Callable[[], Any]) -> list[str]:
     finally:
         shards.begin, shards.Gathering.wait = begin, wait
     attention = "aten::scaled_dot_product_attention"
-    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    events = sorted(profile.events() or [], key=lambda event: event.time_range.start)
     names = [event.name for event in events]
     return [
         "attend" if name == attention else name
