@@ -37,11 +37,11 @@ peft refuses Mamba-2's `out_proj`, and its gradients are compared operation by o
 mixers mix tokens and use parameters outside of modules.
 
 Models of images and text learn from rows of text alone (`_text`) and from rows with images
-(`_images`), their encoders of images too. Those of Qwen run ahead of the step, in which the tokens
-of images take the general path once. Where an encoder reads words (T5, BART), speech (Whisper) or
-an image (a ViT in front of TrOCR's decoder), the tokens that are selected are the decoder's. Those
-of vision transformers are patches; what reads the class token, or the mean over patches, takes the
-general path.
+(`_images`), their encoders of images too, of which Qwen's run ahead of the step. To put features
+among embeddings (`masked_scatter`) takes the general path. Where an encoder reads words (T5, BART),
+speech (Whisper) or an image (a ViT in front of TrOCR's decoder), the tokens that are selected are
+the decoder's. Those of vision transformers are patches; what reads the class token, or the mean
+over patches, takes the general path.
 """
 
 HEAD = """# Coverage
