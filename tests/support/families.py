@@ -445,8 +445,6 @@ FAMILIES: dict[str, Family] = {
         Family("siglip", "SiglipConfig", "SiglipForImageClassification",
                {"vision_config": {**_EYES, "patch_size": 4},
                 "num_labels": 3}, "images", attentions=("sdpa",), dense=False),
-        Family("beit", "BeitConfig", "BeitForImageClassification", _PATCHES, "images",
-               attentions=("sdpa",), dense=False),
         Family("beit_relative", "BeitConfig", "BeitForImageClassification",
                {**_PATCHES, "use_relative_position_bias": True}, "images",
                attentions=("sdpa",), dense=False, refused="adds what has a row for each"),
