@@ -40,11 +40,11 @@ MLPs and experts around them run on selected tokens alone. As these mixers use p
 modules, gradients are compared operation by operation. peft refuses the `out_proj` of some of them.
 
 Models of images and text learn from rows of text alone (`_text`) and from rows with images
-(`_images`), their encoders of images too. Those of Qwen run ahead of the step, in which the tokens
-of images take the general path once. Where an encoder reads words (T5, BART), speech (Whisper) or
-an image (a ViT in front of TrOCR's decoder), the tokens that are selected are the decoder's. Those
-of vision transformers are patches; what reads the class token, or the mean over patches, takes the
-general path.
+(`_images`), their encoders of images too, of which Qwen's run ahead of the step. To put features
+among embeddings (`masked_scatter`) takes the general path. Where an encoder reads words (T5, BART),
+speech (Whisper) or an image (a ViT in front of TrOCR's decoder), the tokens that are selected are
+the decoder's. Those of vision transformers are patches; what reads the class token, or the mean
+over patches, takes the general path.
 """
 
 HEAD = """# Coverage

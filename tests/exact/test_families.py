@@ -34,7 +34,7 @@ SDPA_ALONE = {
 SWEPT = {
     "albert", "electra", "roformer", "qwen2_moe", "olmoe", "granitemoe", "mpt", "bart",
     "smolvlm_text", "smolvlm_images", "paligemma_text", "roberta_classes", "gemma3_images",
-    "qwen2_vl_images", "qwen2_5_vl_images", "qwen3_vl_images", "deit", "dinov2", "siglip", "beit",
+    "qwen2_vl_images", "qwen2_5_vl_images", "qwen3_vl_images", "deit", "dinov2", "siglip",
     "youtu", "glm4_moe_lite", "minicpm3", "jamba", "zamba2", "bamba", "falcon_h1",
     "qwen3_next",
 }  # fmt: skip
