@@ -113,7 +113,8 @@ def test_a_step_leaves_no_hook():
 
 
 def test_other_ways_are_refused_with_a_reason():
-    backend = torch.compile(model_of(), backend="fxseek", dynamic=True, options={"ratio": 0.3})
+    options: dict[str, Any] = {"ratio": 0.3}
+    backend = torch.compile(model_of(), backend="fxseek", dynamic=True, options=options)
     with pytest.raises(Exception, match=r"fxseek.compile\(model\) counts them"):
         backend(**batch())
     with pytest.raises(fxseek.ConfigError, match="takes pixel_values"):
