@@ -106,7 +106,8 @@ def given_tensor(node: fx.Node) -> torch.Tensor | None:
     ``meta["grapharg"].example`` only.
     """
     value = getattr(node.meta.get("grapharg"), "example", None)
-    return value if isinstance(value, torch.Tensor) and not is_fake(value) else None
+    fake = isinstance(value, FakeTensor)
+    return value if isinstance(value, torch.Tensor) and not fake else None
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -137,7 +138,7 @@ def widest(device: torch.device) -> torch.dtype:
 
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values (`FakeTensor` is public nowhere)."""
-    return isinstance(tensor, FakeTensor)
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def faked(inputs: Sequence[Any]) -> tuple[AbstractContextManager[Any], tuple[Any, ...]]:
@@ -192,7 +193,7 @@ def fake_mode() -> FakeTensorMode:
     """A mode in which tensors have shapes, strides and storages, and no memory.
 
     Meta tensors alone cannot leave for the CPU, as offloaded keys and values do, and know only
-    the operations that have a meta kernel.
+    the operations that have a meta kernel. They are several times as quick.
     """
     return FakeTensorMode(allow_non_fake_inputs=True)
 

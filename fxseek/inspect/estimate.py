@@ -1,8 +1,9 @@
 """`fxseek.estimate`: the memory of a training step, without weights and without the device.
 
 The model is made on the meta device and captured as `fxseek.compile` captures it. The program's
-own stages, the backward and the optimiser's step then run on fake tensors, which have shapes and
-storages and no memory, while a `Tracker` follows the storages.
+own stages, the backward and the optimiser's step then run on meta tensors, or on fake ones where
+those cannot do what a step does. Both have shapes and storages and no memory, and a `Tracker`
+follows the storages.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fxseek.inspect.memory import (
     module_tensors,
     saved_as_activations,
 )
-from fxseek.inspect.meta import batch_of, checkpointed, on_meta, tuned
+from fxseek.inspect.meta import batch_of, checkpointed, on_meta, stand_ins, tuned
 from fxseek.inspect.shards import as_sharded
 from fxseek.ops.attention import kernel
 from fxseek.ops.masks import read_tokens
@@ -178,11 +179,12 @@ def estimate(
         run.ordinary(model, inputs)
         return Estimate(**run.tracker.result(), kept=tokens, **about)
     captured = capture(_step(model, config), inputs)
-    held, step, given = model, captured.step, captured.inputs
     if shards > 1:
         noted = partial(run.tracker.label, category="whole parameters")
         held, step, given = as_sharded(captured, model, config, shards, noted)
-    kept = run.selective(held, step, given, inputs)
+        kept = run.selective(held, step, given, inputs)
+    else:
+        run, kept = _followed(device, optimizer, model, captured.step, captured.inputs, inputs)
     return Estimate(**run.tracker.result(), kept=kept, **about)
 
 
@@ -215,8 +217,8 @@ class Peaks:
                 return peak
         step = self.captured.made(_estimated(config))
         self.in_parts = not isinstance(step.program.parts, str)
-        run = _Run(self.device, None)
-        run.selective(self.model, step, self.captured.inputs, self.inputs)
+        given = self.captured.inputs
+        run, _ = _followed(self.device, None, self.model, step, given, self.inputs)
         peak = StepMemory(**run.tracker.result()).peak_bytes
         self._known.append((config, peak))
         return peak
@@ -320,7 +322,7 @@ class _FakeTracker(Tracker):
         return out
 
     def _answer(self, asked: Tensor) -> bool | float | int:
-        if not (asked.is_meta or _torch.is_fake(asked)):
+        if not _torch.is_fake(asked):
             return asked.item()
         if asked.dtype is torch.bool:
             return asked in self._true
@@ -328,6 +330,16 @@ class _FakeTracker(Tracker):
 
 
 _ALL = {torch.ops.aten.all.default, torch.ops.aten.all.dim, torch.ops.aten.all.dims}
+
+
+def _followed(device: str, optimizer: str | Optimiser | None, *given: Any) -> tuple[_Run, int]:
+    """A run of `_Run.selective`, and how many tokens are kept: on meta tensors where that goes."""
+    try:
+        run = _Run(device, optimizer)
+        return run, run.selective(*given, quick=True)
+    except Exception:  # fake ones say what is wrong, if it is not the meta device
+        run = _Run(device, optimizer)
+        return run, run.selective(*given)
 
 
 class _Run:
@@ -344,18 +356,15 @@ class _Run:
         step: Step,
         arguments: Sequence[Any],
         batch: dict[str, Tensor],
+        *,
+        quick: bool = False,
     ) -> int:
-        """The stages, backward and the optimiser's step; returns how many tokens are kept."""
-        mode = _torch.fake_mode()
-        known: dict[int, Tensor] = {}
+        """The stages, backward and the optimiser's step; returns how many tokens are kept.
 
-        def fake(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if id(value) not in known:  # tied parameters stay one
-                known[id(value)] = mode.from_tensor(value)
-            return known[id(value)]
-
+        `quick`: on meta tensors, which cannot do everything.
+        """
+        held = [*module_tensors(model), *batch.values(), *arguments]
+        mode, fake = stand_ins(held, quick=quick)
         fakes = tuple(map(fake, arguments))
         mask = batch.get("attention_mask")
         with mode:

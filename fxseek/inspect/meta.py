@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxseek import _torch
 from fxseek.capture.trl import rebind_fused_heads
 from fxseek.errors import ConfigError
 from fxseek.inspect.memory import module_tensors
 
-__all__ = ["batch_of", "checkpointed", "on_meta", "tuned"]
+__all__ = ["batch_of", "checkpointed", "on_meta", "stand_ins", "tuned"]
 
 
 def on_meta(config_or_model: Any, dtype: torch.dtype) -> nn.Module:
@@ -153,3 +156,40 @@ def batch_of(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
             "causal language model, which takes input_ids and labels"
         )
     return {name: x for name, x in inputs.items() if open_ended or name in parameters}
+
+
+def stand_ins(
+    values: Iterable[Any], *, quick: bool
+) -> tuple[contextlib.AbstractContextManager[Any], Callable[[Any], Any]]:
+    """What a step on tensors without memory runs in, and what stands there for a value.
+
+    A tensor has one stand-in, with memory that nothing outside of the step holds, and values that
+    are no tensors stand for themselves. `quick`: meta tensors, where all of `values` are that;
+    else, and by default, fake ones, which can do more.
+    """
+    quick = quick and all(
+        x.is_meta and type(x) in (Tensor, nn.Parameter) for x in values if isinstance(x, Tensor)
+    )
+    mode = contextlib.nullcontext() if quick else _torch.fake_mode()
+    known: dict[int, Tensor] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def twin(tensor: Tensor) -> Tensor:
+        if isinstance(mode, contextlib.nullcontext):
+            size = tensor.untyped_storage().nbytes()
+            key = _torch.storage_key(tensor)
+            if key not in storages:
+                storages[key] = torch.UntypedStorage(size, device="meta")
+            made = torch.empty(0, dtype=tensor.dtype, device="meta")
+            made.set_(storages[key], tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+            return made.requires_grad_(tensor.requires_grad)
+        return mode.from_tensor(tensor)
+
+    def stand_in(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in known:  # tied parameters stay one
+            known[id(value)] = twin(value)
+        return known[id(value)]
+
+    return mode, stand_in

@@ -12,7 +12,11 @@ from peaks import training_peak
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fxseek
+from fxseek.config import SeekConfig
+from fxseek.inspect.estimate import _estimated, _Run, _step
+from fxseek.inspect.explain import capture
 from fxseek.inspect.memory import CATEGORIES, module_tensors
+from fxseek.inspect.meta import batch_of, on_meta, tuned
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers' and peft's own
@@ -295,3 +299,35 @@ def test_an_attention_that_cannot_be_compiled():
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(fxseek.ConfigError, match="flex_attention"):
         fxseek.estimate(model, 128)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "options"),
+    [
+        ("full", {}),
+        ("full", {"learn_chunk": 16, "ratio": 1.0}),
+        ("lora", {"recompute": "block", "score": "context"}),
+    ],
+)
+def test_meta_tensors_tell_what_fake_ones_tell(tuning: str, options: dict[str, Any]):
+    config = SeekConfig.make(**{"ratio": 0.25, **options})
+    model = tuned(on_meta(small(), torch.bfloat16), tuning, 4, torch.bfloat16).train()
+    inputs = batch_of(model, 48, 2)
+    captured = capture(_step(model, _estimated(config)), inputs)
+    told = []
+    for quick in (False, True):
+        run = _Run("cuda", "adamw")
+        kept = run.selective(model, captured.step, captured.inputs, inputs, quick=quick)
+        told.append((kept, run.tracker.result()))
+    assert told[0] == told[1]
+
+
+def test_what_meta_tensors_cannot_do():
+    options = {"ratio": 0.25, "kv": "offload", "optimizer": None}
+    model = on_meta(small(), torch.float32).train()
+    inputs = batch_of(model, 48, 2)
+    captured = capture(_step(model, SeekConfig.make(ratio=0.25, kv="offload")), inputs)
+    run = _Run("cuda", None)
+    with pytest.raises(NotImplementedError):
+        run.selective(model, captured.step, captured.inputs, inputs, quick=True)
+    assert fxseek.estimate(model, 48, 2, **options).peak_bytes > 0
