@@ -13,6 +13,10 @@ After::
 
 Gradient checkpointing has nothing left to do, and inside a region the passes could not tell
 tokens apart. Autograd functions stay one operation each: their backward is their own.
+
+A body that is called several times (layers that look alike, which Dynamo has traced once) becomes
+as many pieces of the graph, each with example values of its own, as if it had been traced so often:
+later passes tell captured tensors apart by identity.
 """
 
 from __future__ import annotations
@@ -20,11 +24,19 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
 
 _REGIONS = {"tag_activation_checkpoint": 1, "invoke_subgraph": 2}
 """Regions, and how many arguments come before the operands: the body, and a name for it."""
+
+_NESTED = torch.ops.higher_order.invoke_subgraph
+
+AS_MODULES = "fxseek_as_modules"
+"""In the meta of a call of a region that was traced for other modules: what stands for each of
+these, by Dynamo's key. It is the key, and the path of the one and of the other region's module."""
 
 
 def inline(graph: fx.Graph) -> fx.Graph:
@@ -68,7 +80,55 @@ def _body_into(copy: fx.Graph, region: fx.Node, new_of: dict[fx.Node, Any], pref
     operands = region.args[_REGIONS[region.target.__name__] :]  # type: ignore[union-attr]
     parameters = [node for node in body.graph.nodes if node.op == "placeholder"]
     bound = dict(zip(parameters, map_arg(operands, new_of.__getitem__), strict=True))
-    return _copy_into(copy, body.graph, bound, f"{prefix}{attribute.target}.")
+    given = set(bound)
+    result = _copy_into(copy, body.graph, bound, f"{prefix}{attribute.target}.")
+    made = [new for node, new in bound.items() if node not in given and isinstance(new, fx.Node)]
+    if AS_MODULES in region.meta:
+        _set_apart(made, region.meta[AS_MODULES])
+    if region.target is _NESTED:
+        _name_results(region, result, set(made))
+    return result
 
 
-__all__ = ["inline"]
+def _set_apart(nodes: list[fx.Node], modules: dict[str, tuple[str, str, str]]) -> None:
+    """Give the copied nodes of a body modules of their own, and tensors in tuples.
+
+    An element of a tuple is known by its identity; other values that nothing writes to need none.
+    """
+    twins: dict[int, torch.Tensor] = {}
+    for node in nodes:
+        value = node.meta.get("example_value")
+        for x in value if isinstance(value, (tuple, list)) else ():
+            if isinstance(x, torch.Tensor):
+                twins[id(x)] = x.detach().requires_grad_(x.requires_grad)
+    for node in nodes:
+        if twins and "example_value" in node.meta:
+            node.meta["example_value"] = tree_map(
+                lambda x: twins.get(id(x), x), node.meta["example_value"]
+            )
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = dict(
+                _in_other(key, path, kind, modules) for key, (path, kind) in stack.items()
+            )
+
+
+def _name_results(region: fx.Node, result: Any, made: set[fx.Node]) -> None:
+    """Give the results of a region the example values of its call: what follows may write there."""
+    for user in region.users:
+        inner = result[user.args[1]] if user.target is operator.getitem else None
+        if inner in made:
+            inner.meta["example_value"] = user.meta["example_value"]
+
+
+def _in_other(
+    key: str, path: str, kind: Any, modules: dict[str, tuple[str, str, str]]
+) -> tuple[str, tuple[str, Any]]:
+    """An entry of a module stack, with the module that stands for the one that was traced."""
+    if key not in modules:
+        return key, (path, kind)
+    other, before, after = modules[key]
+    return other, (path.replace(before, after, 1), kind)
+
+
+__all__ = ["AS_MODULES", "inline"]
