@@ -208,7 +208,7 @@ def test_adapters(layers: list[int] | None, monkeypatch: pytest.MonkeyPatch):
 def test_a_layer_that_is_changed_later(change: Callable[[Any], None]):
     model = without_casts(tiny_llama(num_hidden_layers=3).double())
     fxseek.compile(model, ratio=0.5, score="random")
-    inputs = batch(37)
+    inputs: dict[str, Any] = batch(37)
     before = model(**inputs).loss
     change(model)
     fxseek.resume(model, 0)
@@ -225,6 +225,6 @@ def test_a_capture_that_fails_with_regions(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(alike._Reuse, "settled", settled)
     model = without_casts(tiny_llama(num_hidden_layers=3).double())
     fxseek.compile(model, ratio=0.5, score="random")
-    inputs = batch(37)
+    inputs: dict[str, Any] = batch(37)
     model(**inputs).loss.backward()
     assert fxseek.check_gradients(model, **inputs).error <= 1e-9
