@@ -334,9 +334,11 @@ _ALL = {torch.ops.aten.all.default, torch.ops.aten.all.dim, torch.ops.aten.all.d
 
 def _followed(device: str, optimizer: str | Optimiser | None, *given: Any) -> tuple[_Run, int]:
     """A run of `_Run.selective`, and how many tokens are kept: on meta tensors where that goes."""
+    step: Step = given[1]
     try:
         run = _Run(device, optimizer)
-        return run, run.selective(*given, quick=True)
+        whole = isinstance(step.program.parts, str)  # in parts, meta tensors tell something else
+        return run, run.selective(*given, quick=whole)
     except Exception:  # fake ones say what is wrong, if it is not the meta device
         run = _Run(device, optimizer)
         return run, run.selective(*given)

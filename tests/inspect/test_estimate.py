@@ -305,7 +305,6 @@ def test_an_attention_that_cannot_be_compiled():
     ("tuning", "options"),
     [
         ("full", {}),
-        ("full", {"learn_chunk": 16, "ratio": 1.0}),
         ("lora", {"recompute": "block", "score": "context"}),
     ],
 )
