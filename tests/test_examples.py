@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer as Tokens
-from tokenizers import decoders, models, pre_tokenizers
+from byte_models import byte_tokenizer, save_tiny_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import benchmark
 import benchmark_page
@@ -54,29 +53,15 @@ def collected() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokeniser of bytes, so that any text can be told apart in its ids."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(["<s>", "</s>", *alphabet])}
-    tokens = Tokens(models.BPE(vocab=vocabulary, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="</s>", pad_token="</s>")
-    fast.chat_template = CHAT
-    return fast
+    tokenizer = byte_tokenizer("<s>", "</s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder that holds a model small enough to train in a test."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )  # fmt: skip
     path = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    save_tiny_llama(path, tokenizer, 32)
     return path
 
 

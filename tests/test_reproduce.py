@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer as Tokens
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from byte_models import byte_tokenizer, save_tiny_llama
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 from common import ExampleError, Row
@@ -31,27 +30,14 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokeniser of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(["<s>", "</s>", *alphabet])}
-    tokens = Tokens(models.BPE(vocab=vocabulary, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="</s>", pad_token="</s>")
+    return byte_tokenizer("<s>", "</s>", eos_token="</s>", pad_token="</s>")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A model and some text."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )  # fmt: skip
     path = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    save_tiny_llama(path, tokenizer, 64)
     lines = [
         {"instruction": f"Count from {i}.", "output": " ".join(map(str, range(i, i + 30)))}
         for i in range(3, 30)

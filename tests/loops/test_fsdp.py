@@ -33,6 +33,7 @@ SWEPT = {
     ),
     "spans": Case({"ratio": 0.5, "span": 2, "score": "gradient"}),
     "labelled": Case({"ratio": "labelled"}, uneven=True),
+    "kept whole": Case({"ratio": 0.5}, shard={"reshard_after_forward": False}),
 }
 
 
@@ -149,14 +150,42 @@ def test_an_error_under_torchrun(tmp_path):
         "dist.init_process_group('gloo')\n"
         "fsdp_cases.failing(dist.get_rank(), 2, Path(sys.argv[1]), 'forward')\n"
     )
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = os.pathsep.join(sys.path)
-    ended = subprocess.run(
-        [*run, program, tmp_path], env=os.environ | {"PYTHONPATH": paths}, timeout=480,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ended = run("torch.distributed.run", "--standalone", "--nproc-per-node=2", program, tmp_path)
     assert ended.returncode != 0
     assert "IndexError: index out of range" in ended.stderr
+
+
+@pytest.mark.sweep
+def test_accelerate_launch(tmp_path):
+    """With the configuration that the page shows, but for the types and the number of GPUs."""
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    shown = page.split("```yaml\n")[1].split("```")[0]
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(shown.replace("bf16", '"no"').replace("num_processes: 8", "num_processes: 2"))
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import fsdp_cases\n"
+        "fsdp_cases.launched(Path(sys.argv[1]))\n"
+    )
+    options = ["--config_file", config, "--main_process_port", "0"]
+    ended = run("accelerate.commands.launch", *options, program, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    for rank in range(2):
+        found = torch.load(tmp_path / f"launched-{rank}.pt")
+        assert found["plain"]["kinds"] == found["ours"]["kinds"] == {"DTensor"}
+        worst = compare(found["ours"]["weights"], found["plain"]["weights"])
+        assert worst.error <= 1e-9, worst
+
+
+def run(launcher: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a launcher of processes, which find what the tests find."""
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-m", launcher, *arguments], env=paths, timeout=480,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.sweep

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from byte_models import byte_tokenizer
 
 import fxseek
 from fxseek.reports.texts import check_tokenizer, legible, texts_of
@@ -35,20 +35,8 @@ def test_what_cannot_be_seen_is_written_out(text: str, shown: str):
     assert legible(text) == shown
 
 
-def byte_level() -> Any:
-    """A byte-level tokenizer without merges: the id of a byte is its place in the alphabet."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
 def test_parts_of_characters_are_bytes():
-    tokenizer = byte_level()
+    tokenizer = byte_tokenizer()
     ids = tokenizer("é x")["input_ids"]
     texts = texts_of(tokenizer, ids)
     assert [texts[i] for i in ids] == ["⟨C3⟩", "⟨A9⟩", "·", "x"]
