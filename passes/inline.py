@@ -13,18 +13,56 @@ After::
 
 Gradient checkpointing has nothing left to do, and inside a region the passes could not tell
 tokens apart. Autograd functions stay one operation each: their backward is their own.
+
+A body that is called several times (layers that look alike, which Dynamo has traced once) becomes
+as many pieces of the graph, each with example values of its own, as if it had been traced so often:
+later passes tell captured tensors apart by identity.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
 
 _REGIONS = {"tag_activation_checkpoint": 1, "invoke_subgraph": 2}
 """Regions, and how many arguments come before the operands: the body, and a name for it."""
+
+_NESTED = torch.ops.higher_order.invoke_subgraph
+
+AS_MODULES = "fxseek_as_modules"
+"""In the meta of a call of a region that was traced for another layer: an `AsModules`."""
+
+
+class AsModules(NamedTuple):
+    """A layer in the place of the one that was traced.
+
+    `keys`: Dynamo's key of each module of the traced layer, and of its own; `before`, `after`: the
+    last two parts of their paths, a list's name and a place in it.
+    """
+
+    keys: dict[str, str]
+    before: str
+    after: str
+
+    def stack(self, traced: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+        """An operation's stack of modules, with this layer in it."""
+        known = [path for key, (path, _) in traced.items() if key in self.keys]
+        layer = known[0] if known and known[0].endswith(self.before) else None
+
+        def moved(path: str) -> str:
+            if layer is None or not path.startswith(layer):
+                return path
+            return layer.removesuffix(self.before) + self.after + path[len(layer) :]
+
+        return {
+            self.keys.get(key, key): (moved(path) if key in self.keys else path, kind)
+            for key, (path, kind) in traced.items()
+        }
 
 
 def inline(graph: fx.Graph) -> fx.Graph:
@@ -68,7 +106,43 @@ def _body_into(copy: fx.Graph, region: fx.Node, new_of: dict[fx.Node, Any], pref
     operands = region.args[_REGIONS[region.target.__name__] :]  # type: ignore[union-attr]
     parameters = [node for node in body.graph.nodes if node.op == "placeholder"]
     bound = dict(zip(parameters, map_arg(operands, new_of.__getitem__), strict=True))
-    return _copy_into(copy, body.graph, bound, f"{prefix}{attribute.target}.")
+    given = set(bound)
+    result = _copy_into(copy, body.graph, bound, f"{prefix}{attribute.target}.")
+    made = [new for node, new in bound.items() if node not in given and isinstance(new, fx.Node)]
+    if AS_MODULES in region.meta:
+        _set_apart(made, region.meta[AS_MODULES])
+    if region.target is _NESTED:
+        _name_results(region, result, set(made))
+    return result
 
 
-__all__ = ["inline"]
+def _set_apart(nodes: list[fx.Node], modules: AsModules) -> None:
+    """Give the copied nodes of a body modules of their own, and tensors in tuples.
+
+    An element of a tuple is known by its identity; other values that nothing writes to need none.
+    """
+    twins: dict[int, torch.Tensor] = {}
+    for node in nodes:
+        value = node.meta.get("example_value")
+        for x in value if isinstance(value, (tuple, list)) else ():
+            if isinstance(x, torch.Tensor):
+                twins[id(x)] = x.detach().requires_grad_(x.requires_grad)
+    for node in nodes:
+        if twins and "example_value" in node.meta:
+            node.meta["example_value"] = tree_map(
+                lambda x: twins.get(id(x), x), node.meta["example_value"]
+            )
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = modules.stack(stack)
+
+
+def _name_results(region: fx.Node, result: Any, made: set[fx.Node]) -> None:
+    """Give the results of a region the example values of its call: what follows may write there."""
+    for user in region.users:
+        inner = result[user.args[1]] if user.target is operator.getitem else None
+        if inner in made:
+            inner.meta["example_value"] = user.meta["example_value"]
+
+
+__all__ = ["AS_MODULES", "AsModules", "inline"]

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxseek.capture.alike import overrides
+
 __all__ = ["capture_settings"]
 
 
@@ -152,6 +154,8 @@ def _override_dynamo() -> None:
         ("BuiltinVariable", "call_setattr"),
     ):
         override(getattr(builtin, owner, None), name, assignment)
+    for place in overrides():
+        override(*place)
 
 
 _SWAPPED = {"gt": "lt", "lt": "gt", "ge": "le", "le": "ge"}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxseek import _torch
+from fxseek.capture.alike import alike_layers
 from fxseek.capture.backend import Made, Recorder, make_backend
 from fxseek.capture.call import Calls
 from fxseek.capture.counted import Counted
@@ -29,7 +30,7 @@ from fxseek.capture.sharded import Shards, config_for_shards
 from fxseek.capture.trl import refuse_untraceable, traceable_log_probs
 from fxseek.capture.uncomputed import Uncomputed, cleared
 from fxseek.config import SeekConfig
-from fxseek.errors import CaptureError, FxseekError, InputError
+from fxseek.errors import CaptureError, FxseekError, GraphError, InputError
 from fxseek.run.assemble import Step
 
 __all__ = ["SeekStep", "step_of"]
@@ -83,6 +84,8 @@ class SeekStep:
         self._labelled = True
         """Whether the call at hand has labels, or a loss that fxseek was given."""
         self._told: set[str] = set()
+        self._alike = True
+        """Whether layers that look alike are traced once: a capture in this way has not failed."""
         self._sharded = False
         """Whether the step is one of a sharded model."""
         self._fitted = (0, 0)
@@ -329,14 +332,18 @@ class SeekStep:
         trace_dequantisation()
         while True:
             image = batch[self.calls.primary_names(batch)[0]]
-            try:
-                with self.counted.on(image), self.encoders.unchecked(batch):
-                    return self._compiled(**batch)
-            except _torch.CaptureFailure as error:
-                if self.counted.found(error, image):
-                    self._prepare()
-                elif not install_recorders(self.model, error):
-                    raise
+            with alike_layers(self.model, wanted=self._alike and not self._sharded) as regions:
+                try:
+                    with self.counted.on(image), self.encoders.unchecked(batch):
+                        return self._compiled(**batch)
+                except (_torch.CaptureFailure, GraphError) as error:
+                    if self.counted.found(error, image):
+                        self._prepare()
+                    elif not install_recorders(self.model, error):
+                        if not regions.calls:
+                            raise
+                        log.debug("fxseek: captured without regions, which fails with %r", error)
+                        self._alike = False
 
     def _own_error(self, batch: dict[str, Any]) -> Exception | None:
         """What the model, or `loss=`, raises for this batch by itself; None if it raises nothing.
@@ -347,7 +354,7 @@ class SeekStep:
         tensors = [x for x in batch.values() if isinstance(x, Tensor)]
         if self._sharded:
             return None  # its parameters exist in a step only
-        if any(x.is_meta or _torch.is_fake(x) for x in (*tensors, *self.model.parameters())):
+        if any(map(_torch.is_fake, (*tensors, *self.model.parameters()))):
             return None
         try:
             with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):

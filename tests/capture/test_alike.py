@@ -1,0 +1,250 @@
+"""Layers that look alike are traced once, and the graph is that of a plain capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from models import batch, tiny_llama, tiny_lora, without_casts
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
+
+import fxseek
+from fxseek import _torch
+from fxseek.capture import alike
+from fxseek.capture.alike import Regions
+from fxseek.capture.step import SeekStep
+from fxseek.inspect.explain import capture
+from fxseek.passes.inline import inline
+
+needs_regions = pytest.mark.skipif(
+    not alike.overrides(), reason="this torch has no regions that are traced once"
+)
+
+
+def told(graph: fx.Graph) -> list[Any]:
+    """What a graph does, in order: operations, operands, values, lines and modules.
+
+    Sizes are told by what they are, for a region makes those anew that it is not given.
+    """
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    places: dict[fx.Node, str] = {}
+    found = []
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt):
+            places[node] = str(value)
+            continue
+        places[node] = f"%{len(found)}"
+        operands = repr(map_arg((node.args, dict(node.kwargs)), places.__getitem__))
+        where = _torch.source_path(node) if node.op == "placeholder" else _place(node)
+        what = node.target if node.op.startswith("call") else node.op
+        found.append((what, operands, repr(tree_map(_shown, value)), where))
+    return found
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(value)
+    return f"{value.dtype} {value.shape} {value.stride()} {value.requires_grad}"
+
+
+def _place(node: fx.Node) -> tuple[list[str], list[str]]:
+    """The line of the model's source, and the path of the module."""
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    lines = [x for x in (node.stack_trace or "").splitlines() if x.lstrip().startswith("File")]
+    return lines[-1:], paths[-1:]
+
+
+def captured(
+    model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, wanted: bool
+) -> tuple[list[Any], Regions]:
+    """The flat graph of a call, and the regions of its capture."""
+    made: list[Regions] = []
+
+    def regions(layers: dict[nn.Module, str]) -> Regions:
+        made.append(Regions(layers if wanted else {}))
+        return made[-1]
+
+    monkeypatch.setattr(alike, "Regions", regions)
+    torch._dynamo.reset()
+    config = fxseek.SeekConfig.make(0.5, score="random")
+    found = capture(SeekStep(model, config), inputs)
+    return told(inline(found.graph)), made[-1]
+
+
+def regions_of(
+    model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, int]:
+    """How many layers were captured, and traced, as regions; the graph is that of a plain one."""
+    graph, regions = captured(model, inputs, monkeypatch, wanted=True)
+    plain, _ = captured(model, inputs, monkeypatch, wanted=False)
+    assert graph == plain
+    return regions.calls, regions.traced
+
+
+FEW = ("llama", "mixtral")
+
+
+@needs_regions
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.sweep) for name in FAMILIES],
+)
+def test_families(name: str, monkeypatch: pytest.MonkeyPatch):
+    family = FAMILIES[name]
+    if family.refused:
+        pytest.skip("cannot be trained")
+    regions_of(family.make(family.attentions[0]).train(), family.batch(), monkeypatch)
+
+
+def frozen(model: Any) -> None:
+    model.model.layers[2].mlp.requires_grad_(False)
+
+
+def dropping(model: Any) -> None:
+    model.model.layers[2].self_attn.attention_dropout = 0.5
+
+
+def evaluated(model: Any) -> None:
+    model.model.layers[2].eval()
+
+
+def other_activation(model: Any) -> None:
+    model.model.layers[2].mlp.act_fn = nn.ReLU()
+
+
+def other_scale(model: Any) -> None:
+    model.model.layers[2].self_attn.scaling = 0.25
+
+
+def hooked(model: Any) -> None:
+    model.model.layers[2].register_forward_hook(lambda module, given, result: result * 0.5)
+
+
+def with_a_bias(model: Any) -> None:
+    model.model.layers[2].mlp.up_proj.bias = nn.Parameter(torch.ones(29))
+
+
+def counting(model: Any) -> None:
+    for at, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn = Scaled(at)
+
+
+class Scaled(nn.Module):
+    """A number of its own in each layer."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.number)
+
+
+class Split(nn.Module):
+    """Elements of a tuple, which are told apart by identity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.cat([x, x.sigmoid()], -1).chunk(2, dim=-1)
+        return first * second
+
+
+class Writing(nn.Module):
+    """A write to a value of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y += x.sigmoid()
+        return y
+
+
+def activations(kind: type[nn.Module]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp.act_fn = kind()
+
+    return change
+
+
+@needs_regions
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (None, (4, 1)),
+        (frozen, (4, 2)),
+        (other_scale, (4, 2)),
+        (hooked, (3, 1)),
+        *(
+            pytest.param(*case, marks=pytest.mark.sweep)
+            for case in [
+                (dropping, (4, 2)),
+                (evaluated, (4, 2)),
+                (other_activation, (4, 2)),
+                (with_a_bias, (4, 2)),
+                (counting, (4, 4)),
+                (activations(Split), (4, 1)),
+                (activations(Writing), (4, 4)),
+            ]
+        ),
+    ],
+)
+def test_layers_that_differ(
+    change: Callable[[Any], None] | None,
+    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model = tiny_llama(num_hidden_layers=4).train()
+    if change is not None:
+        change(model)
+    assert regions_of(model, batch(37), monkeypatch) == expected
+
+
+@needs_regions
+@pytest.mark.parametrize("layers", [None, pytest.param([1, 2], marks=pytest.mark.sweep)])
+def test_adapters(layers: list[int] | None, monkeypatch: pytest.MonkeyPatch):
+    options = {} if layers is None else {
+        "layers_to_transform": layers, "target_modules": ["q_proj", "up_proj"]
+    }  # fmt: skip
+    model = tiny_lora(tiny_llama(num_hidden_layers=4), **options).train()
+    calls, traced = regions_of(model, batch(37), monkeypatch)
+    assert (calls, traced) == ((4, 2) if layers is None else (4, 4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hooked,
+        *(
+            pytest.param(x, marks=pytest.mark.sweep)
+            for x in (frozen, other_activation, other_scale)
+        ),
+    ],
+)
+def test_a_layer_that_is_changed_later(change: Callable[[Any], None]):
+    model = without_casts(tiny_llama(num_hidden_layers=3).double())
+    fxseek.compile(model, ratio=0.5, score="random")
+    inputs: dict[str, Any] = batch(37)
+    before = model(**inputs).loss
+    change(model)
+    fxseek.resume(model, 0)
+    after = model(**inputs).loss
+    assert change is frozen or not torch.equal(before, after)
+    assert fxseek.check_gradients(model, **inputs).error <= 1e-9
+
+
+@needs_regions
+def test_a_capture_that_fails_with_regions(monkeypatch: pytest.MonkeyPatch):
+    def settled(reuse: Any) -> bool:
+        raise RuntimeError("unsupported guard")
+
+    monkeypatch.setattr(alike._Reuse, "settled", settled)
+    model = without_casts(tiny_llama(num_hidden_layers=3).double())
+    fxseek.compile(model, ratio=0.5, score="random")
+    inputs: dict[str, Any] = batch(37)
+    model(**inputs).loss.backward()
+    assert fxseek.check_gradients(model, **inputs).error <= 1e-9
