@@ -32,8 +32,6 @@ from torch.utils._pytree import tree_map
 _REGIONS = {"tag_activation_checkpoint": 1, "invoke_subgraph": 2}
 """Regions, and how many arguments come before the operands: the body, and a name for it."""
 
-_NESTED = torch.ops.higher_order.invoke_subgraph
-
 AS_MODULES = "fxseek_as_modules"
 """In the meta of a call of a region that was traced for another layer: an `AsModules`."""
 
@@ -111,7 +109,7 @@ def _body_into(copy: fx.Graph, region: fx.Node, new_of: dict[fx.Node, Any], pref
     made = [new for node, new in bound.items() if node not in given and isinstance(new, fx.Node)]
     if AS_MODULES in region.meta:
         _set_apart(made, region.meta[AS_MODULES])
-    if region.target is _NESTED:
+    if region.target.__name__ == "invoke_subgraph":  # type: ignore[union-attr]
         _name_results(region, result, set(made))
     return result
 

@@ -167,21 +167,28 @@ def _as_region(region: Any, regions: Regions, layer: Any, tx: Any, args: Any, kw
     """Call a layer as a region, and note on the call which layer it is of."""
     from torch._dynamo.utils import _make_inlined
 
-    cache = tx.output.tracing_context.hop_dispatch_set_cache.get_cache(_HIGHER_ORDER)
+    cache = tx.output.tracing_context.hop_dispatch_set_cache.get_cache(
+        torch.ops.higher_order.invoke_subgraph
+    )
     cache.dynamo_installed_submodules.clear()  # one that Dynamo only compares by its graph
+    before = _last_call(tx.output.graph)
     regions.inside = True
     try:
         result = _make_inlined(tx, region)(layer, *args, **kwargs)
     finally:
         regions.inside = False
-    call = next(x for x in reversed(tx.output.graph.nodes) if x.target is _HIGHER_ORDER)
+    call = _last_call(tx.output.graph)
+    if call is None or call is before:
+        return result  # it has done nothing
     first = regions.first(tx.output.nn_modules[call.args[1]], layer.value)
     if first is not layer.value:
         call.meta[AS_MODULES] = _in_place_of(first, layer.value, regions.layers)
     return result
 
 
-_HIGHER_ORDER = torch.ops.higher_order.invoke_subgraph
+def _last_call(graph: fx.Graph) -> fx.Node | None:
+    calls = graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+    return calls[-1] if calls else None
 
 
 def _in_place_of(first: nn.Module, layer: nn.Module, paths: dict[nn.Module, str]) -> AsModules:
