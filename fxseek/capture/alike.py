@@ -39,13 +39,14 @@ __all__ = ["Regions", "alike_layers", "overrides", "repeated"]
 class Regions:
     """The layers that are captured as regions: each with its path in the model.
 
-    `calls`: how many calls of regions were captured; `traced`: how many regions were traced for it.
+    `begun`: a region has been entered; `calls`: how many calls of regions were captured; `traced`:
+    how many regions were traced for it.
     """
 
     def __init__(self, layers: dict[nn.Module, str]) -> None:
         self.layers = layers
         self.calls = self.traced = 0
-        self.inside = False
+        self.begun = self.inside = False
         self._first: dict[fx.GraphModule, nn.Module] = {}
         self._traced: dict[fx.GraphModule, _Traced] = {}
 
@@ -172,7 +173,7 @@ def _as_region(region: Any, regions: Regions, layer: Any, tx: Any, args: Any, kw
     )
     cache.dynamo_installed_submodules.clear()  # one that Dynamo only compares by its graph
     before = _last_call(tx.output.graph)
-    regions.inside = True
+    regions.begun = regions.inside = True
     try:
         result = _make_inlined(tx, region)(layer, *args, **kwargs)
     finally:

@@ -30,7 +30,7 @@ from fxseek.capture.sharded import Shards, config_for_shards
 from fxseek.capture.trl import refuse_untraceable, traceable_log_probs
 from fxseek.capture.uncomputed import Uncomputed, cleared
 from fxseek.config import SeekConfig
-from fxseek.errors import CaptureError, FxseekError, GraphError, InputError
+from fxseek.errors import CaptureError, FxseekError, InputError
 from fxseek.run.assemble import Step
 
 __all__ = ["SeekStep", "step_of"]
@@ -332,15 +332,18 @@ class SeekStep:
         trace_dequantisation()
         while True:
             image = batch[self.calls.primary_names(batch)[0]]
+            known = len(self.recorder.steps)
             with alike_layers(self.model, wanted=self._alike and not self._sharded) as regions:
                 try:
                     with self.counted.on(image), self.encoders.unchecked(batch):
                         return self._compiled(**batch)
-                except (_torch.CaptureFailure, GraphError) as error:
+                except Exception as error:
+                    if len(self.recorder.steps) > known:
+                        raise  # it was captured
                     if self.counted.found(error, image):
                         self._prepare()
                     elif not install_recorders(self.model, error):
-                        if not regions.calls:
+                        if not regions.begun:
                             raise
                         log.debug("fxseek: captured without regions, which fails with %r", error)
                         self._alike = False
