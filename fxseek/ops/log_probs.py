@@ -151,7 +151,7 @@ class _Statistics(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, bias, labels)
         ctx.how, ctx.has_entropy, ctx.chunk_bytes = how, "entropy" in wanted, chunk_bytes
         if known is not None:
-            return known.view_as(known)
+            return known.clone()  # a compiler takes a view of an input for one without gradient
         with torch.autocast(rows.device.type, enabled=False):
             parts = [
                 _columns(how.of(rows[chunk], weight, bias), labels[chunk], wanted)

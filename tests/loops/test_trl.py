@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 QUIET = pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing:FutureWarning",  # TRL calls what transformers deprecates
+    "ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`:FutureWarning",
     "ignore:.*:DeprecationWarning:(trl|datasets|multiprocess|dill|pyarrow|pandas)",
     "ignore:.*:UserWarning:(trl|transformers|peft)",
 )
@@ -264,6 +265,29 @@ def test_statistics_and_their_gradients(softcap, chunk_bytes, with_bias):
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_known_statistics_have_the_same_gradients(backend):
+    """Where it is compiled, too: there a view of an input without gradient would have none."""
+    hidden, weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 7, 5), (11, 5)))
+    labels = torch.arange(14).reshape(2, 7) % 11
+    known = token_statistics(hidden, weight, None, labels)
+    slope = torch.randn(2, 7, 5, dtype=torch.float64)
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def run(hidden, weight, known):
+        return token_statistics(hidden, weight, None, labels, known=known)
+
+    trained = [hidden.requires_grad_(), weight.requires_grad_()]
+    found, wanted = run(hidden, weight, known), run(hidden, weight, None)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    for one, other in zip(
+        torch.autograd.grad(found, trained, slope),
+        torch.autograd.grad(wanted, trained, slope),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_statistics_are_those_of_trl():
