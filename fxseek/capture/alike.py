@@ -43,12 +43,17 @@ class Regions:
     how many regions were traced for it.
     """
 
-    def __init__(self, layers: dict[nn.Module, str]) -> None:
-        self.layers = layers
+    def __init__(self, find: Callable[[], dict[nn.Module, str]]) -> None:
+        self._find = find
         self.calls = self.traced = 0
         self.begun = self.inside = False
         self._first: dict[fx.GraphModule, nn.Module] = {}
         self._traced: dict[fx.GraphModule, _Traced] = {}
+
+    @functools.cached_property
+    def layers(self) -> dict[nn.Module, str]:
+        """Looked for by a capture alone: most steps capture nothing."""
+        return self._find()
 
     def first(self, body: fx.GraphModule, layer: nn.Module) -> nn.Module:
         """The layer that a body was traced for: this one, if nothing was said before."""
@@ -74,7 +79,7 @@ _CURRENT = _Current()
 def alike_layers(model: nn.Module, *, wanted: bool = True) -> Iterator[Regions]:
     """Let captures in this thread meanwhile trace alike layers once; nothing where not `wanted`."""
     before = _CURRENT.regions
-    _CURRENT.regions = regions = Regions(repeated(model) if wanted else {})
+    _CURRENT.regions = regions = Regions(functools.partial(repeated, model) if wanted else dict)
     try:
         yield regions
     finally:

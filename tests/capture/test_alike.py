@@ -66,8 +66,8 @@ def captured(
     """The flat graph of a call, and the regions of its capture."""
     made: list[Regions] = []
 
-    def regions(layers: dict[nn.Module, str]) -> Regions:
-        made.append(Regions(layers if wanted else {}))
+    def regions(find: Callable[[], dict[nn.Module, str]]) -> Regions:
+        made.append(Regions(find if wanted else dict))
         return made[-1]
 
     monkeypatch.setattr(alike, "Regions", regions)
