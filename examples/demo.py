@@ -15,6 +15,7 @@ gradient checkpointing. A page shows which tokens TokenSeek has selected in its 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import statistics
 import sys
@@ -111,10 +112,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", help="a JSONL file in Alpaca's format (default: docstrings)")
     add("--full", action="store_true", help="train every parameter, not LoRA adapters")
     add("--methods", default=",".join(METHODS), help="some of %(default)s")
-    add("--steps", type=int, default=12, help="training steps of each way (%(default)s)")
+    add("--steps", type=int, default=10, help="training steps of each way (%(default)s)")
     add("--batch", type=int, default=1, help="rows of a step (%(default)s)")
     add("--tokens", type=int, default=512, help="the longest row (%(default)s)")
-    add("--held-out", type=int, default=12, help="rows to judge by (%(default)s)")
+    add("--held-out", type=int, default=10, help="rows to judge by (%(default)s)")
     add("--rate", type=float, help="learning rate (default: 5e-4 for LoRA, 2e-5 for --full)")
     add("--seed", type=int, default=0, help="of the split, the order and the adapters")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -209,13 +210,12 @@ def run(job: Job) -> Result:
 
     def learn(step: int) -> None:
         batch = common.batch_of(job.train, step, job.batch, pad_id, device)
+        counted = common.SavedBytes(model) if step == 1 else contextlib.nullcontext()
         with common.timed(device, seconds):
-            if step == 1:
-                with common.SavedBytes(model) as saved:
-                    loss: Tensor = model(**batch).loss
+            with counted as saved:
+                loss: Tensor = model(**batch).loss
+                if saved is not None:
                     saved_bytes.append(saved.bytes())
-            else:
-                loss = model(**batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

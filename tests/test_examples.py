@@ -350,10 +350,12 @@ def test_the_demo_trains_and_prints_its_table(
     printed = capsys.readouterr().out
     assert code == 0
     (row,) = re.findall(r"^\| ordinary .*$", printed, re.MULTILINE)
-    saved, peak, _, after, *at_time = (cell.strip() for cell in row.strip("| ").split("|")[1:])
+    cells = [cell.strip() for cell in row.strip("| ").split("|")[1:]]
+    saved, peak, first, _, after, *at_time = cells
     (before,) = re.findall(r"3 steps, from (\S+):", printed)
     assert float(saved) >= 0
     assert float(peak) >= 0
+    assert float(first) >= 0
     assert float(after) < float(before)
     assert at_time == ["-", "-"]  # nothing sets the pace
 
