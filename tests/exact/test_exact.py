@@ -119,7 +119,7 @@ ANY_SCORE = ANY_SELECTION | {
 }
 
 
-@settings(max_examples=8, phases=UNSHRUNK)
+@settings(max_examples=4, phases=UNSHRUNK)
 @given(st.data())
 def test_random_models_with_random_tokens(data):
     random_case(data, score=st.just("random"), **ANY_SELECTION)
