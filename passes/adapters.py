@@ -23,8 +23,8 @@ from torch import fx
 
 from fxseek import _torch
 from fxseek.ops.adapters import linear_merged
-from fxseek.passes.facts import example, is_tensor
-from fxseek.passes.ir import Piece
+from fxseek.passes.facts import example
+from fxseek.passes.ir import Piece, Swept, origin
 from fxseek.passes.modes import regions, without_grad
 from fxseek.passes.rules import argument, operation
 
@@ -33,11 +33,18 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def merge_adapters(stage: Piece) -> Piece:
-    """Let linear layers of a stage run with their adapters merged in.
+    """Let linear layers of a stage, and of what it runs in chunks, have their adapters merged in.
 
     Adapters of several names on one layer are merged one after the other.
     """
-    graph = stage.graph
+    _merge(stage.graph)
+    for part in stage.parts.values():
+        if isinstance(part, Swept):
+            _merge(part.piece.graph)
+    return stage
+
+
+def _merge(graph: fx.Graph) -> None:
     autocast, unrecorded = regions(graph), without_grad(graph)
     for node in list(graph.nodes):
         found = _adapter(node)
@@ -65,7 +72,6 @@ def merge_adapters(stage: Piece) -> Piece:
             operands = gone.all_input_nodes
             graph.erase_node(gone)
             unused += [x for x in operands if x.op == "call_function" and not x.users]
-    return stage
 
 
 class _Adapter(NamedTuple):
@@ -79,7 +85,7 @@ class _Adapter(NamedTuple):
 
 def _adapter(node: fx.Node) -> _Adapter | None:
     """The adapter that a node adds to a linear layer, or None."""
-    if operation(node) != "add" or len(node.args) != 2 or node.kwargs or not is_tensor(node):
+    if operation(node) != "add" or len(node.args) != 2 or node.kwargs or not _is_tensor(node):
         return None
     for base, added in (node.args, node.args[::-1]):
         if not (_only_here(base) and _only_here(added)):
@@ -105,9 +111,18 @@ def _adapter(node: fx.Node) -> _Adapter | None:
     return None
 
 
+def _example(node: fx.Node) -> Any:
+    """The example of a node, or of the captured one that it was made for."""
+    return example(origin(node) or node)
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(_example(node), torch.Tensor)
+
+
 def _add_up(weight: fx.Node, up: fx.Node, down: fx.Node) -> bool:
     """Whether ``weight + up @ down`` is defined, without broadcasting."""
-    shapes = [example(x).shape for x in (weight, up, down)]
+    shapes = [_example(x).shape for x in (weight, up, down)]
     if any(len(shape) != 2 for shape in shapes):
         return False
     (rows, columns), (up_rows, _), (_, down_columns) = shapes
@@ -120,27 +135,27 @@ def _alike(*nodes: Any) -> bool:
     Under autocast results are of another type than weights, and a weight that stands for a
     quantised one is of another class.
     """
-    if not all(_torch.is_fake(example(x)) for x in nodes):
+    if not all(_torch.is_fake(_example(x)) for x in nodes):
         return False
-    kinds = {(example(x).dtype, example(x).device) for x in nodes}
-    return len(kinds) == 1 and example(nodes[0]).dtype in _EXACT
+    kinds = {(_example(x).dtype, _example(x).device) for x in nodes}
+    return len(kinds) == 1 and _example(nodes[0]).dtype in _EXACT
 
 
 def _only_here(node: Any) -> bool:
-    return is_tensor(node) and len(node.users) == 1
+    return _is_tensor(node) and len(node.users) == 1
 
 
 def _is_layer(node: fx.Node) -> bool:
     if node.target is linear_merged:
         return True
-    return operation(node) == "linear" and is_tensor(argument(node, 1, "weight"))
+    return operation(node) == "linear" and _is_tensor(argument(node, 1, "weight"))
 
 
 def _is_plain(node: fx.Node) -> bool:
     """A linear layer without a bias."""
     return (
         operation(node) == "linear"
-        and is_tensor(argument(node, 1, "weight"))
+        and _is_tensor(argument(node, 1, "weight"))
         and argument(node, 2, "bias") is None
     )
 

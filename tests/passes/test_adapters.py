@@ -19,7 +19,7 @@ from fxseek.capture.step import step_of
 from fxseek.ops import adapters
 from fxseek.ops.adapters import linear_merged
 from fxseek.passes.adapters import merge_adapters
-from fxseek.passes.ir import Piece
+from fxseek.passes.ir import Piece, Swept
 
 TOKENS, IN, OUT, RANK = 23, 7, 5, 3
 
@@ -229,6 +229,18 @@ def test_gradients_and_scores_are_those_of_the_model(
         assert apart or counts[0] == {"random": 9, "context": 10, "tokenseek": 9}[score]
     assert torch.equal(reports[0].selected, reports[1].selected)
     torch.testing.assert_close(reports[0].scores, reports[1].scores, rtol=1e-10, atol=1e-10)
+
+
+def test_what_runs_in_chunks_has_its_adapters_merged():
+    model = fxseek.compile(model_with(), 0.3, score="random", prefill_chunk=16)
+    fxseek.check_gradients(model, **batch(37, 2, 31), tolerance=1e-9)
+    step = step_of(model)
+    assert step is not None
+    prefill = step.recorder.steps[-1].program.prefill
+    swept = [part.piece.graph for part in prefill.parts.values() if isinstance(part, Swept)]
+    assert merged_in(model) == (3, 0)  # q, k and v of layer 0, in front of the first chunks
+    merged = [node for graph in swept for node in graph.nodes if node.target is linear_merged]
+    assert len(merged) == 6  # the rest of layer 0, and keys and values of the last one
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"use_dora": True}])
