@@ -17,6 +17,7 @@ SHARES: dict[str, dict[str, int | None]] = {
         "test_other_kinds_of_lora_stay_apart": 2,
     },
     "test_alike.py": {
+        "test_families": 2,
         "test_layers_that_differ": 4,
     },
     "test_attention.py": {
@@ -49,6 +50,7 @@ SHARES: dict[str, dict[str, int | None]] = {
     },
     "test_coverage.py": {
         "test_a_part_of_it_made_again": None,
+        "test_tuners_on_quantised_weights": None,
     },
     "test_estimate.py": {
         "test_a_million_tokens_are_quick": None,
@@ -77,10 +79,12 @@ SHARES: dict[str, dict[str, int | None]] = {
         "test_scores_of_transformers_models": 8,
         "test_sizes_that_are_equal_are_not_confused": 3,
         "test_trainer_arguments_of_transformers_models": 2,
-        "test_transformers_models": 3,
+        "test_transformers_models": 6,
     },
     "test_examples.py": {
+        "test_the_benchmark_writes_its_tables_between_its_markers": None,
         "test_the_peak_is_seen_after_the_memory_is_given_back": 3,
+        "test_the_quality_runs_go_on_where_they_stopped": None,
     },
     "test_experts.py": {
         "test_adapters_on_experts": None,
@@ -106,7 +110,7 @@ SHARES: dict[str, dict[str, int | None]] = {
     "test_hooks.py": {
         "test_a_hook_in_the_place_of_another": None,
         "test_a_hook_on_a_backward_is_an_error": 4,
-        "test_a_hook_that_is_added_and_removed_later": 3,
+        "test_a_hook_that_is_added_and_removed_later": None,
         "test_an_activation_that_is_computed": 2,
     },
     "test_inputs.py": {
@@ -142,6 +146,7 @@ SHARES: dict[str, dict[str, int | None]] = {
         "test_built_in_scores_keep_the_shortest_that_hold_the_share": 6,
         "test_equal_bounds_are_a_fixed_ratio": None,
         "test_kinds_of_attention": 2,
+        "test_random_models": None,
         "test_rows_keep_what_holds_the_share": 2,
         "test_the_expected_loss_of_samples_is_that_of_all_tokens": None,
     },
@@ -174,6 +179,7 @@ SHARES: dict[str, dict[str, int | None]] = {
         "test_errors": None,
         "test_fewer_tokens_save_less": None,
         "test_it_prints_and_plots": None,
+        "test_saved_bytes_are_the_reports": None,
         "test_the_peak_is_the_profilers": 6,
     },
     "test_programs.py": {
@@ -203,10 +209,11 @@ SHARES: dict[str, dict[str, int | None]] = {
         "test_a_mean_over_tokens_after_the_last_attention": 2,
         "test_chunks_bound_the_memory_of_scoring": None,
         "test_exact": 6,
+        "test_exact_families": 2,
         "test_exact_lora": 3,
         "test_learn_on_chunks_of_queries": 3,
         "test_masks_made_of_the_stream": 2,
-        "test_recomputation_repeats_the_forward": 6,
+        "test_recomputation_repeats_the_forward": None,
         "test_scores_on_chunks_of_tokens": 3,
         "test_scoring_in_chunks_makes_dropout_the_same_in_backward": None,
         "test_weights_that_are_computed_in_the_head": 2,
@@ -234,6 +241,7 @@ SHARES: dict[str, dict[str, int | None]] = {
     "test_selective.py": {
         "test_a_checkpoint_around_the_model": 6,
         "test_a_checkpoint_around_the_model_would_draw_others": 4,
+        "test_a_region_is_made_once_and_let_go": None,
         "test_another_layout_is_an_error": None,
         "test_backward_twice_makes_it_twice": None,
         "test_families": 6,
@@ -244,14 +252,14 @@ SHARES: dict[str, dict[str, int | None]] = {
         "test_weights_of_a_norm_changed_before_backward_are_an_error": None,
     },
     "test_sinks.py": {
-        "test_first_tokens_are_kept_and_gradients_exact": 2,
+        "test_first_tokens_are_kept_and_gradients_exact": 4,
         "test_more_sinks_than_tokens": None,
         "test_sinks_change_nothing_where_all_are_kept_and_are_told": None,
     },
     "test_spans.py": {
         "test_adapters_and_draws_of_a_step": None,
         "test_gradients_are_exact": 8,
-        "test_the_weighted_loss_of_spans_is_unbiased": 8,
+        "test_the_weighted_loss_of_spans_is_unbiased": None,
     },
     "test_stages.py": {
         "test_nothing_of_a_step_waits_for_the_garbage_collector": 3,
@@ -279,7 +287,7 @@ SHARES: dict[str, dict[str, int | None]] = {
     },
     "test_unbatch.py": {
         "test_a_mask_by_numbers": 2,
-        "test_token_types": 6,
+        "test_token_types": None,
     },
     "test_writes.py": {
         "test_buffers_are_written_once_a_step": 3,
