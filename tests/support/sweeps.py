@@ -295,9 +295,9 @@ SHARES: dict[str, dict[str, int | None]] = {
         "test_writes_that_become_new_values": 3,
     },
 }
-"""Of these tests' cases every n-th is run always, and the rest with ``-m sweep``; None is none.
+"""Of these tests' cases every n-th is run always, and the rest with ``-m sweep``.
 
-Those of None take long, and others say something of the same.
+None leaves all of them to the sweep: they take long, and other tests show a part of the same.
 """
 
 
