@@ -419,10 +419,7 @@ def translated(error: Exception, model: str) -> Exception | None:
             "fxseek.uncompile(model) gives the model its ordinary step back."
         )
     stack = getattr(error, "real_stack", None)
-    line = ""
-    if stack:
-        frame = stack[-1]
-        line = f" at {frame.filename}:{frame.lineno}: {frame.line}"
+    line = f" at {stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
     reason = str(error).strip()
     if not isinstance(error, TorchDynamoException):
         reason = f"{type(error).__name__}: {reason}"
@@ -432,6 +429,11 @@ def translated(error: Exception, model: str) -> Exception | None:
             "The branch is drawn at random in each step, as in a layer that is dropped by "
             "chance; the graph of a step has no such branch: set that dropout to 0, or call "
             "eval() on the module. "
+        )
+    elif stack and "expert" in stack[-1].line:
+        told = (
+            "Which experts run depends on the tokens: model.set_experts_implementation("
+            "'grouped_mm'), or 'batched_mm', runs all that are chosen as one operation. "
         )
     elif isinstance(error, GuardOnDataDependentSymNode):
         told = (

@@ -145,7 +145,10 @@ def _not_cut(
     if config.backend != "eager":
         return f"backend={config.backend!r} compiles the learn stage as a whole"
     if cut is None:
-        return "the loss is no sum over tokens after the last attention"
+        return (
+            "what follows the last attention is not per-token throughout, or the loss is no sum "
+            "over tokens"
+        )
     if cut.entry not in carrying:
         return "nothing is trained before the end of the last attention"
     after = descendants([cut.end])
@@ -195,6 +198,11 @@ class _Mixing:
         if not self.read:
             return "no keys or values carry gradient"
         for product, softmax in self.weighed.items():
+            if softmax not in self.hidden:  # keys without gradient are scattered nowhere
+                for scores in _products_before(softmax):
+                    reason = self._masked_scores(scores)
+                    if reason is not None:
+                        return reason
             if softmax not in self.hidden:
                 return f"the mask of the attention at {where(product)} is not known"
         return None
@@ -332,17 +340,31 @@ _ENTRYWISE = ("add", "sub", "mul", "div", "tanh", "to", "where", "masked_fill", 
 """What may be done to scores between the product and the softmax."""
 _GREATEST = ("max", "amax")
 """What reads the scores of a query together: of masked ones none that is hidden counts."""
+_PRODUCTS = {"matmul": 2, "bmm": 2, "baddbmm": 3}
+"""Products of matrices, and how many operands each has."""
 
 
 def _multiplies(node: fx.Node, value: fx.Node) -> bool:
     """Whether rows are multiplied by a value of all tokens."""
-    operands = {"matmul": 2, "bmm": 2, "baddbmm": 3}.get(operation(node) or "", 0)
+    operands = _PRODUCTS.get(operation(node) or "", 0)
     return len(node.args) == operands and node.args.index(value) == operands - 1
 
 
 def _is_low(value: Any) -> bool:
     """Whether scores that are set to it count for nothing; a tensor is taken to be so."""
     return not isinstance(value, (int, float)) or value <= HIDDEN
+
+
+def _products_before(softmax: fx.Node) -> Iterator[fx.Node]:
+    """The products whose entries are a softmax's scores."""
+    queue, seen = softmax.all_input_nodes[:1], set[fx.Node]()
+    while queue:
+        node = queue.pop()
+        if operation(node) in _PRODUCTS:
+            yield node
+        elif node not in seen and (operation(node) in _ENTRYWISE or _moves_only(node)):
+            seen.add(node)
+            queue += node.all_input_nodes
 
 
 def _softmax_before(product: fx.Node) -> fx.Node | None:

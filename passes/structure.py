@@ -77,12 +77,13 @@ class Structure:
                 " of, so the loss keeps its full-token value; its gradients are those of the "
                 "selected tokens"
             ]
-        return [
+        notes = (
             f"a part of the loss is no cross-entropy over tokens that fxseek can take over the "
             f"selected ones ({operation(node) or _name(node)}: {where(node)}): it keeps its "
             f"full-token value; its gradients are those of the selected tokens"
             for node in self.unrestricted
-        ]
+        )
+        return list(dict.fromkeys(notes))  # one line of the model may make several operations
 
 
 def _name(node: fx.Node) -> str:

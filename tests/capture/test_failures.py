@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from models import batch, double_throughout, tiny_llama
 from oracle import inputs_of, model_of
 from torch import Tensor
@@ -153,6 +154,17 @@ def test_sizes_that_depend_on_values():
     model = fxseek.compile(model_of(by_values), 0.3, score="random")
     with pytest.raises(fxseek.CaptureError, match=r"(?s)test_failures.*depend on the values"):
         model(**inputs_of())
+
+
+def test_experts_that_run_one_by_one():
+    family = FAMILIES["mixtral"]
+    model: Any = family.make("sdpa")
+    model.set_experts_implementation("eager")
+    fxseek.compile(model, 0.5)
+    with pytest.raises(fxseek.CaptureError, match=r"set_experts_implementation\('grouped_mm'\)"):
+        model(**family.batch())
+    model.set_experts_implementation("batched_mm")
+    model(**family.batch()).loss.backward()
 
 
 def test_lines_of_exceptions_that_torch_lets_through():

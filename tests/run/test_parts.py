@@ -492,6 +492,13 @@ def test_little_is_trained(attention, trained):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keys_without_gradient(attention):
+    """The first layer's keys are constants: no adapter is on them."""
+    model = tiny_lora(llama(attn=attention), target_modules=["q_proj", "v_proj"]).double()
+    assert_in_parts(model, rows(padding="right"), 4)
+
+
 def test_an_estimate_with_dropout():
     model = tiny_lora(tiny_llama(), lora_dropout=0.1)
     found = fxseek.estimate(model, tokens=64, ratio=1.0, learn_chunk=8)
