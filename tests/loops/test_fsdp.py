@@ -213,7 +213,8 @@ def test_tuners(tmp_path):
         for name, (plain, ours) in torch.load(tmp_path / f"tuners-{rank}.pt").items():
             assert not isinstance(plain, str) and not isinstance(ours, str), (name, plain, ours)
             worst = compare(ours, plain)
-            assert worst.error <= 1e-9, (name, worst)
+            # peft makes FourierFT's weights in float32, so that each part's gradient is rounded
+            assert worst.error <= (1e-5 if name == "fourierft" else 1e-9), (name, worst)
 
 
 @pytest.mark.sweep

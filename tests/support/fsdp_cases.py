@@ -501,7 +501,8 @@ def in_trl(rank: int, processes: int, folder: Path, kind: str, tuner: str) -> No
             options["peft_config"] = LoraConfig(
                 r=3, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
             )  # fmt: skip
-        base = trainers.base_of(kind)
+        base = trainers.base_of(kind, folder / f"base-{name}")
+        dist.barrier()  # process 0 alone has saved it
         shard_on_the_cpu()
         trainer = trainers.trainer(kind, folder / name, base, **options)
         if name == "ours":

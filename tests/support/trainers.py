@@ -56,17 +56,17 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(completion.split()))) for completion in completions]
 
 
-def base_of(kind: str) -> nn.Module:
-    """A model that TRL can load once more, as its reference."""
+def base_of(kind: str, folder: Path | None = None) -> nn.Module:
+    """A model that TRL can load once more, as its reference, from `folder` or a new one."""
     model: Any = tiny_llama()
     if kind == "reward":
         from transformers import LlamaForSequenceClassification
 
         model.config.num_labels, model.config.pad_token_id = 1, 0
         model = LlamaForSequenceClassification(model.config)
-    folder = tempfile.mkdtemp()
-    model.save_pretrained(folder)
-    model.config._name_or_path = model.name_or_path = folder
+    saved = tempfile.mkdtemp() if folder is None else str(folder)
+    model.save_pretrained(saved)
+    model.config._name_or_path = model.name_or_path = saved
     return model
 
 
