@@ -198,11 +198,12 @@ class _Mixing:
         if not self.read:
             return "no keys or values carry gradient"
         for product, softmax in self.weighed.items():
-            if softmax not in self.hidden:  # keys without gradient are scattered nowhere
-                for scores in _products_before(softmax):
-                    reason = self._masked_scores(scores)
-                    if reason is not None:
-                        return reason
+            if softmax in self.hidden:
+                continue
+            for scores in _products_before(softmax):  # keys without gradient are scattered nowhere
+                reason = self._masked_scores(scores)
+                if reason is not None:
+                    return reason
             if softmax not in self.hidden:
                 return f"the mask of the attention at {where(product)} is not known"
         return None

@@ -20,6 +20,7 @@ from fxseek.ops import adapters
 from fxseek.ops.adapters import linear_merged
 from fxseek.passes.adapters import merge_adapters
 from fxseek.passes.ir import Piece, Swept
+from fxseek.program import Program
 
 TOKENS, IN, OUT, RANK = 23, 7, 5, 3
 
@@ -194,11 +195,16 @@ def model_with(**options: Any) -> nn.Module:
     return model.double().train()
 
 
-def merged_in(model: nn.Module) -> tuple[int, int]:
-    """How many adapters are merged in the prefill, and in the last block of the score stage."""
+def program_of(model: nn.Module) -> Program:
+    """The program of the last step that was captured."""
     step = step_of(model)
     assert step is not None
-    program = step.recorder.steps[-1].program
+    return step.recorder.steps[-1].program
+
+
+def merged_in(model: nn.Module) -> tuple[int, int]:
+    """How many adapters are merged in the prefill, and in the last block of the score stage."""
+    program = program_of(model)
     gradient = program.score.gradient
     pieces = (program.prefill, None if gradient is None else gradient.block)
     counts = [
@@ -234,9 +240,7 @@ def test_gradients_and_scores_are_those_of_the_model(
 def test_what_runs_in_chunks_has_its_adapters_merged():
     model = fxseek.compile(model_with(), 0.3, score="random", prefill_chunk=16)
     fxseek.check_gradients(model, **batch(37, 2, 31), tolerance=1e-9)
-    step = step_of(model)
-    assert step is not None
-    prefill = step.recorder.steps[-1].program.prefill
+    prefill = program_of(model).prefill
     swept = [part.piece.graph for part in prefill.parts.values() if isinstance(part, Swept)]
     assert merged_in(model) == (3, 0)  # q, k and v of layer 0, in front of the first chunks
     merged = [node for graph in swept for node in graph.nodes if node.target is linear_merged]
@@ -268,9 +272,7 @@ def test_adapters_of_two_names(monkeypatch: pytest.MonkeyPatch):
     spread(model)
     fxseek.compile(model.double(), 0.3, score="random")
     fxseek.check_gradients(model, **batch(37, 2, 31), tolerance=1e-9)
-    step = step_of(model)
-    assert step is not None
-    prefill = step.recorder.steps[-1].program.prefill
+    prefill = program_of(model).prefill
     counts = [len(n.args[3]) for n in prefill.graph.nodes if n.target is linear_merged]  # type: ignore[arg-type]
     assert sorted(counts) == [1, 1, 1, 1, 1, 1, 2, 2, 2]
 
