@@ -53,6 +53,7 @@ def row(name: str, tuning: str, tokens: str, arguments: argparse.Namespace) -> s
     found = fxseek.estimate(
         config, count, batch, arguments.ratio, **given, recompute=arguments.recompute,
         prefill_chunk=arguments.prefill_chunk, kv=arguments.kv,
+        chunk_bytes=arguments.chunk_bytes,
     )  # fmt: skip
     everything = fxseek.estimate(config, count, batch, ordinary=True, **given)
     columns = ("parameters", "K/V", "activations", "transients")
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--device", default="hopper", help="cuda, hopper or cpu (%(default)s)")
     parser.add_argument("--recompute", default="selective", help="or none, block (%(default)s)")
     parser.add_argument("--prefill-chunk", type=int, help="tokens (default: all)")
+    parser.add_argument("--chunk-bytes", type=int, help="of logits (default: by the device)")
     parser.add_argument("--kv", default="device", help="or offload (%(default)s)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")

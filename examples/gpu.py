@@ -54,6 +54,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "checkpointing": None,
     "1.0": {"ratio": 1.0},
     "1.0 lean": {"ratio": 1.0, "learn_chunk": 1024},
+    "1.0 kept": {"ratio": 1.0, "recompute": "none"},
     "1.0 offload": {"ratio": 1.0, **OFFLOAD},
     "0.5": {"ratio": 0.5},
     "0.1": {"ratio": 0.1},
@@ -62,8 +63,8 @@ WAYS: dict[str, dict[str, Any] | None] = {
 }
 DATA = Path(__file__).parent.parent / "docs" / "gpu.jsonl"
 WARM_TOKENS = 1024
-QUICK = 2.0  # seconds: a step that takes less is run again, and the second is timed
-SLOWER = 4.0  # times the seconds that a row of twice the length may take
+QUICK = 10.0  # seconds: a step that takes less is run again, and the second is timed
+SLOWER = 4.0  # times the seconds that a row of the next length may take
 LEAST = 10.0  # seconds that a way needs to begin
 
 
@@ -170,10 +171,10 @@ def lengths_left(points: Sequence[Point], arguments: argparse.Namespace) -> Iter
     for point in points:
         if point.seconds is None or SLOWER * point.seconds > arguments.slowest:
             return
-        tokens = max(tokens, 2 * point.tokens)
+        tokens = max(tokens, arguments.factor * point.tokens)
     while tokens <= arguments.most:
         yield tokens
-        tokens *= 2
+        tokens *= arguments.factor
 
 
 def run(arguments: argparse.Namespace, out: Path) -> None:
@@ -272,10 +273,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=names, default=list(RUNS), help='such as "Qwen3-8B qlora"')
     parser.add_argument("--ways", type=names, default=list(WAYS), help=", ".join(WAYS))
     parser.add_argument("--tokens", type=tokens_of, default=4096, help="the first length")
+    parser.add_argument("--factor", type=int, default=2, help="of a length to the one before")
     parser.add_argument("--most", type=tokens_of, default=1 << 20, help="the greatest length")
     parser.add_argument("--learn-chunk", type=int, default=4096)
     parser.add_argument("--prefill-chunk", type=int, default=4096)
-    parser.add_argument("--chunk-bytes", type=int, default=256 << 20)
+    parser.add_argument("--chunk-bytes", type=int, help="of logits (default: fxseek's own)")
     parser.add_argument("--minutes", type=float, default=7.5, help="for all (%(default)s)")
     parser.add_argument("--slowest", type=float, default=100.0, help="seconds (%(default)s)")
     parser.add_argument("--device", default="cuda")

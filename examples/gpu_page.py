@@ -13,17 +13,19 @@ from common import ExampleError
 GIB = 2**30
 COLOURS = {"ordinary": "#000000", "checkpointing": "#666666", "1.0": "#d95f02", "0.5": "#7570b3",
            "0.1": "#1b9e77"}  # fmt: skip
-DASHES = {"": "-", "lean": ":", "offload": "--"}
+DASHES = {"": "-", "lean": ":", "kept": "-.", "offload": "--"}
 HEAD = """# On a GPU
 
 `python examples/gpu.py` measures this page: models with random weights in the shapes of published
 ones, bfloat16, one row of random tokens, every token labelled, a step with fused AdamW. LoRA has
 rank 16 on all linear layers but the head; "qlora" stores these in NF4. "checkpointing" is gradient
 checkpointing of every layer, with the head and the loss on 256 tokens at a time; "1.0", "0.5" and
-"0.1" are fxseek at that ratio with TokenSeek; "lean" has smaller parts, "offload" adds
-`recompute="block", kv="offload"`. The peak is that of torch's allocator, weights included; in
-brackets is what `fxseek.estimate` says. A step that takes less than 2 s is timed at its second run,
-a longer one at its first, so that memory is taken from the driver meanwhile.
+"0.1" are fxseek at that ratio with TokenSeek; "lean" has smaller parts, "kept" adds
+`recompute="none"`, "offload" adds `recompute="block", kv="offload"`. The peak is that of torch's
+allocator, weights included; in brackets is what `fxseek.estimate` says. A step that takes less than
+10 s is timed at its second run, a longer one at its first, so that memory is taken from the driver
+meanwhile. The H100's points are older: its parts ran flash attention, those of the H200 run cuDNN's
+([how](architecture.md#prefill-score-learn-and-lifetimes)), and steps of more than 2 s were timed at their first run.
 """
 
 

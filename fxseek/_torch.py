@@ -343,18 +343,18 @@ def splits_for_ddp() -> bool:
     return optimising and DistributedDataParallel._get_active_ddp_module() is not None
 
 
-def attend_aligned(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float,
-    scale: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """Flash attention under a causal flag that is aligned with the last key, on CUDA.
+def takes_cudnn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
+) -> bool:
+    """Whether `scaled_dot_product_attention` takes cuDNN's kernel for such tensors on CUDA.
 
-    `scaled_dot_product_attention` aligns it with the first one. `causal_lower_right`, which leads
-    to this operator, is a tensor subclass that cannot be made under a `TorchDispatchMode`.
+    `can_use_cudnn_attention` tells whether it could, and not whether torch prefers it.
     """
-    return torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, dropout_p, True, scale=scale
-    )[0]
+    grouped = query.shape[1] != key.shape[1]
+    chosen = torch._fused_sdp_choice(
+        query, key, value, None, 0.0, is_causal, scale=None, enable_gqa=grouped
+    )
+    return chosen == SDPBackend.CUDNN_ATTENTION.value
 
 
 def failed_capture(error: BaseException) -> bool:

@@ -47,8 +47,9 @@ KV_GRAD_DTYPES = ("float32", "model")
 OUTPUTS = ("loss", "selected", "full")
 
 _CALLABLES = ("ratio", "score", "loss")
-_OPTIONAL = ("prefill_chunk", "learn_chunk", "memory_budget_bytes", "ratio_steps")
+_OPTIONAL = ("prefill_chunk", "learn_chunk", "memory_budget_bytes", "chunk_bytes", "ratio_steps")
 _MAX_SEED = 2**63 - 1
+_CPU_CHUNK, _CHUNK = 64 << 20, 256 << 20  # bytes; small ones leave a GPU waiting for launches
 _MAX_SPAN = 2**31 - 1
 
 
@@ -123,13 +124,13 @@ class SeekConfig:
             for one part. Default None.
         memory_budget_bytes: Peak bytes of a training step (weights, gradients and activations,
             without optimiser state), or such as ``"20GiB"``. To stay below it, fxseek picks
-            ``learn_chunk``, ``prefill_chunk``, ``recompute`` and ``kv``, those that are left at
-            their default, and nothing that changes what is learned. Default None.
+            ``learn_chunk``, ``prefill_chunk``, ``recompute``, ``kv`` and ``chunk_bytes``, those
+            that are left at their default, and nothing that changes what is learned. Default None.
         outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None),
             ``"selected"`` (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at
             the selected ones). Default ``"loss"``.
         chunk_bytes: Most bytes of logits, and of the attention maps that scores read, that exist
-            at once. Default 64 MiB.
+            at once. None for 64 MiB on the CPU and 256 MiB on other devices. Default None.
         loss: ``loss(outputs, batch) -> scalar tensor``, for models that are given no labels.
             Default None.
         token_dim: Which dimension of the model's inputs counts tokens. Default 1.
@@ -166,7 +167,7 @@ class SeekConfig:
     learn_chunk: int | None = None
     memory_budget_bytes: int | str | None = None
     outputs: str = "loss"
-    chunk_bytes: int = 64 * 1024 * 1024
+    chunk_bytes: int | None = None
     loss: Callable[..., Any] | None = None
     token_dim: int = 1
     ratio_bounds: tuple[float, float] = (0.01, 0.5)
@@ -181,7 +182,7 @@ class SeekConfig:
         object.__setattr__(self, "ratio_bounds", tuple(map(float, self.ratio_bounds)))
         for name in ("alpha", "beta", "uniform"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("span", "sinks", "seed", "chunk_bytes", "token_dim", *_OPTIONAL):
+        for name in ("span", "sinks", "seed", "token_dim", *_OPTIONAL):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
 
@@ -190,6 +191,18 @@ class SeekConfig:
         """``memory_budget_bytes`` as a number."""
         given = self.memory_budget_bytes
         return bytes_of(given) if isinstance(given, str) else given
+
+    def on(self, device: str) -> SeekConfig:
+        """With what the type of the device decides: ``chunk_bytes``, where it is None."""
+        if self.chunk_bytes is not None:
+            return self
+        return dataclasses.replace(self, chunk_bytes=_CPU_CHUNK if device == "cpu" else _CHUNK)
+
+    @property
+    def most_chunk_bytes(self) -> int:
+        """``chunk_bytes`` of a configuration `on` a device."""
+        assert self.chunk_bytes is not None
+        return self.chunk_bytes
 
     @cached_property
     def parsed_ratio(self) -> Ratio:
@@ -377,7 +390,6 @@ def _problems(config: SeekConfig) -> list[str]:
         *integer("span", config.span, 1, _MAX_SPAN),
         *integer("sinks", config.sinks, 0, _MAX_SPAN),
         *integer("seed", config.seed, 0, _MAX_SEED),
-        *integer("chunk_bytes", config.chunk_bytes, 1, None),
         *integer("token_dim", config.token_dim, 1, None),
     ]
     for name in _OPTIONAL:

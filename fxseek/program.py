@@ -138,7 +138,7 @@ def build(
     graph = then(scale_terms, graph, sizes)
     graph = then(unshift, graph, sizes)
     graph = then(without_dead_code, graph)
-    graph, outside = then(find_outside, graph, sizes, config.chunk_bytes)
+    graph, outside = then(find_outside, graph, sizes, config.most_chunk_bytes)
     writes = then(find_writes, functional)
     then(refuse_written_shards, functional)
 

@@ -21,7 +21,7 @@ from fxseek.capture.sharded import Shards, collectives_of
 from fxseek.capture.uncomputed import Uncomputed
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, GraphError, InputError
-from fxseek.passes.facts import tensors_of
+from fxseek.passes.facts import example, tensors_of
 from fxseek.program import Writes, build, trains
 from fxseek.reports.step import StepReport
 from fxseek.run.assemble import Ran, Step, assemble
@@ -102,6 +102,7 @@ def make_backend(
     """
 
     def made(graph: fx.Graph, labelled: bool, config: SeekConfig) -> Step:
+        config = config.on(_device_of(graph))
         program = build(
             graph, config, full_outputs=full_outputs, labelled=labelled, token_inputs=token_inputs
         )
@@ -129,6 +130,13 @@ def make_backend(
         return run(step, make)
 
     return backend
+
+
+def _device_of(graph: fx.Graph) -> str:
+    """The type of the device of a step's inputs, those on the CPU aside where there are others."""
+    given = tensors_of([example(node) for node in graph.find_nodes(op="placeholder")])
+    kinds = {x.device.type for x in given}
+    return next(iter(sorted(kinds - {"cpu"})), "cpu")
 
 
 def _compiled(step: Step, recorder: Recorder, shards: Shards | None) -> Callable[..., Any]:

@@ -29,7 +29,10 @@ _SMALL = 1024
 _PREFILL = 2048
 """The size of the prefill's chunks where they are needed."""
 
-_OPTIONS = ("learn_chunk", "prefill_chunk", "recompute", "kv")
+_CHUNK = 64 << 20
+"""Bytes of chunks where they are needed; on the CPU it is the default."""
+
+_OPTIONS = ("learn_chunk", "prefill_chunk", "recompute", "kv", "chunk_bytes")
 """What a budget picks."""
 
 _MULTIPLE, _TRIES = 64, 4
@@ -39,8 +42,8 @@ _MULTIPLE, _TRIES = 64, 4
 def within_budget(model: nn.Module, config: SeekConfig, tokens: int, batch: int) -> SeekConfig:
     """The configuration with what keeps a step in its memory budget.
 
-    Of `learn_chunk`, `prefill_chunk`, `recompute` and `kv` it sets those that have their default,
-    and nothing else; what usually takes less time comes first. The peak is that of
+    Of `learn_chunk`, `prefill_chunk`, `recompute`, `kv` and `chunk_bytes` it sets those that have
+    their default, and nothing else; what usually takes less time comes first. The peak is that of
     `fxseek.estimate`: weights, gradients and activations, without optimiser state. The model is
     copied without its weights and left as it is.
 
@@ -107,6 +110,8 @@ def _ladder(
     small = [size for size in sizes if size not in large]
     prefill = {"prefill_chunk": _PREFILL} if tokens > _PREFILL else {}
     block = {**prefill, "recompute": "block"}
+    if device != "cpu":
+        block["chunk_bytes"] = _CHUNK
     groups = [group(large), group(large, **prefill), group(large, **block)]
     groups += [group(small), group(small, **prefill), group(small, **block)]
     eager = config.backend == "eager" and device != "cpu"  # where the host is the device

@@ -156,7 +156,7 @@ def estimate(
         config = dataclasses.replace(config, recompute="block")
     most = config.ratio_range[1]
     shown = most if config.ratio_range == (most, most) else f"up to {most}"
-    config = _estimated(config)
+    config = _estimated(config, device)
     if isinstance(config_or_model, nn.Module):
         refuse_shards(config_or_model, "estimate")
     model = tuned(on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
@@ -206,14 +206,14 @@ class Peaks:
         self.inputs = batch_of(self.model, tokens, batch)
         self.in_parts = False
         self._known: list[tuple[SeekConfig, int]] = []
-        self.captured = capture(_step(self.model, _estimated(config)), self.inputs)
+        self.captured = capture(_step(self.model, _estimated(config, device)), self.inputs)
 
     def __call__(self, config: SeekConfig) -> int:
         """The peak of a step with a configuration; each is followed once."""
         for known, peak in self._known:
             if known == config:
                 return peak
-        step = self.captured.made(_estimated(config))
+        step = self.captured.made(_estimated(config, self.device))
         self.in_parts = not isinstance(step.program.parts, str)
         run = _Run(self.device, None)
         run.selective(self.model, step, self.captured.inputs, self.inputs)
@@ -222,8 +222,9 @@ class Peaks:
         return peak
 
 
-def _estimated(config: SeekConfig) -> SeekConfig:
+def _estimated(config: SeekConfig, device: str) -> SeekConfig:
     """The configuration whose step is followed: a ratio that varies counts as its largest."""
+    config = config.on(device)
     chunk = config.learn_chunk if config.backend == "eager" else None
     ratio: float | str = config.ratio_range[1]
     if ratio == 1.0 and config.is_scored:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from fxseek import _torch
+from fxseek.ops.aligned import attend_in_blocks
 
 __all__ = ["WORKSPACES", "Kernels"]
 
@@ -119,11 +120,14 @@ def _attend_hopper(
 ) -> Tensor:
     """Half precision by cuDNN: with a mask, and with keys and values for groups of heads.
 
-    A causal flag that is aligned with the last of more keys is for flash alone.
+    A causal flag for more keys than queries is aligned with the last key (`attend_aligned`).
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
     aligned = is_causal and query.shape[-2] != key.shape[-2]
-    if query.dim() != 4 or not half or aligned or query.shape[-1] > 256 or query.shape[-1] % 8:
+    fits = query.dim() == 4 and half and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    if fits and aligned and not dropout_p:
+        return attend_in_blocks(query, key, value, scale)
+    if not fits or aligned:
         return _attend_cuda(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     mask = _additive(attn_mask, query)
     if mask is not None:

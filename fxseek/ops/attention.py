@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.utils.checkpoint import checkpoint
 
-from fxseek import _torch
 from fxseek.ops import masks
+from fxseek.ops.aligned import attend_aligned
 from fxseek.ops.masks import MaskRows
 from fxseek.ops.sweep import Cat, slices_of, sweep
 
@@ -127,7 +127,7 @@ def attend_last(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Te
     """Causal attention whose last query has the last key's position."""
     if _attend is not None or query.shape[-2] == key.shape[-2]:
         return attend(query, key, value, is_causal=True, **options)
-    return _torch.attend_aligned(query, key, value, options["dropout_p"], options["scale"])
+    return attend_aligned(query, key, value, options["dropout_p"], options["scale"])
 
 
 def attend_all(

@@ -145,16 +145,17 @@ def cross_entropy_slope(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     scratch: Scratch | None = None,
-) -> tuple[Tensor, Tensor]:
-    """∂ sum of the cross-entropies / ∂ logits, and that sum, for weights of 0 and 1.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂ weighted sum of the cross-entropies / ∂ logits, that sum, and the number of labels.
 
     Uses two tensors of the logits' size, the logits among them, and two passes fewer than autograd.
     The result may lie in `scratch`, until that is asked again.
 
-    Shapes: as `cross_entropy_parts` has them → the logits' shape, scalar.
+    Shapes: as `cross_entropy_parts` has them → the logits' shape, two scalars.
     """
     classes = 1 if logits.dim() > 1 else 0
-    without = (target == ignore_index) | (weights.reshape(target.shape) == 0)
+    share = weights.reshape(target.shape)
+    without = (target == ignore_index) | (share == 0)
     index = target.masked_fill(without, 0).long().unsqueeze(classes)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     out = None if scratch is None else scratch.like(logits, dtype)
@@ -163,13 +164,15 @@ def cross_entropy_slope(
     if label_smoothing:
         spread = slope.mean(classes).mul_(label_smoothing)
         losses = losses.mul_(1 - label_smoothing).sub_(spread)
-    total = losses.masked_fill_(without, 0.0).sum()
+    share = share.to(dtype)
+    total = losses.masked_fill_(without, 0.0).mul_(share).sum()
     slope.exp_()
     if label_smoothing:
         slope.sub_(label_smoothing / logits.shape[classes])
     one = torch.full_like(index, label_smoothing - 1, dtype=dtype)
-    slope.scatter_add_(classes, index, one).masked_fill_(without.unsqueeze(classes), 0.0)
-    return slope.to(logits.dtype), total
+    slope.scatter_add_(classes, index, one).mul_(share.unsqueeze(classes))
+    slope.masked_fill_(without.unsqueeze(classes), 0.0)
+    return slope.to(logits.dtype), total, (~without).sum()
 
 
 def mean_of_parts(total: Tensor, mass: Tensor, full_mass: Tensor | int | None = None) -> Tensor:

@@ -96,6 +96,11 @@ class MaskRows:
             self._causal = self._square and self._is_causal(device)
         return self._causal
 
+    @property
+    def known_causal(self) -> bool:
+        """Whether `causal` has found so."""
+        return bool(self._causal)
+
     def _is_causal(self, device: torch.device) -> bool:
         first = torch.zeros(1, 1, dtype=torch.int64, device=device)
         if _torch.is_fake(first):
@@ -150,6 +155,11 @@ class Mask(NamedTuple):
         boolean = isinstance(self.value, MaskRows) or self.value.dtype == torch.bool
         return self.fused and boolean
 
+    @property
+    def known_causal(self) -> bool:
+        """Whether every entry is known to be the causal mask's."""
+        return isinstance(self.value, MaskRows) and not self.inverted and self.value.known_causal
+
     def reads(self, queries: Tensor) -> Tensor:
         """Which keys the queries at these positions may read: Bool[..., rows, keys]."""
         if isinstance(self.value, MaskRows):
@@ -168,7 +178,7 @@ def looks_ahead(masks: Sequence[Mask], kept: Tensor, filled: Tensor | None, toke
 
     Shapes: kept, filled [batch, kept].
     """
-    if _torch.is_fake(kept):
+    if _torch.is_fake(kept) or any(mask.known_causal for mask in masks):
         return False
     found = torch.zeros((), dtype=torch.bool, device=kept.device)
     for chunk in slices_of(kept.shape[1], _COMPARED_ROWS):

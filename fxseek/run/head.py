@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from fxseek.config import SeekConfig
 from fxseek.ops.loss import Scratch, cross_entropy_slope, mass_of, mean_of_parts
@@ -33,8 +34,9 @@ class ChunkedHead(nn.Module):
         super().__init__()
         self.head = head
         self.once = once
-        self.chunk_bytes = config.chunk_bytes
+        self.chunk_bytes = config.most_chunk_bytes
         self.recompute = config.recompute == "block"
+        self.sloped = head.loss.plain and config.backend == "eager"
         module = module_of(head.stage, "Head")
         self.run: Callable[..., tuple[Tensor, Tensor]] = run_part(module, config.backend, "none")
         self.run_again: Callable[..., tuple[Tensor, Tensor]] = run_part(
@@ -91,7 +93,7 @@ class ChunkedHead(nn.Module):
     def slope(
         self, rows: Tensor, arguments: Sequence[Any], scratch: Scratch
     ) -> tuple[Tensor, Tensor]:
-        """∂ sum of the losses / ∂ `rows`, and that sum, for weights of 0 and 1.
+        """∂ sum of the losses / ∂ `rows`, and that sum.
 
         The arguments are the head's inputs, `rows` among them; their logits must fit a chunk.
         """
@@ -100,11 +102,30 @@ class ChunkedHead(nn.Module):
                 total, _ = self.run(*arguments)
             (slope,) = torch.autograd.grad(total, rows)
             return slope, total.detach()
+        edge, found, total, _ = self._slope_of_logits(arguments, scratch)
+        (slope,) = torch.autograd.grad(edge, rows, found)
+        return slope, total
+
+    def backward(self, arguments: Sequence[Any], scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """The sum of the losses and the number of labels; gradients go to the arguments."""
+        if self.sloped:
+            edge, slope, total, labelled = self._slope_of_logits(arguments, scratch)
+            torch.autograd.backward([edge], [slope])
+            return total, labelled
+        with torch.enable_grad():
+            total, labelled = self.run(*arguments)
+        total.backward()
+        return total.detach(), labelled
+
+    def _slope_of_logits(
+        self, arguments: Sequence[Any], scratch: Scratch
+    ) -> tuple[GradientEdge, Tensor, Tensor, Tensor]:
+        """Where the logits' gradient goes, that, the sum of the losses, the number of labels."""
         with torch.enable_grad():
             logits, target = self.logits(*arguments)
         edge = torch.autograd.graph.get_gradient_edge(logits)
         with torch.no_grad():
-            found, total = cross_entropy_slope(
+            slope, total, labelled = cross_entropy_slope(
                 logits.detach(),
                 target,
                 arguments[self.weights_at],
@@ -112,9 +133,7 @@ class ChunkedHead(nn.Module):
                 label_smoothing=self.head.loss.label_smoothing,
                 scratch=scratch,
             )
-        del logits
-        (slope,) = torch.autograd.grad(edge, rows, found)
-        return slope, total
+        return edge, slope, total, labelled
 
     def chunks(self, batch: int, length: int) -> list[slice]:
         """Slices of `length` positions of each of `batch` rows whose logits fit a chunk."""
@@ -166,13 +185,13 @@ class _Once(torch.autograd.Function):
         for place, value in zip(places, trained, strict=True):
             arguments[place] = value.detach().requires_grad_()
 
+        scratch = Scratch()
+
         def part(chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
             own = head.sliced(arguments, chunk)
             own[head.rows_at].requires_grad_()
-            with torch.enable_grad():
-                total, labelled = head.run(*own)
-            total.backward()
-            return total.detach(), labelled, own[head.rows_at].grad
+            total, labelled = head.backward(own, scratch)
+            return total, labelled, own[head.rows_at].grad
 
         collect = (Sum(), Sum(), CatRows(head.head.rows, len(given[head.weights_at])))
         total, labelled, slope = sweep(chunks, part, collect, rows)

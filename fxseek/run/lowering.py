@@ -21,13 +21,13 @@ from fxseek.errors import GraphError
 from fxseek.ops.shards import Unshard
 from fxseek.passes.schedule import Schedule
 from fxseek.run.boxed import Boxed
-from fxseek.run.saved import SavedBytes, functions_of
+from fxseek.run.saved import Known, SavedBytes, functions_of
 from fxseek.run.selective import Selectively
 
 BACKENDS = {"aot_eager": "aot_eager_decomp_partition", "inductor": "inductor"}
 """torch.compile's names; the plain ``aot_eager`` would not partition by min-cut."""
 
-Run = Callable[[list[Any], tuple[Any, ...]], tuple[Any, int]]
+Run = Callable[[list[Any], Known], tuple[Any, int]]
 """Of a boxed list of arguments (which it empties) and of what is not counted: the outputs, and the
 bytes saved for backward."""
 
@@ -103,7 +103,9 @@ class _Called(nn.Module):
 def _hooked(module: fx.GraphModule) -> Run:
     boxed = Boxed(module)
 
-    def run(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
+    def run(arguments: list[Any], exclude: Known) -> tuple[Any, int]:
+        if not exclude.counts:
+            return boxed(arguments), 0
         with SavedBytes(exclude) as saved:
             outputs = boxed(arguments)
         return outputs, saved.total
@@ -114,7 +116,7 @@ def _hooked(module: fx.GraphModule) -> Run:
 def _counted(module: fx.GraphModule) -> Run:
     boxed = Boxed(module)
 
-    def run(arguments: list[Any], exclude: tuple[Any, ...]) -> tuple[Any, int]:
+    def run(arguments: list[Any], exclude: Known) -> tuple[Any, int]:
         outputs = boxed(arguments)
         return outputs, _saved_by_functions(outputs, exclude)
 
@@ -235,7 +237,7 @@ class _Applied(nn.Module):
         return self.function.apply(*operands)
 
 
-def _saved_by_functions(outputs: Any, exclude: tuple[Any, ...]) -> int:
+def _saved_by_functions(outputs: Any, exclude: Known) -> int:
     """Bytes that compiled autograd functions hold; hooks would be traced into the graph."""
     saved = SavedBytes(exclude)
     counted = [

@@ -30,7 +30,7 @@ from fxseek.passes.parts import Hides, Parts
 from fxseek.passes.unshard import sharding_of
 from fxseek.run.env import Env
 from fxseek.run.lowering import Run
-from fxseek.run.saved import SavedBytes
+from fxseek.run.saved import Known, SavedBytes
 from fxseek.run.selective import precision
 from fxseek.run.stages import Gather, Learn
 from fxseek.selecting import Selection
@@ -164,12 +164,12 @@ class _Step:
         """
         kept, rows = self.selection.kept, self.learn.parts.rows
         part = Part(kept, self.selection.filled, writes=True)
-        joints = self._joints(self.values, part)
+        joints, known = self._joints(self.values, part), _known(self.values)
 
         def run(slots: slice) -> tuple[Tensor]:
             self.random[slots.start] = _RandomStates(kept)
             part.begin(slots, self._keys_at(slots))
-            return (self._run(self.values, joints, part),)
+            return (self._run(self.values, joints, part, known),)
 
         with torch.no_grad():
             for _ in range(self.idle):  # what the first part has written, it writes again
@@ -196,11 +196,11 @@ class _Step:
         values = {**self.values, **saved}
         for node in trained:
             values[node] = values[node].detach().requires_grad_()
-        part = Part(self.selection.kept, self.selection.filled)
+        part, known = Part(self.selection.kept, self.selection.filled), _known(values)
         for _ in range(self.idle):  # while no gradient waits; nor does any arrive
             part.begin(self.slots[-1], self.keys[-1])
             with torch.enable_grad(), self.precision():
-                exits = self._run(values, self._joints(values, part), part)
+                exits = self._run(values, self._joints(values, part), part, known)
             part.backward = True
             torch.autograd.backward(exits, torch.zeros_like(exits))
         joints = self._joints(values, part)
@@ -211,7 +211,7 @@ class _Step:
             states = self.random.get(slots.start)
             with nullcontext() if states is None else states.again():
                 with torch.enable_grad(), self.precision():
-                    exits = self._run(values, joints, part)
+                    exits = self._run(values, joints, part, known)
                 part.backward = True
                 torch.autograd.backward(exits, rows_of_chunk(slope, exit_at, batch, slots))
         behind = [x.behind for x in joints.values() if x.behind is not None]
@@ -245,8 +245,9 @@ class _Step:
         }
 
     def _run(
-        self, values: Mapping[fx.Node, Any], joints: Mapping[Joined, Joint], part: Part
-    ) -> Tensor:
+        self, values: Mapping[fx.Node, Any], joints: Mapping[Joined, Joint], part: Part,
+        known: Known,
+    ) -> Tensor:  # fmt: skip
         """The exits of a part."""
         learn, slots, chosen = self.learn, part.slots, self.selection
         filled = part.left_out(slots)
@@ -269,8 +270,13 @@ class _Step:
             for item in learn.parts.body.inputs
         ]
         del env
-        (exits,), _ = learn.body(arguments, tuple(values.values()))
+        (exits,), _ = learn.body(arguments, known)
         return exits
+
+
+def _known(values: Mapping[fx.Node, Any]) -> Known:
+    """What a part reads is there anyway, and what it saves is gone before its step returns."""
+    return Known.of(values.values(), counts=False)
 
 
 class _Parts(torch.autograd.Function):

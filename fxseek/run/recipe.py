@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.errors import GraphError
@@ -58,17 +57,47 @@ class Note(Held):
         self.settled = False
 
 
+class Remake:
+    """Some nodes of a region as a function of what they read.
+
+    `read`: nodes whose values it is given; `nodes`: what runs, in order.
+    """
+
+    def __init__(self, read: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> None:
+        self.read = tuple(read)
+        self.nodes = tuple(nodes)
+        self._functions: dict[frozenset[fx.Node], Callable[..., tuple[Any, ...]]] = {}
+
+    def __call__(
+        self, values: Sequence[Callable[[], Any]], wanted: Container[fx.Node]
+    ) -> dict[fx.Node, Any]:
+        """The values of those of `nodes` that are wanted."""
+        made = [node for node in self.nodes if node in wanted]
+        key = frozenset(made)
+        if key not in self._functions:
+            self._functions[key] = self._function(made)
+        return dict(zip(made, self._functions[key](*[given() for given in values]), strict=True))
+
+    def _function(self, made: Sequence[fx.Node]) -> Callable[..., tuple[Any, ...]]:
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(node.name) for node in self.read}
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in made))
+        return fx.GraphModule(torch.nn.Module(), graph, class_name="Remake").forward
+
+
 class Recipe:
     """Makes the saved tensors of a region when backward asks for them."""
 
     def __init__(
         self,
-        nodes: Sequence[fx.Node],
-        sources: dict[fx.Node, Callable[[], Any]],
+        remake: Remake,
+        sources: Sequence[Callable[[], Any]],
         layouts: dict[fx.Node, Layout],
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.nodes = nodes
+        self.remake = remake
         self.sources = sources
         self.layouts = layouts
         self.precision = precision
@@ -78,11 +107,6 @@ class Recipe:
         # Two threads may go back through one graph; a source may be asked for by running the
         # step again, as a checkpoint around the model does, which goes back through it too.
         self.lock = threading.RLock()
-        self.done: dict[fx.Node, list[fx.Node]] = {}
-        """Which values a node is the last to read."""
-        last = {x: node for node in nodes for x in node.all_input_nodes}
-        for x, node in last.items():
-            self.done.setdefault(node, []).append(x)
 
     def tensor(self, note: Note) -> Tensor:
         """The saved tensor, made with all others of the region where it is the first."""
@@ -99,20 +123,13 @@ class Recipe:
         return value.as_strided(layout.size, layout.stride, layout.offset)
 
     def _make(self) -> None:
-        values = {node: given() for node, given in self.sources.items()}
         waiting: dict[fx.Node, set[int]] = {}
         for note in self.notes:
             assert note.owner is not None
             waiting.setdefault(note.owner, set()).add(id(note))
-        made: dict[fx.Node, Tensor] = {}
         with torch.no_grad(), self.precision():
-            for node in self.nodes:
-                values[node] = self._run(node, values)
-                if node in waiting:
-                    made[node] = values[node]
-                for x in self.done.get(node, ()):
-                    del values[x]
-        self.made, self.waiting = made, waiting
+            self.made = self.remake(self.sources, waiting)
+        self.waiting = waiting
         for node, value in self.made.items():
             if Layout.of(value) != self.layouts[node]:
                 raise GraphError(
@@ -120,11 +137,3 @@ class Recipe:
                     "This is a defect of fxseek: please report it with the model's configuration, "
                     "and use recompute='none' or 'block' meanwhile."
                 )
-
-    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        args = map_arg(node.args, values.__getitem__)
-        kwargs = map_arg(node.kwargs, values.__getitem__)
-        target: Any = node.target
-        if node.op == "call_method":
-            target, args = getattr(args[0], str(node.target)), args[1:]
-        return target(*args, **kwargs)

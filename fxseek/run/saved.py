@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from fxseek import _torch
 from fxseek.passes.facts import tensors_of
 
-__all__ = ["Held", "SavedBytes", "functions_of"]
+__all__ = ["Held", "Known", "SavedBytes", "functions_of"]
 
 
 def functions_of(values: Any) -> Iterator[Any]:
@@ -41,16 +41,31 @@ class Held:
         self.version = 0
 
 
+class Known(NamedTuple):
+    """Memory that is there whatever autograd saves, by `storage_key`; `counts`: of other memory."""
+
+    storages: frozenset[int] = frozenset()
+    counts: bool = True
+
+    @classmethod
+    def of(cls, values: Iterable[Any], *, counts: bool = True) -> Known:
+        """The memory of the tensors among the values."""
+        return cls(
+            frozenset(_torch.storage_key(x) for x in values if isinstance(x, Tensor)), counts
+        )
+
+
 class SavedBytes:
     """Context manager that counts the bytes which autograd saves in it and still keeps.
 
     Memory of `exclude` (parameters, buffers, inputs) is not counted, memory that several saved
-    tensors share is counted once. Hooks that the caller has set (offloading, other meters) go
-    on working: each tensor passes through them too.
+    tensors share is counted once; nothing is, where `exclude` says so. Hooks that the caller has
+    set (offloading, other meters) go on working: each tensor passes through them too.
     """
 
-    def __init__(self, exclude: Iterable[Any] = ()) -> None:
-        self._known = {_torch.storage_key(x) for x in exclude if isinstance(x, Tensor)}
+    def __init__(self, exclude: Iterable[Any] | Known = ()) -> None:
+        known = exclude if isinstance(exclude, Known) else Known.of(exclude)
+        self._known, self._counts = known
         self._held: weakref.WeakSet[Held] = weakref.WeakSet()
         self._outer: Any = None
         self._hooks: Any = None
@@ -63,10 +78,10 @@ class SavedBytes:
     def count(self, tensor: Tensor, packed: Any = None) -> Held:
         """Count one saved tensor's memory for as long as the result lives."""
         key = _torch.storage_key(tensor)
-        known = key in self._known
-        held = Held(key, 0 if known else tensor.untyped_storage().nbytes(), packed)
-        if not known:
-            self._held.add(held)
+        if not self._counts or key in self._known:
+            return Held(key, 0, packed)
+        held = Held(key, tensor.untyped_storage().nbytes(), packed)
+        self._held.add(held)
         return held
 
     def _pack(self, tensor: Tensor) -> Held:

@@ -102,7 +102,7 @@ class Score(nn.Module):
             begun = None if self.gradient is None else self.gradient.begin(env, valid.shape[0])
             if self.context is not None:
                 made = {} if begun is None else begun.made
-                parts["context"] = self.context.sums(env, made, valid, self.config.chunk_bytes)
+                parts["context"] = self.context.sums(env, made, valid, self.config.most_chunk_bytes)
             if self.gradient is not None and begun is not None:
                 parts["gradient"], found = self.gradient.finish(env, begun, valid, supervised)
                 full_loss = found if self.plan.of_loss else None
@@ -237,7 +237,7 @@ class _Slope:
                 assert head is not None
                 self.end = _HeadEnd(gradient.end, head, plan.targets)
             case EndsInMap():
-                self.end = _MapEnd(gradient.end, config.chunk_bytes, plan.targets)
+                self.end = _MapEnd(gradient.end, config.most_chunk_bytes, plan.targets)
 
     def begin(self, env: Env, batch: int) -> _Begun:
         """Run the block."""

@@ -21,8 +21,8 @@ from fxseek import _torch
 from fxseek.passes.facts import tensors_of
 from fxseek.passes.rematerialise import Region
 from fxseek.run.boxed import unpack_list, with_source_lines
-from fxseek.run.recipe import Layout, Note, Recipe
-from fxseek.run.saved import Held, SavedBytes
+from fxseek.run.recipe import Layout, Note, Recipe, Remake
+from fxseek.run.saved import Held, Known, SavedBytes
 
 __all__ = ["Selectively", "precision"]
 
@@ -40,24 +40,28 @@ class Selectively:
         self.module = module
         self.nodes = tuple(module.graph.nodes)
         self.whole = self._plan(
-            _Watched(region.nodes, region.nodes, region.last) for region in regions
+            _Watched(region.nodes, region.nodes, region.last, {}, {}) for region in regions
         )
         self.narrowed: _Plan | None = None
 
-    def __call__(self, values: list[Any], exclude: Iterable[Any]) -> tuple[Any, int]:
+    def __call__(self, values: list[Any], exclude: Known) -> tuple[Any, int]:
         """The list is emptied; memory of `exclude` is not counted."""
         with _Selective(exclude, self.nodes) as saved:
             plain = not saved.hooked
+            saved.narrows = plain and self.narrowed is None
             plan = self.narrowed if plain and self.narrowed is not None else self.whole
             regions = saved.regions = [_Running(watched) for watched in plan.watched]
             outputs = plan.run(saved, values)
-        if plain and self.narrowed is None and torch.is_grad_enabled():
+        if saved.narrows and torch.is_grad_enabled():
             self.narrowed = self._plan(x.narrowed for x in regions if x.narrowed is not None)
         return outputs, saved.total
 
     def _plan(self, watched: Iterable[_Watched]) -> _Plan:
         watched = list(watched)
         return _Plan(watched, _instrumented(self.module, watched))
+
+
+Owners = frozenset[fx.Node]
 
 
 class _Plan(NamedTuple):
@@ -73,6 +77,10 @@ class _Watched(NamedTuple):
     owners: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     last: fx.Node
+    choices: dict[Owners, Owners]
+    """By the nodes whose memory autograd saves, those that backward makes again."""
+    remakes: dict[tuple[Owners, Owners], Remake]
+    """By both, how."""
 
     def narrow(self, owners: set[fx.Node]) -> _Watched:
         """These alone, and what making them takes."""
@@ -83,7 +91,7 @@ class _Watched(NamedTuple):
             needed |= more
             queue += more
         nodes = tuple(node for node in self.nodes if node in needed)
-        return _Watched(tuple(node for node in nodes if node in owners), nodes, self.last)
+        return _Watched(tuple(node for node in nodes if node in owners), nodes, self.last, {}, {})
 
 
 class _Running:
@@ -121,10 +129,12 @@ class _Running:
 class _Selective(SavedBytes):
     """The hooks. What a region has made is noted, what nobody knows is held as it is."""
 
-    def __init__(self, exclude: Iterable[Any], nodes: Sequence[fx.Node]) -> None:
+    def __init__(self, exclude: Known, nodes: Sequence[fx.Node]) -> None:
         super().__init__(exclude)
         self.nodes = nodes
         self.regions: Sequence[_Running] = ()
+        self.narrows = False
+        """Whether the run tells what to watch from now on."""
         self._owners: dict[int, tuple[Any, _Running, fx.Node]] = {}
         self._kept: dict[int, Any] = {}
         self._unclear: list[Note] | None = None
@@ -137,7 +147,8 @@ class _Selective(SavedBytes):
             return self._hold(tensor)
         note = Note(tensor)
         note.version = _torch.version(tensor)
-        self._held.add(note)
+        if self._counts:
+            self._held.add(note)
         if running is None or owner is None:
             assert self._unclear is not None
             self._unclear.append(note)
@@ -226,13 +237,11 @@ class _Selective(SavedBytes):
         running = self.regions[region]
         for key in [key for key, (_, whose, _) in self._owners.items() if whose is running]:
             del self._owners[key]
-        owners = {note.owner for note in running.notes if note.owner is not None}
-        dropped = self._made_again(running, owners) if owners else set()
-        recipe = None
-        if owners:
-            running.narrowed = running.watched.narrow(owners)
-        if dropped:
-            recipe = self._recipe(running, dropped, owners - dropped)
+        owners = frozenset(note.owner for note in running.notes if note.owner is not None)
+        dropped = self._made_again(running, owners) if owners else owners
+        recipe = self._recipe(running, owners, dropped) if dropped else None
+        if owners and self.narrows:
+            running.narrowed = running.watched.narrow(set(owners))
         for note in running.notes:
             if recipe is None or note.owner not in dropped:
                 self._settle_as_it_is(note)
@@ -243,8 +252,20 @@ class _Selective(SavedBytes):
         running.sources.clear()
         running.notes.clear()
 
-    def _made_again(self, running: _Running, owners: set[fx.Node]) -> set[fx.Node]:
-        """Those of the owners of saved memory that are made again: what leaves the least to keep.
+    def _made_again(self, running: _Running, owners: Owners) -> Owners:
+        """Which of the nodes whose memory is saved are made again.
+
+        It is decided when they are first saved, but where hooks of the caller have a say.
+        """
+        if self.hooked:
+            return self._least(running, owners)
+        choices = running.watched.choices
+        if owners not in choices:
+            choices[owners] = self._least(running, owners)
+        return choices[owners]
+
+    def _least(self, running: _Running, owners: Owners) -> Owners:
+        """Those of the owners of saved memory whose dropping leaves the least to keep.
 
         Either all of them, from the region's sources, or those that can be made of the others and
         of sources that are kept anyway.
@@ -255,7 +276,7 @@ class _Selective(SavedBytes):
                 read, _ = running.reads({node}, kept - {node})
                 if not self._cost(running, read - kept) and self._restores(running, read):
                     kept.discard(node)
-        read, _ = running.reads(owners, set())
+        read, _ = running.reads(set(owners), set())
         keeping = sum(running.layouts[node].nbytes for node in kept)
         if _saves(self._cost(running, read), keeping) and self._restores(running, read):
             return owners
@@ -279,20 +300,25 @@ class _Selective(SavedBytes):
         layouts += [running.layouts[node] for node in read if node in running.layouts]
         return all(layout.copies_alike() for layout in layouts)
 
-    def _recipe(self, running: _Running, made: set[fx.Node], kept: set[fx.Node]) -> Recipe:
+    def _recipe(self, running: _Running, owners: Owners, made: Owners) -> Recipe:
         """How to make some nodes of a region's sources, and of those of its own that are kept."""
-        read, nodes = running.reads(made, kept)
-        values = {node: value for node, value in running.sources.items() if node in read}
+        remakes = running.watched.remakes
+        if (owners, made) not in remakes:
+            read, nodes = running.reads(set(made), set(owners - made))
+            remakes[owners, made] = Remake(
+                [node for node in self.nodes if node in read],
+                [node for node in running.watched.nodes if node in nodes],
+            )
+        remake, values = remakes[owners, made], running.sources
         for note in running.notes:
-            if note.owner in kept & read:
-                layout = running.layouts[note.owner]
-                values[note.owner] = note.packed.as_strided(
-                    layout.size, layout.stride, layout.offset
-                )
+            owner = note.owner
+            if owner is not None and owner in remake.read and owner not in values:
+                layout = running.layouts[owner]
+                values[owner] = note.packed.as_strided(layout.size, layout.stride, layout.offset)
         device = running.notes[0].packed.device.type
         return Recipe(
-            [node for node in running.watched.nodes if node in nodes],
-            {node: self._source(value) for node, value in values.items()},
+            remake,
+            [self._source(values[node]) for node in remake.read],
             running.layouts,
             precision(device),
         )

@@ -23,6 +23,7 @@ from fxseek.run.boxed import Boxed
 from fxseek.run.env import Env
 from fxseek.run.lowering import Run
 from fxseek.run.piece import module_of
+from fxseek.run.saved import Known
 from fxseek.run.score import Scores
 from fxseek.scores.base import step_generator
 from fxseek.selecting import Selection
@@ -239,4 +240,4 @@ class Learn(nn.Module):
         """The captured graph's outputs for the selection, and the bytes saved for backward."""
         arguments = env.take(self.inputs, selection)
         with torch.enable_grad():
-            return self.run(arguments, tuple(env.arguments))
+            return self.run(arguments, Known.of(env.arguments))

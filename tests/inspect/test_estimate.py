@@ -145,7 +145,7 @@ def test_published_models(name, tuning):
     ],
 )
 def test_what_the_documentation_promises_fits(name, tuning, tokens, batch, options, most):
-    options = {"recompute": "block", "prefill_chunk": 2048, **options}
+    options = {"recompute": "block", "prefill_chunk": 2048, "chunk_bytes": 2**26, **options}
     found = fxseek.estimate(llama_3(name), tokens, batch, tuning=tuning, **options)
     assert found.peak_bytes < most
 

@@ -42,7 +42,7 @@ def aligned(monkeypatch: pytest.MonkeyPatch, masks: list[Any]) -> None:
 
     monkeypatch.setattr(attention, "_aligned", ("cpu",))
     monkeypatch.setattr(attention, "_takes_flag", lambda *_: True)
-    monkeypatch.setattr("fxseek._torch.attend_aligned", attend_aligned)
+    monkeypatch.setattr(attention, "attend_aligned", attend_aligned)
 
 
 @pytest.fixture

@@ -31,15 +31,19 @@ def by_autograd(logits: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, 
     return slope, total.detach()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ignore_index", [-100, 3])
-def test_slope(label_smoothing: float, ignore_index: int):
+def test_slope(label_smoothing: float, ignore_index: int, weighted: bool):
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
     logits, target, weights = given()
+    if weighted:
+        weights *= torch.linspace(0.5, 4, ROWS)
     target[target == -100] = ignore_index
     before = logits.clone()
-    slope, total = cross_entropy_slope(logits, target, weights, **options)
+    slope, total, labelled = cross_entropy_slope(logits, target, weights, **options)
     wanted_slope, wanted = by_autograd(logits, target, weights, **options)
+    assert labelled == cross_entropy_parts(logits, target, weights, **options)[1]
     torch.testing.assert_close(slope, wanted_slope, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(total, wanted, rtol=1e-13, atol=1e-13)
     assert torch.equal(logits, before)
@@ -48,7 +52,7 @@ def test_slope(label_smoothing: float, ignore_index: int):
 def test_slope_of_classes_in_the_second_dimension():
     logits, target, weights = given()
     wide = logits.view(1, ROWS, CLASSES).transpose(1, 2)
-    slope, total = cross_entropy_slope(wide, target[None], weights)
+    slope, total, _ = cross_entropy_slope(wide, target[None], weights)
     wanted_slope, wanted = by_autograd(wide, target[None], weights)
     torch.testing.assert_close(slope, wanted_slope)
     torch.testing.assert_close(total, wanted)
@@ -56,7 +60,7 @@ def test_slope_of_classes_in_the_second_dimension():
 
 def test_slope_of_one_token():
     logits, target, _ = given()
-    slope, total = cross_entropy_slope(logits[1], target[1], torch.ones(1, 1))
+    slope, total, _ = cross_entropy_slope(logits[1], target[1], torch.ones(1, 1))
     wanted_slope, wanted = by_autograd(logits[1], target[1], torch.ones(1, 1))
     torch.testing.assert_close(slope, wanted_slope)
     torch.testing.assert_close(total, wanted)
@@ -65,7 +69,7 @@ def test_slope_of_one_token():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slope_in_less_precision(dtype: torch.dtype):
     logits, target, weights = given(dtype)
-    slope, total = cross_entropy_slope(logits, target, weights)
+    slope, total, _ = cross_entropy_slope(logits, target, weights)
     wanted_slope, wanted = by_autograd(logits.double(), target, weights)
     assert slope.dtype == dtype and total.dtype == torch.float32
     close: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
@@ -79,8 +83,8 @@ def test_slopes_in_memory_of_their_own():
     for rows, dtype in ((4, torch.float32), (3, torch.float32), (5, torch.float64)):
         logits, target, weights = (x[..., :rows] if x.dim() == 1 else x for x in given(dtype))
         logits, weights = logits[:rows], weights[:, :rows]
-        wanted, total = cross_entropy_slope(logits, target, weights)
-        slope, again = cross_entropy_slope(logits, target, weights, scratch=scratch)
+        wanted, total, _ = cross_entropy_slope(logits, target, weights)
+        slope, again, _ = cross_entropy_slope(logits, target, weights, scratch=scratch)
         assert torch.equal(slope, wanted) and torch.equal(again, total)
         assert scratch.memory is not None
         assert slope.data_ptr() == scratch.memory.data_ptr()
@@ -89,9 +93,9 @@ def test_slopes_in_memory_of_their_own():
 
 def test_what_does_not_count_may_be_anything():
     logits, target, weights = given()
-    wanted_slope, wanted = cross_entropy_slope(logits, target, weights)
+    wanted_slope, wanted, _ = cross_entropy_slope(logits, target, weights)
     logits[[0, 2, 4]] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:, None].double()
-    slope, total = cross_entropy_slope(logits, target, weights)
+    slope, total, _ = cross_entropy_slope(logits, target, weights)
     assert torch.equal(slope, wanted_slope) and torch.equal(total, wanted)
 
 
@@ -100,6 +104,6 @@ def test_classes_that_cannot_be():
     logits, target, weights = given()
     target.fill_(2)
     logits[:, 5:] = -torch.inf
-    slope, total = cross_entropy_slope(logits, target, weights)
+    slope, total, _ = cross_entropy_slope(logits, target, weights)
     assert torch.isfinite(slope).all() and torch.isfinite(total)
     assert not slope[:, 5:].any()
