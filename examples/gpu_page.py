@@ -24,8 +24,12 @@ checkpointing of every layer, with the head and the loss on 256 tokens at a time
 `recompute="none"`, "offload" adds `recompute="block", kv="offload"`. The peak is that of torch's
 allocator, weights included; in brackets is what `fxseek.estimate` says. A step that takes less than
 10 s is timed at its second run, a longer one at its first, so that memory is taken from the driver
-meanwhile. The H100's points are older: its parts ran flash attention, those of the H200 run cuDNN's
-([how](architecture.md#prefill-score-learn-and-lifetimes)), and steps of more than 2 s were timed at their first run.
+meanwhile.
+
+The H100's points are older. Its parts ran flash attention, those of the H200 run cuDNN's
+([how](architecture.md#prefill-score-learn-and-lifetimes)); and its steps of more than 2 s were
+timed at their first run. The H200's are second and third runs of this program's steps, from a
+script that profiled them as well.
 """
 
 

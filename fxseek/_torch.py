@@ -351,8 +351,8 @@ def takes_cudnn(
     `can_use_cudnn_attention` tells whether it could, and not whether torch prefers it.
     """
     grouped = query.shape[1] != key.shape[1]
-    chosen = torch._fused_sdp_choice(
-        query, key, value, None, 0.0, is_causal, scale=None, enable_gqa=grouped
+    chosen = torch.ops.aten._fused_sdp_choice(
+        query, key, value, is_causal=is_causal, enable_gqa=grouped
     )
     return chosen == SDPBackend.CUDNN_ATTENTION.value
 

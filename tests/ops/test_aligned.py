@@ -15,10 +15,13 @@ from fxseek.ops import aligned
 SHAPES = (2, 6, 5, 8), (2, 2, 13, 8), (2, 2, 13, 8)
 
 
-def operands(device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def operands(
+    device: str = "cpu", dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-    return [x.to(device, dtype).requires_grad_() for x in made]
+    query, key, value = (x.to(device, dtype).requires_grad_() for x in made)
+    return query, key, value
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Any:

@@ -27,6 +27,7 @@ from fxseek.passes.ir import input_of
 from fxseek.passes.rematerialise import cheap_regions
 from fxseek.passes.rules import registry
 from fxseek.run import selective
+from fxseek.run.saved import Known
 from fxseek.run.selective import Selectively
 
 VOCAB, TOKENS = 37, 31
@@ -204,7 +205,7 @@ def test_a_sum_of_products_is_kept_and_not_its_parts():
     regions = cheap_regions(captured.graph, [input_of(n) for n in placeholders], ())
     run = Selectively(fx.GraphModule(nn.Module(), captured.graph), regions)
     for _ in range(2):
-        (found,), saved = run(list(captured.inputs), tensors)
+        (found,), saved = run(list(captured.inputs), Known.of(tensors))
         assert saved == 5 * 11 * 4  # the sum; x is an input
         for got, want in zip(
             torch.autograd.grad(found, tensors),
