@@ -128,7 +128,11 @@ class Captured(NamedTuple):
 
 
 class _Found(BaseException):
-    """Carries what was captured out of the call that captured it; nothing is run."""
+    """Carries what was captured out of the call that captured it; nothing is run.
+
+    An exception, since values returned in its place would go on: what the model does behind the
+    graph would write them into its attributes.
+    """
 
     def __init__(self, captured: Captured) -> None:
         super().__init__()

@@ -36,7 +36,6 @@ class ChunkedHead(nn.Module):
         self.once = once
         self.chunk_bytes = config.most_chunk_bytes
         self.recompute = config.recompute == "block"
-        self.sloped = head.loss.plain and config.backend == "eager"
         module = module_of(head.stage, "Head")
         self.run: Callable[..., tuple[Tensor, Tensor]] = run_part(module, config.backend, "none")
         self.run_again: Callable[..., tuple[Tensor, Tensor]] = run_part(
@@ -108,7 +107,7 @@ class ChunkedHead(nn.Module):
 
     def backward(self, arguments: Sequence[Any], scratch: Scratch) -> tuple[Tensor, Tensor]:
         """The sum of the losses and the number of labels; gradients go to the arguments."""
-        if self.sloped:
+        if self.head.loss.plain:
             edge, slope, total, labelled = self._slope_of_logits(arguments, scratch)
             torch.autograd.backward([edge], [slope])
             return total, labelled

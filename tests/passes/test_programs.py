@@ -256,7 +256,7 @@ def random_program(data: st.DataObject) -> None:
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
-@settings(max_examples=6, phases=UNSHRUNK, deadline=None)
+@settings(max_examples=3, phases=UNSHRUNK, deadline=None)
 @given(st.data())
 def test_random_programs(data):
     random_program(data)
