@@ -64,7 +64,6 @@ WAYS: dict[str, dict[str, Any] | None] = {
 DATA = Path(__file__).parent.parent / "docs" / "gpu.jsonl"
 WARM_TOKENS = 1024
 QUICK = 10.0  # seconds: a step that takes less is run again, and the second is timed
-SLOWER = 4.0  # times the seconds that a row of the next length may take
 LEAST = 10.0  # seconds that a way needs to begin
 
 
@@ -165,11 +164,16 @@ class Trial:
             torch.cuda.empty_cache()
 
 
+def slower(arguments: argparse.Namespace) -> int:
+    """How many times as long a row of the next length may take: attention is quadratic."""
+    return arguments.factor**2
+
+
 def lengths_left(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator[int]:
     """Lengths to measure after those of a model and a way that are known."""
     tokens = arguments.tokens
     for point in points:
-        if point.seconds is None or SLOWER * point.seconds > arguments.slowest:
+        if point.seconds is None or slower(arguments) * point.seconds > arguments.slowest:
             return
         tokens = max(tokens, arguments.factor * point.tokens)
     while tokens <= arguments.most:
@@ -204,7 +208,7 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
             kind, _, tuning = name.partition(" ")
             model = model_of(kind, tuning or "lora", device) if model is None else model
             trial = Trial(prepared(way, model, options), device)
-            for tokens, seconds, peak in measured(trial, lengths, arguments.slowest, until):
+            for tokens, seconds, peak in measured(trial, lengths, arguments, until):
                 point = Point(*here, name, way, tokens, seconds, peak, options)
                 gpu_page.write(out, point)
                 print(point, flush=True)
@@ -212,14 +216,15 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def measured(
-    trial: Trial, lengths: Sequence[int], slowest: float, until: float
+    trial: Trial, lengths: Sequence[int], arguments: argparse.Namespace, until: float
 ) -> Iterator[tuple[int, float | None, int]]:
     """Tokens, seconds and peak bytes of growing lengths; no seconds where memory runs out."""
     seconds, tokens = 0.0, lengths[0]
     try:
         trial.step(min(WARM_TOKENS, lengths[0]))  # captures, and makes the optimiser's state
         for tokens in lengths:
-            if SLOWER * seconds > min(slowest, until - time.monotonic()):
+            left = min(arguments.slowest, until - time.monotonic())
+            if slower(arguments) * seconds > left:
                 return
             seconds, peak = trial.step(tokens)
             if seconds < QUICK:
@@ -287,6 +292,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--page", type=Path, help="write tables and plots there, and measure nothing"
     )
     options = parser.parse_args(arguments)
+    if options.factor < 2:
+        parser.error("--factor must be at least 2")
     unknown = [way for way in options.ways if way not in WAYS]
     if unknown:
         parser.error(f"--ways has {', '.join(unknown)}; the ways are {', '.join(WAYS)}")

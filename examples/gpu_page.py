@@ -29,7 +29,7 @@ meanwhile.
 The H100's points are older. Its parts ran flash attention, those of the H200 run cuDNN's
 ([how](architecture.md#prefill-score-learn-and-lifetimes)); and its steps of more than 2 s were
 timed at their first run. The H200's are second and third runs of this program's steps, from a
-script that profiled them as well.
+script that profiled them as well, with peaks rounded to 0.01 GiB.
 """
 
 

@@ -49,7 +49,7 @@ OUTPUTS = ("loss", "selected", "full")
 _CALLABLES = ("ratio", "score", "loss")
 _OPTIONAL = ("prefill_chunk", "learn_chunk", "memory_budget_bytes", "chunk_bytes", "ratio_steps")
 _MAX_SEED = 2**63 - 1
-_CPU_CHUNK, _CHUNK = 64 << 20, 256 << 20  # bytes; small ones leave a GPU waiting for launches
+CPU_CHUNK_BYTES, _CHUNK_BYTES = 64 << 20, 256 << 20  # small ones leave a GPU waiting for launches
 _MAX_SPAN = 2**31 - 1
 
 
@@ -193,10 +193,12 @@ class SeekConfig:
         return bytes_of(given) if isinstance(given, str) else given
 
     def on(self, device: str) -> SeekConfig:
-        """With what the type of the device decides: ``chunk_bytes``, where it is None."""
+        """With what the device decides, such as ``"cpu"``: ``chunk_bytes``, where it is None."""
         if self.chunk_bytes is not None:
             return self
-        return dataclasses.replace(self, chunk_bytes=_CPU_CHUNK if device == "cpu" else _CHUNK)
+        return dataclasses.replace(
+            self, chunk_bytes=CPU_CHUNK_BYTES if device == "cpu" else _CHUNK_BYTES
+        )
 
     @property
     def most_chunk_bytes(self) -> int:

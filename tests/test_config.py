@@ -40,7 +40,7 @@ def test_defaults():
         "learn_chunk": None,
         "memory_budget_bytes": None,
         "outputs": "loss",
-        "chunk_bytes": 64 * 2**20,
+        "chunk_bytes": None,
         "loss": None,
         "token_dim": 1,
         "ratio_bounds": [0.01, 0.5],
@@ -269,7 +269,7 @@ def configs() -> st.SearchStrategy[SeekConfig]:
         seed=st.integers(0, 2**63 - 1),
         backend=st.sampled_from(BACKENDS),
         outputs=st.sampled_from(OUTPUTS),
-        chunk_bytes=st.integers(1, 2**40),
+        chunk_bytes=st.none() | st.integers(1, 2**40),
         token_dim=st.integers(1, 3),
         ratio_bounds=st.tuples(share, share).map(lambda pair: (min(pair), max(pair))),
     )
@@ -288,3 +288,9 @@ def test_one_error_family():
     for name in ("ConfigError", "InputError", "ScoreError"):
         assert issubclass(getattr(errors, name), ValueError)
     assert issubclass(errors.GradientMismatch, AssertionError)
+
+
+def test_chunks_by_device():
+    assert SeekConfig().on("cpu").chunk_bytes == 64 << 20
+    assert SeekConfig().on("cuda").chunk_bytes == 256 << 20
+    assert SeekConfig(chunk_bytes=7).on("cuda").chunk_bytes == 7

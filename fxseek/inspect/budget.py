@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxseek.config import SeekConfig
+from fxseek.config import CPU_CHUNK_BYTES, SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.inspect.estimate import Peaks
 from fxseek.inspect.memory import formatted, module_tensors
@@ -28,9 +28,6 @@ _SMALL = 1024
 
 _PREFILL = 2048
 """The size of the prefill's chunks where they are needed."""
-
-_CHUNK = 64 << 20
-"""Bytes of chunks where they are needed; on the CPU it is the default."""
 
 _OPTIONS = ("learn_chunk", "prefill_chunk", "recompute", "kv", "chunk_bytes")
 """What a budget picks."""
@@ -79,7 +76,7 @@ def within_budget(model: nn.Module, config: SeekConfig, tokens: int, batch: int)
         "fxseek: %s for %s: %s is estimated to peak at %s",
         _changes(config, lean), _told(budget), step, formatted(least),
     )  # fmt: skip
-    return lean
+    return lean.on(device)  # as it was estimated
 
 
 def _sizes(peaks: Peaks, config: SeekConfig) -> list[int]:
@@ -111,7 +108,7 @@ def _ladder(
     prefill = {"prefill_chunk": _PREFILL} if tokens > _PREFILL else {}
     block = {**prefill, "recompute": "block"}
     if device != "cpu":
-        block["chunk_bytes"] = _CHUNK
+        block["chunk_bytes"] = CPU_CHUNK_BYTES
     groups = [group(large), group(large, **prefill), group(large, **block)]
     groups += [group(small), group(small, **prefill), group(small, **block)]
     eager = config.backend == "eager" and device != "cpu"  # where the host is the device

@@ -123,7 +123,7 @@ def _attend_hopper(
     A causal flag for more keys than queries is aligned with the last key (`attend_aligned`).
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
-    aligned = is_causal and query.shape[-2] != key.shape[-2]
+    aligned = is_causal and query.shape[-2] < key.shape[-2]
     fits = query.dim() == 4 and half and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     if fits and aligned and not dropout_p:
         return attend_in_blocks(query, key, value, scale)

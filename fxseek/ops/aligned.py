@@ -1,10 +1,10 @@
 """Causal attention of a row's last queries on CUDA, under a flag aligned with the last key.
 
 `scaled_dot_product_attention` aligns its flag with the first key. Flash attention's own operator
-aligns it with the last. cuDNN, which is faster where torch prefers it, does not; but keys before
-those of the queries need no flag at all. So the queries attend to these keys and to their own
-apart, and the results are merged by their log-sum-exp. Backward gives each block of keys the merged
-result and the merged log-sum-exp, as ring attention does (arXiv 2310.01889).
+aligns it with the last. Torch's operator for cuDNN, which is faster where torch prefers it, does
+not; but keys before those of the queries need no flag at all. So the queries attend to these keys
+and to their own apart, and the results are merged by their log-sum-exp. Backward gives each block
+of keys the merged result and the merged log-sum-exp, as ring attention does (arXiv 2310.01889).
 
 Shapes: query [batch, heads, rows, width]; key and value [batch, kv_heads, rows or more, width].
 """

@@ -7,11 +7,14 @@ position is what it counts for in the mean: the class weight of its label (1 wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fxseek import _torch
 
 __all__ = [
     "Scratch",
@@ -136,6 +139,13 @@ class Scratch:
             self.memory = memory = x.new_empty(count, dtype=dtype)
         return memory[:count].view(x.shape)
 
+    def leave_to(self, tensors: Iterable[Tensor]) -> None:
+        """Use other memory from now on, where one of these lies in it."""
+        if self.memory is not None:
+            own = _torch.storage_key(self.memory)
+            if any(_torch.storage_key(x) == own for x in tensors):
+                self.memory = None
+
 
 def cross_entropy_slope(
     logits: Tensor,
@@ -145,11 +155,13 @@ def cross_entropy_slope(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     scratch: Scratch | None = None,
+    weighted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂ weighted sum of the cross-entropies / ∂ logits, that sum, and the number of labels.
 
-    Uses two tensors of the logits' size, the logits among them, and two passes fewer than autograd.
-    The result may lie in `scratch`, until that is asked again.
+    Uses two tensors of the logits' size in float32 or better, the logits among them, and, where no
+    weight is other than 0 and 1 (not `weighted`), two passes fewer than autograd. The result may
+    lie in `scratch`, until that is asked again.
 
     Shapes: as `cross_entropy_parts` has them → the logits' shape, two scalars.
     """
@@ -170,7 +182,9 @@ def cross_entropy_slope(
     if label_smoothing:
         slope.sub_(label_smoothing / logits.shape[classes])
     one = torch.full_like(index, label_smoothing - 1, dtype=dtype)
-    slope.scatter_add_(classes, index, one).mul_(share.unsqueeze(classes))
+    slope.scatter_add_(classes, index, one)
+    if weighted:
+        slope.mul_(share.unsqueeze(classes))
     slope.masked_fill_(without.unsqueeze(classes), 0.0)
     return slope.to(logits.dtype), total, (~without).sum()
 

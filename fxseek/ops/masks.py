@@ -174,11 +174,12 @@ def looks_ahead(masks: Sequence[Mask], kept: Tensor, filled: Tensor | None, toke
     """Whether masks let some of the queries at `kept` read tokens behind them.
 
     All of `masks` are those of one attention. Queries that are `filled` don't count. Waits for the
-    device. Of fake tensors none does.
+    device, unless a mask is known to be causal. Of fake tensors none does.
 
     Shapes: kept, filled [batch, kept].
     """
-    if _torch.is_fake(kept) or any(mask.known_causal for mask in masks):
+    hide = len(masks) == 1 or all(mask.shuts for mask in masks)
+    if _torch.is_fake(kept) or (hide and any(mask.known_causal for mask in masks)):
         return False
     found = torch.zeros((), dtype=torch.bool, device=kept.device)
     for chunk in slices_of(kept.shape[1], _COMPARED_ROWS):

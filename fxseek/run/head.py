@@ -36,6 +36,7 @@ class ChunkedHead(nn.Module):
         self.once = once
         self.chunk_bytes = config.most_chunk_bytes
         self.recompute = config.recompute == "block"
+        self.weighted = config.select == "sample"
         module = module_of(head.stage, "Head")
         self.run: Callable[..., tuple[Tensor, Tensor]] = run_part(module, config.backend, "none")
         self.run_again: Callable[..., tuple[Tensor, Tensor]] = run_part(
@@ -92,7 +93,7 @@ class ChunkedHead(nn.Module):
     def slope(
         self, rows: Tensor, arguments: Sequence[Any], scratch: Scratch
     ) -> tuple[Tensor, Tensor]:
-        """∂ sum of the losses / ∂ `rows`, and that sum.
+        """∂ sum of the losses / ∂ `rows`, and that sum, for weights of 0 and 1.
 
         The arguments are the head's inputs, `rows` among them; their logits must fit a chunk.
         """
@@ -101,23 +102,27 @@ class ChunkedHead(nn.Module):
                 total, _ = self.run(*arguments)
             (slope,) = torch.autograd.grad(total, rows)
             return slope, total.detach()
-        edge, found, total, _ = self._slope_of_logits(arguments, scratch)
+        edge, found, total, _ = self._slope_of_logits(arguments, scratch, weighted=False)
         (slope,) = torch.autograd.grad(edge, rows, found)
         return slope, total
 
     def backward(self, arguments: Sequence[Any], scratch: Scratch) -> tuple[Tensor, Tensor]:
         """The sum of the losses and the number of labels; gradients go to the arguments."""
         if self.head.loss.plain:
-            edge, slope, total, labelled = self._slope_of_logits(arguments, scratch)
+            edge, slope, total, labelled = self._slope_of_logits(
+                arguments, scratch, weighted=self.weighted
+            )
             torch.autograd.backward([edge], [slope])
-            return total, labelled
+            leaves = (x for x in arguments if isinstance(x, Tensor) and x.is_leaf)
+            scratch.leave_to(x.grad for x in leaves if x.grad is not None)
+            return total.to(_loss_dtype(slope)), labelled
         with torch.enable_grad():
             total, labelled = self.run(*arguments)
         total.backward()
         return total.detach(), labelled
 
     def _slope_of_logits(
-        self, arguments: Sequence[Any], scratch: Scratch
+        self, arguments: Sequence[Any], scratch: Scratch, *, weighted: bool
     ) -> tuple[GradientEdge, Tensor, Tensor, Tensor]:
         """Where the logits' gradient goes, that, the sum of the losses, the number of labels."""
         with torch.enable_grad():
@@ -131,6 +136,7 @@ class ChunkedHead(nn.Module):
                 ignore_index=self.head.loss.ignore_index,
                 label_smoothing=self.head.loss.label_smoothing,
                 scratch=scratch,
+                weighted=weighted,
             )
         return edge, slope, total, labelled
 
@@ -164,6 +170,13 @@ def _in_float16(rows: Tensor) -> bool:
     kind = rows.device.type
     precise = not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind)
     return (rows.dtype if precise else torch.get_autocast_dtype(kind)) == torch.float16
+
+
+def _loss_dtype(logits: Tensor) -> torch.dtype:
+    """What `cross_entropy` makes of such logits: under autocast float32."""
+    kind = logits.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
 
 
 class _Once(torch.autograd.Function):

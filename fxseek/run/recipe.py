@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fxseek import _torch
 from fxseek.errors import GraphError
+from fxseek.run.boxed import Boxed
 from fxseek.run.saved import Held
 
 __all__ = ["Layout", "Note", "Recipe"]
@@ -66,25 +67,22 @@ class Remake:
     def __init__(self, read: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> None:
         self.read = tuple(read)
         self.nodes = tuple(nodes)
-        self._functions: dict[frozenset[fx.Node], Callable[..., tuple[Any, ...]]] = {}
+        self._functions: dict[tuple[fx.Node, ...], Boxed] = {}
 
-    def __call__(
-        self, values: Sequence[Callable[[], Any]], wanted: Container[fx.Node]
-    ) -> dict[fx.Node, Any]:
-        """The values of those of `nodes` that are wanted."""
-        made = [node for node in self.nodes if node in wanted]
-        key = frozenset(made)
-        if key not in self._functions:
-            self._functions[key] = self._function(made)
-        return dict(zip(made, self._functions[key](*[given() for given in values]), strict=True))
+    def __call__(self, values: list[Any], wanted: Container[fx.Node]) -> dict[fx.Node, Any]:
+        """The values of those of `nodes` that are wanted; the list is emptied."""
+        made = tuple(node for node in self.nodes if node in wanted)
+        if made not in self._functions:
+            self._functions[made] = self._function(made)
+        return dict(zip(made, self._functions[made](values), strict=True))
 
-    def _function(self, made: Sequence[fx.Node]) -> Callable[..., tuple[Any, ...]]:
+    def _function(self, made: Sequence[fx.Node]) -> Boxed:
         graph = fx.Graph()
         copies = {node: graph.placeholder(node.name) for node in self.read}
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[node] for node in made))
-        return fx.GraphModule(torch.nn.Module(), graph, class_name="Remake").forward
+        return Boxed(fx.GraphModule(torch.nn.Module(), graph, class_name="Remake"))
 
 
 class Recipe:
@@ -127,8 +125,9 @@ class Recipe:
         for note in self.notes:
             assert note.owner is not None
             waiting.setdefault(note.owner, set()).add(id(note))
+        values = [given() for given in self.sources]  # hooks of the caller: not in our autocast
         with torch.no_grad(), self.precision():
-            self.made = self.remake(self.sources, waiting)
+            self.made = self.remake(values, waiting)
         self.waiting = waiting
         for node, value in self.made.items():
             if Layout.of(value) != self.layouts[node]:

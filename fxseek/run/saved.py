@@ -42,7 +42,10 @@ class Held:
 
 
 class Known(NamedTuple):
-    """Memory that is there whatever autograd saves, by `storage_key`; `counts`: of other memory."""
+    """Memory that is there whatever autograd saves, by `storage_key`.
+
+    `counts`: whether memory that is not among it is counted.
+    """
 
     storages: frozenset[int] = frozenset()
     counts: bool = True
@@ -65,7 +68,7 @@ class SavedBytes:
 
     def __init__(self, exclude: Iterable[Any] | Known = ()) -> None:
         known = exclude if isinstance(exclude, Known) else Known.of(exclude)
-        self._known, self._counts = known
+        self._known, self._counts = known.storages, known.counts
         self._held: weakref.WeakSet[Held] = weakref.WeakSet()
         self._outer: Any = None
         self._hooks: Any = None

@@ -26,12 +26,14 @@ from fxseek.run.saved import Held, Known, SavedBytes
 
 __all__ = ["Selectively", "precision"]
 
+Owners = frozenset[fx.Node]
+
 
 class Selectively:
     """Runs a stage on boxed values: its outputs, and the bytes that autograd keeps.
 
     Of each region, backward recomputes those saved tensors that leave the fewest bytes to keep.
-    What they are made of counts only where nothing else keeps it. The first run decides; later runs
+    What they are made of counts only where nothing else keeps it. The first runs decide; later runs
     look at the nodes that mattered. Hooks of the caller see the same tensors in the same order in
     every run, as a checkpoint around the model asks for.
     """
@@ -59,9 +61,6 @@ class Selectively:
     def _plan(self, watched: Iterable[_Watched]) -> _Plan:
         watched = list(watched)
         return _Plan(watched, _instrumented(self.module, watched))
-
-
-Owners = frozenset[fx.Node]
 
 
 class _Plan(NamedTuple):
@@ -238,7 +237,7 @@ class _Selective(SavedBytes):
         for key in [key for key, (_, whose, _) in self._owners.items() if whose is running]:
             del self._owners[key]
         owners = frozenset(note.owner for note in running.notes if note.owner is not None)
-        dropped = self._made_again(running, owners) if owners else owners
+        dropped = self._made_again(running, owners)
         recipe = self._recipe(running, owners, dropped) if dropped else None
         if owners and self.narrows:
             running.narrowed = running.watched.narrow(set(owners))
@@ -255,9 +254,9 @@ class _Selective(SavedBytes):
     def _made_again(self, running: _Running, owners: Owners) -> Owners:
         """Which of the nodes whose memory is saved are made again.
 
-        It is decided when they are first saved, but where hooks of the caller have a say.
+        Decided once for each set of nodes, except where the caller has hooks, which have a say.
         """
-        if self.hooked:
+        if self.hooked or not owners:
             return self._least(running, owners)
         choices = running.watched.choices
         if owners not in choices:
@@ -309,10 +308,10 @@ class _Selective(SavedBytes):
                 [node for node in self.nodes if node in read],
                 [node for node in running.watched.nodes if node in nodes],
             )
-        remake, values = remakes[owners, made], running.sources
+        remake, values = remakes[owners, made], dict(running.sources)
         for note in running.notes:
             owner = note.owner
-            if owner is not None and owner in remake.read and owner not in values:
+            if owner is not None and owner not in made:
                 layout = running.layouts[owner]
                 values[owner] = note.packed.as_strided(layout.size, layout.stride, layout.offset)
         device = running.notes[0].packed.device.type

@@ -25,8 +25,7 @@ __all__ = ["accumulate_columns", "attention_column_sums", "gradient_magnitude", 
 
 # Fewer query rows than this in a chunk make thin products: batch and heads are split first.
 _FEWEST_ROWS = 64
-# More rows than this gain nothing on a CPU; with the causal flag a chunk reads keys that it
-# needn't. A GPU would wait for launches.
+# More rows than this gain nothing; with the causal flag a chunk reads keys that it needn't.
 _MOST_ROWS = 128
 
 
@@ -125,9 +124,7 @@ def _chunks(
         row_step = entries // max(1, batch_step * head_step * groups * keys)
         if row_step >= wanted:
             break
-    if like is None or like.device.type == "cpu":
-        row_step = min(row_step, _MOST_ROWS)
-    row_step = max(1, min(row_step, tokens))
+    row_step = max(1, min(row_step, _MOST_ROWS))
     for b, _ in few(slices_of(batch, batch_step), like):
         for h, _ in few(slices_of(kv_heads, head_step), like):
             for rows, _ in few(slices_of(tokens, row_step), like):

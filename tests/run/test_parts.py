@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -28,7 +30,9 @@ from tuners import TUNERS
 import fxseek
 from fxseek.capture.step import step_of
 from fxseek.errors import GraphError, InputError
+from fxseek.ops.masks import Mask, MaskRows, looks_ahead
 from fxseek.ops.parts import Joint
+from fxseek.ops.rows import Rows
 from fxseek.passes.parts import Parts
 from fxseek.run import parts as run_parts
 
@@ -540,3 +544,48 @@ TINY = TinyConfig(attention="sdpa_causal", repeat="gqa", heads=4, kv_heads=2)
 def test_a_model_without_a_mask():
     """Only the causal flag says that it is causal."""
     assert_in_parts(TinyDecoder(TINY).double(), rows(), 4)
+
+
+class ViewedLogits(nn.Module):
+    """A model whose logits are what follows its last attention, in another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.skip, self.out = nn.Embedding(37, 8), nn.Linear(8, 37), nn.Linear(8, 37)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        y = x.unsqueeze(1)
+        mixed = F.scaled_dot_product_attention(y, y, y, is_causal=True).squeeze(1)
+        logits = self.skip(x) + self.out(mixed)
+        return {"loss": F.cross_entropy(logits.view(-1, 37), labels.view(-1))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_gradient_that_is_the_logits_own(dtype):
+    """Chunks of the head share memory, and no gradient that outlives a chunk lies in it."""
+    arguments = {name: rows()[name] for name in ("input_ids", "labels")}
+    torch.manual_seed(0)
+    ordinary = ViewedLogits().to(dtype)
+    model = copy.deepcopy(ordinary)
+    fxseek.compile(model, 1.0, learn_chunk=6, chunk_bytes=6 * 37 * 8)
+    found = []
+    for each in (ordinary, model):
+        loss = each(**arguments)["loss"]
+        loss.backward()
+        assert loss.dtype == dtype
+        found.append({name: p.grad for name, p in each.named_parameters()})
+    close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.01}
+    torch.testing.assert_close(found[1], found[0], **close)
+
+
+def test_a_causal_mask_does_not_vouch_for_a_row_that_reads_nothing():
+    """Spelled out, such a row reads all keys alike, whatever is known of the other mask."""
+    kept = torch.arange(5)[None]
+    causal = MaskRows(lambda at: at[:, None, :, None] >= torch.arange(5), (), square=True)
+    hidden = torch.zeros(1, 1, 5, 5).index_fill(-1, torch.tensor([0]), -torch.inf)
+    both = [Mask(causal, Rows(2, 0)), Mask(hidden, Rows(2, 0))]
+    for _ in range(2):
+        assert looks_ahead(both, kept, None, 5)
+        assert not looks_ahead(both[:1], kept, None, 5)
+        assert causal.causal(kept.device)

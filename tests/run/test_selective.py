@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES
 from graphs import capture
-from models import TinyConfig, TinyDecoder, batch, tiny_gpt2, tiny_llama, tiny_lora
+from models import (
+    TinyConfig,
+    TinyDecoder,
+    batch,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_lora,
+    without_casts,
+)
 from sweeps import sampled
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
@@ -588,3 +597,34 @@ def test_an_output_that_is_written_to_is_an_error_or_does_not_matter():
         assert "modified by an inplace operation" in str(error)  # noqa: PT017 - either is right
     else:
         assert_same(wanted, dict(_gradients(model)))
+
+
+def test_hooks_of_the_caller_run_outside_of_the_steps_autocast():
+    """They may compute: what they give back must not depend on where it is asked for."""
+    seen: list[bool] = []
+
+    def unpack(x: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return x
+
+    model = fxseek.compile(tiny_llama().train(), 0.5, score="random")
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch(37)).loss
+    loss.backward()
+    assert seen
+    assert not any(seen)
+
+
+def test_steps_of_other_shapes():
+    """What is made again is decided at the first ones; gradients are exact at any."""
+    model = without_casts(tiny_llama().double()).train()
+    kept, lean = copy.deepcopy(model), model
+    fxseek.compile(kept, 0.5, score="random", recompute="none")
+    fxseek.compile(lean, 0.5, score="random")
+    for rows, tokens in ((1, 9), (1, 9), (3, 31), (2, 12)):
+        given = batch(37, batch=rows, tokens=tokens)
+        for each in (kept, lean):
+            each.zero_grad()
+            each(**given).loss.backward()
+        assert_same(dict(_gradients(kept)), dict(_gradients(lean)))
