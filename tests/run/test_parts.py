@@ -575,8 +575,8 @@ def test_a_gradient_that_is_the_logits_own(dtype):
         loss.backward()
         assert loss.dtype == dtype
         found.append({name: p.grad for name, p in each.named_parameters()})
-    close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.01}
-    torch.testing.assert_close(found[1], found[0], **close)
+    rtol, atol = (1e-9, 1e-12) if dtype == torch.float64 else (0.1, 0.01)
+    torch.testing.assert_close(found[1], found[0], rtol=rtol, atol=atol)
 
 
 def test_a_causal_mask_does_not_vouch_for_a_row_that_reads_nothing():
