@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxseek import _torch
 from fxseek.errors import GraphError
-from fxseek.run.boxed import Boxed
+from fxseek.run.boxed import unpack_list
 from fxseek.run.saved import Held
 
 __all__ = ["Layout", "Note", "Recipe"]
@@ -67,7 +67,7 @@ class Remake:
     def __init__(self, read: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> None:
         self.read = tuple(read)
         self.nodes = tuple(nodes)
-        self._functions: dict[tuple[fx.Node, ...], Boxed] = {}
+        self._functions: dict[tuple[fx.Node, ...], Callable[[list[Any]], tuple[Any, ...]]] = {}
 
     def __call__(self, values: list[Any], wanted: Container[fx.Node]) -> dict[fx.Node, Any]:
         """The values of those of `nodes` that are wanted; the list is emptied."""
@@ -76,13 +76,15 @@ class Remake:
             self._functions[made] = self._function(made)
         return dict(zip(made, self._functions[made](values), strict=True))
 
-    def _function(self, made: Sequence[fx.Node]) -> Boxed:
-        graph = fx.Graph()
-        copies = {node: graph.placeholder(node.name) for node in self.read}
+    def _function(self, made: Sequence[fx.Node]) -> Callable[[list[Any]], tuple[Any, ...]]:
+        graph, places = fx.Graph(), fx.Graph()
+        place = {node: places.placeholder(node.name) for node in self.read}
+        taken = unpack_list(graph, places)
+        copies = {node: taken[place[node]] for node in self.read}
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[node] for node in made))
-        return Boxed(fx.GraphModule(torch.nn.Module(), graph, class_name="Remake"))
+        return fx.GraphModule(torch.nn.Module(), graph, class_name="Remake").forward
 
 
 class Recipe:
