@@ -168,15 +168,19 @@ def _unshards(inputs: Sequence[Input | None]) -> list[tuple[list[int], Unshard]]
 def _in_float16(rows: Tensor) -> bool:
     """Whether gradients must be made with the loss's scale in them, or they leave the range."""
     kind = rows.device.type
-    precise = not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind)
-    return (rows.dtype if precise else torch.get_autocast_dtype(kind)) == torch.float16
+    dtype = torch.get_autocast_dtype(kind) if _autocasts(kind) else rows.dtype
+    return dtype == torch.float16
 
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:
     """What `cross_entropy` makes of such logits: under autocast float32."""
-    kind = logits.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
+    if _autocasts(logits.device.type):
+        return torch.promote_types(logits.dtype, torch.float32)
+    return logits.dtype
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class _Once(torch.autograd.Function):

@@ -9,7 +9,7 @@ given.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ class _Watched(NamedTuple):
     remakes: dict[tuple[Owners, Owners], Remake]
     """By both, how."""
 
-    def narrow(self, owners: set[fx.Node]) -> _Watched:
+    def narrow(self, owners: Set[fx.Node]) -> _Watched:
         """These alone, and what making them takes."""
         inside, needed = set(self.nodes), set(owners)
         queue = list(owners)
@@ -107,7 +107,7 @@ class _Running:
         self.notes: list[Note] = []
         self.layouts: dict[fx.Node, Layout] = {}
 
-    def reads(self, made: set[fx.Node], kept: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    def reads(self, made: Set[fx.Node], kept: Set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
         """What making nodes reads, sources and those of the region that are `kept`; what runs."""
         read: set[fx.Node] = set()
         nodes: set[fx.Node] = set()
@@ -240,7 +240,7 @@ class _Selective(SavedBytes):
         dropped = self._made_again(running, owners)
         recipe = self._recipe(running, owners, dropped) if dropped else None
         if owners and self.narrows:
-            running.narrowed = running.watched.narrow(set(owners))
+            running.narrowed = running.watched.narrow(owners)
         for note in running.notes:
             if recipe is None or note.owner not in dropped:
                 self._settle_as_it_is(note)
@@ -256,7 +256,7 @@ class _Selective(SavedBytes):
 
         Decided once for each set of nodes, except where the caller has hooks, which have a say.
         """
-        if self.hooked or not owners:
+        if self.hooked:
             return self._least(running, owners)
         choices = running.watched.choices
         if owners not in choices:
@@ -275,7 +275,7 @@ class _Selective(SavedBytes):
                 read, _ = running.reads({node}, kept - {node})
                 if not self._cost(running, read - kept) and self._restores(running, read):
                     kept.discard(node)
-        read, _ = running.reads(set(owners), set())
+        read, _ = running.reads(owners, set())
         keeping = sum(running.layouts[node].nbytes for node in kept)
         if _saves(self._cost(running, read), keeping) and self._restores(running, read):
             return owners
@@ -303,7 +303,7 @@ class _Selective(SavedBytes):
         """How to make some nodes of a region's sources, and of those of its own that are kept."""
         remakes = running.watched.remakes
         if (owners, made) not in remakes:
-            read, nodes = running.reads(set(made), set(owners - made))
+            read, nodes = running.reads(made, owners - made)
             remakes[owners, made] = Remake(
                 [node for node in self.nodes if node in read],
                 [node for node in running.watched.nodes if node in nodes],
