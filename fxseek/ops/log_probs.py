@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fxseek.ops.loss import divisor
+from fxseek.ops.loss import Scratch, divisor
 from fxseek.ops.sweep import chunks_of
 
 __all__ = ["IGNORED", "STATISTICS", "by_weight", "times_weights", "token_statistics"]
@@ -32,21 +31,36 @@ class _Logits(NamedTuple):
     scale: float
     dtype: torch.dtype
 
-    def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[chunk, width] → [chunk, vocabulary], in float32 at least."""
-        given = [None if x is None else x.to(self.dtype) for x in (hidden, weight, bias)]
-        logits = F.linear(*given)  # type: ignore[arg-type]
-        logits = logits.to(torch.promote_types(self.dtype, torch.float32)) * self.scale
+    def of(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scratch: Scratch | None
+    ) -> Tensor:
+        """[chunk, width] → [chunk, vocabulary], in float32 at least, maybe in `scratch`."""
+        hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
+        out = None
+        if scratch is not None:
+            out = scratch.empty(hidden, (len(hidden), len(weight)), self.dtype)
+        if bias is None:
+            logits = torch.mm(hidden, weight.mT, out=out)
+        else:
+            logits = torch.addmm(bias.to(self.dtype), hidden, weight.mT, out=out)
+        logits = logits.to(torch.promote_types(self.dtype, torch.float32))
+        if not _is_one(self.scale):
+            logits = logits.mul_(self.scale)
         if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits / self.temperature
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits if _is_one(self.temperature) else logits.div_(self.temperature)
 
     def slope(self, slope: Tensor, logits: Tensor) -> Tensor:
-        """From ∂ / ∂ logits to ∂ / ∂ the projection."""
-        slope = slope / self.temperature
+        """From ∂ / ∂ logits to ∂ / ∂ the projection. Either may be written to."""
+        if not _is_one(self.temperature):
+            slope = slope.div_(self.temperature)
         if self.softcap is not None:
-            slope = slope * (1 - (logits * self.temperature / self.softcap).square())
-        return (slope * self.scale).to(self.dtype)
+            slope = slope.mul_(1 - logits.mul_(self.temperature / self.softcap).square_())
+        return (slope if _is_one(self.scale) else slope.mul_(self.scale)).to(self.dtype)
+
+
+def _is_one(factor: float) -> bool:
+    return isinstance(factor, int | float) and factor == 1  # it may be a symbol
 
 
 @torch.compiler.allow_in_graph
@@ -133,6 +147,25 @@ def _chunks(rows: Tensor, weight: Tensor, how: _Logits, chunk_bytes: int) -> lis
     return chunks_of(rows.shape[0], chunk_bytes // size) or [slice(None)]
 
 
+def _is_traced(x: Tensor) -> bool:
+    return type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def _labelled(labels: Tensor) -> Tensor | slice:
+    """The rows that have a label; all, where counting them would wait for a device."""
+    if _is_traced(labels) or labels.device.type != "cpu":
+        return slice(None)
+    return (labels != IGNORED).nonzero().squeeze(1)
+
+
+class _Memory:
+    """Where a chunk's logits and probabilities are made, on the CPU: new pages take it long."""
+
+    def __init__(self, rows: Tensor) -> None:
+        used = not _is_traced(rows)
+        self.logits, self.log_shares, self.shares = (Scratch() if used else None for _ in range(3))
+
+
 class _Statistics(torch.autograd.Function):
     """On chunks of tokens; backward makes a chunk's logits again."""
 
@@ -152,12 +185,15 @@ class _Statistics(torch.autograd.Function):
         ctx.how, ctx.has_entropy, ctx.chunk_bytes = how, "entropy" in wanted, chunk_bytes
         if known is not None:
             return known.clone()  # a compiler takes a view of an input for one without gradient
+        at, memory = _labelled(labels), _Memory(rows)
+        own, targets = rows[at], labels[at]
         with torch.autocast(rows.device.type, enabled=False):
             parts = [
-                _columns(how.of(rows[chunk], weight, bias), labels[chunk], wanted)
-                for chunk in _chunks(rows, weight, how, chunk_bytes)
-            ]
-        return torch.cat(parts)
+                _columns(how.of(own[chunk], weight, bias, memory.logits), targets[chunk], wanted,
+                         memory)
+                for chunk in _chunks(own, weight, how, chunk_bytes)
+            ]  # fmt: skip
+        return _all_rows(torch.cat(parts), at, labels)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -168,52 +204,77 @@ class _Statistics(torch.autograd.Function):
         of_rows: list[Tensor] = []
         of_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
         of_bias = torch.zeros_like(bias, dtype=wide) if needed[2] else None
+        at, memory = _labelled(labels), _Memory(rows)
+        own, targets, slope = rows[at], labels[at], slope[at]
         with torch.autocast(rows.device.type, enabled=False):
-            for chunk in _chunks(rows, weight, how, ctx.chunk_bytes):
-                logits = how.of(rows[chunk], weight, bias)
-                of_logits = _slope(logits, labels[chunk], slope[chunk], ctx.has_entropy)
+            for chunk in _chunks(own, weight, how, ctx.chunk_bytes):
+                logits = how.of(own[chunk], weight, bias, memory.logits)
+                of_logits = _slope(logits, targets[chunk], slope[chunk], ctx.has_entropy, memory)
                 made = how.slope(of_logits, logits)
                 if needed[0]:
                     of_rows.append(made @ weight.to(made.dtype))
                 if of_weight is not None:
-                    of_weight += made.mT @ rows[chunk].to(made.dtype)
+                    of_weight += made.mT @ own[chunk].to(made.dtype)
                 if of_bias is not None:
                     of_bias += made.sum(0)
         return (
-            torch.cat(of_rows).to(rows.dtype) if needed[0] else None,
+            _all_rows(torch.cat(of_rows).to(rows.dtype), at, labels) if needed[0] else None,
             None if of_weight is None else of_weight.to(weight.dtype),
             None if of_bias is None else of_bias.to(bias.dtype),
             None, None, None, None, None,
         )  # fmt: skip
 
 
-def _columns(logits: Tensor, labels: Tensor, wanted: tuple[str, ...]) -> Tensor:
-    """The statistics of a chunk of tokens: [chunk, vocabulary] → [chunk, 5]."""
-    total = logits.logsumexp(-1)
-    of_label = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    columns = {"log_probs": of_label - total}
-    if "entropy" in wanted:
-        shares = (logits - total.unsqueeze(-1)).exp()
-        columns["entropy"] = torch.special.entr(shares).sum(-1)
-    if "log_sum_sq_probs" in wanted:
-        columns["log_sum_sq_probs"] = (2 * logits).logsumexp(-1) - 2 * total
-    if "mean_logits" in wanted:
-        columns["mean_logits"] = logits.mean(-1)
+def _all_rows(found: Tensor, at: Tensor | slice, labels: Tensor) -> Tensor:
+    """What is found of the rows `at`, and 0 for the others: [any, ...] → [rows, ...]."""
+    if isinstance(at, slice):
+        return found
+    if len(at) == len(labels):
+        return found
+    return found.new_zeros((len(labels), *found.shape[1:])).index_copy_(0, at, found)
+
+
+_LEAST = -1e4
+"""A logarithm in the place of that of 0, whose exponential is 0 in every precision."""
+
+
+def _columns(logits: Tensor, labels: Tensor, wanted: tuple[str, ...], memory: _Memory) -> Tensor:
+    """The statistics of a chunk of tokens: [chunk, vocabulary], written to → [chunk, 5]."""
+    columns: dict[str, Tensor] = {}
     if "is_top1" in wanted:
         columns["is_top1"] = (logits.argmax(-1) == labels).to(logits.dtype)
-    zeros = torch.zeros_like(total)
+    if "mean_logits" in wanted:
+        columns["mean_logits"] = logits.mean(-1)
+    out = None if memory.log_shares is None else memory.log_shares.like(logits, logits.dtype)
+    log_shares = torch.log_softmax(logits, -1, out=out)
+    index = labels.clamp_min(0).unsqueeze(-1)
+    columns["log_probs"] = log_shares.gather(-1, index).squeeze(-1)
+    shares = torch.exp(log_shares, out=logits)
+    if "entropy" in wanted:
+        columns["entropy"] = -log_shares.clamp_(min=_LEAST).mul_(shares).sum(-1)
+    if "log_sum_sq_probs" in wanted:
+        columns["log_sum_sq_probs"] = shares.square_().sum(-1).log()
+    zeros = torch.zeros_like(columns["log_probs"])
     found = torch.stack([columns.get(name, zeros) for name in STATISTICS], -1)
     return found.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
 
 
-def _slope(logits: Tensor, labels: Tensor, slope: Tensor, has_entropy: bool) -> Tensor:
+def _slope(
+    logits: Tensor, labels: Tensor, slope: Tensor, has_entropy: bool, memory: _Memory
+) -> Tensor:
     """∂ / ∂ logits from the slopes of `log_probs` and `entropy`, the first two columns."""
     slope = slope.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
     of_log_prob, of_entropy = slope[:, :1], slope[:, 1:2]
-    shares = logits.softmax(-1)
-    found = -of_log_prob * shares
-    found.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), of_log_prob)
-    if has_entropy:
-        terms = torch.special.entr(shares)  # -p log p, 0 of a p of 0
-        found += of_entropy * (terms - shares * terms.sum(-1, keepdim=True))
-    return found
+
+    def out(scratch: Scratch | None) -> Tensor | None:
+        return None if scratch is None else scratch.like(logits, logits.dtype)
+
+    if has_entropy:  # -p (log p + entropy) for each of its slope
+        terms = torch.log_softmax(logits, -1, out=out(memory.log_shares)).clamp_(min=_LEAST)
+        found = torch.exp(terms, out=out(memory.shares))
+        terms.mul_(found)
+        entropy = -terms.sum(-1, keepdim=True)
+        found.mul_(-(of_log_prob + of_entropy * entropy)).sub_(terms.mul_(of_entropy))
+    else:
+        found = torch.softmax(logits, -1, out=out(memory.shares)).mul_(-of_log_prob)
+    return found.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), of_log_prob)

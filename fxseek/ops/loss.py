@@ -7,7 +7,8 @@ position is what it counts for in the mean: the class weight of its label (1 wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -134,10 +135,14 @@ class Scratch:
 
     def like(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor of this shape, of any values, in the place of the one before."""
-        memory, count = self.memory, x.numel()
+        return self.empty(x, x.shape, dtype)
+
+    def empty(self, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The same of another shape, on the device of `x`."""
+        memory, count = self.memory, math.prod(shape)
         if memory is None or memory.numel() < count or memory.dtype != dtype:
             self.memory = memory = x.new_empty(count, dtype=dtype)
-        return memory[:count].view(x.shape)
+        return memory[:count].view(shape)
 
     def leave_to(self, tensors: Iterable[Tensor]) -> None:
         """Use other memory from now on, where one of these lies in it."""

@@ -321,8 +321,11 @@ def test_no_stage_has_the_logits_of_all_tokens(monkeypatch):
     model = fxseek.compile(fused(), 0.3, chunk_bytes=8 * VOCABULARY * 5)
     given = batch(VOCABULARY, 4, 19, labels="some")
     model(fused_lm_head=True, **given).log_probs.sum().backward()
-    # those of all tokens for their values, those of kept ones for their gradients
-    assert max(rows) == 5 and sum(rows) == 4 * 19 + 4 * fxseek.report(model).selected.shape[1]
+    # those of labelled tokens for their values, those of kept ones for their gradients
+    labelled = F.pad(given["labels"][:, 1:] != IGNORED, (0, 1))
+    kept = labelled.gather(1, fxseek.report(model).selected)
+    assert 0 < kept.sum() < kept.numel()
+    assert max(rows) == 5 and sum(rows) == labelled.sum() + kept.sum()
     step: Any = step_of(model)
     program = step.recorder.latest.program
     for piece in (program.prefill, program.learn):
