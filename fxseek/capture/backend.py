@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +32,7 @@ from fxseek.scores import scorer_of
 log = logging.getLogger("fxseek")
 
 __all__ = [
+    "Call",
     "Made",
     "Recorder",
     "fxseek_backend",
@@ -43,6 +44,17 @@ __all__ = [
 
 Made = Callable[[SeekConfig], Step]
 """What makes the step of a captured graph."""
+
+
+class Call(NamedTuple):
+    """What a step knows of the call that it serves, beside its inputs.
+
+    `padding_mask`: Bool[batch or 1, tokens], False at padding; `labelled`: there are labels, or a
+    loss that fxseek was given.
+    """
+
+    padding_mask: Tensor | None = None
+    labelled: bool = True
 
 
 @dataclass
@@ -57,13 +69,23 @@ class Recorder:
     progress: float | None = None
     """The share of training that is done, where somebody tells."""
     last: StepReport | None = None
-    padding_mask: Tensor | None = None
+    call: Call = Call()
+    """The call at hand."""
     uncomputed: list[Uncomputed] = field(default_factory=list)
     """What the last step returned in the place of activations."""
     steps: list[Step] = field(default_factory=list)
     latest: Step | None = None
     """The one that ran last."""
     compile_seconds: float = 0.0
+
+    @contextmanager
+    def serving(self, call: Call) -> Iterator[None]:
+        """What is captured and run in it serves this call."""
+        before, self.call = self.call, call
+        try:
+            yield
+        finally:
+            self.call = before
 
 
 class _Latest(threading.local):
@@ -89,14 +111,12 @@ def make_backend(
     *,
     full_outputs: bool,
     token_inputs: Sequence[str] | None = None,
-    labelled: Callable[[], bool] = lambda: True,
     run: Callable[[Step, Made], Callable[..., Any]] | None = None,
     shards: Shards | None = None,
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """A backend for `torch.compile` that compiles training graphs and leaves others alone.
 
     `token_inputs` are the arguments that count tokens; by default all that are long enough.
-    `labelled` says whether the call that is captured has labels.
     `run` makes the compiled function of a step; by default the step itself. It is given what makes
     the step again, for another configuration. `shards`: those of the model, where it is sharded.
     """
@@ -116,7 +136,7 @@ def make_backend(
             _torch.source_path(node)  # which is noted, for when the step is made again
         if shards is not None and run is None:
             shards.mark(gm.graph)
-        make = partial(made, gm.graph, labelled())
+        make = partial(made, gm.graph, recorder.call.labelled)
         step = make(config)
         program, structure = step.program, step.program.structure
         for note in [] if full_outputs and not structure.losses else structure.notes():
@@ -164,7 +184,7 @@ def _compiled(step: Step, recorder: Recorder, shards: Shards | None) -> Callable
         for at in writes.written:  # what autograd saves of them must not change
             given[at] = inputs[at].clone()
         with nullcontext() if timings is None else stage_seconds(step.module, timings):
-            ran = step.run(given, index, recorder.padding_mask, ratio)
+            ran = step.run(given, index, recorder.call.padding_mask, ratio)
         outputs = _write(ran.outputs, inputs, writes) if writes.written else ran.outputs
         recorder.step += 1
         recorder.latest = step

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxseek import _torch
 from fxseek.capture.alike import alike_layers
-from fxseek.capture.backend import Made, Recorder, make_backend
+from fxseek.capture.backend import Call, Made, Recorder, make_backend
 from fxseek.capture.call import Calls
 from fxseek.capture.counted import Counted
 from fxseek.capture.encoders import OUTSIDE, Encoders
@@ -81,8 +81,6 @@ class SeekStep:
         self._restore: list[Callable[[], None]] = []
         self._buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         """Each module's buffers as they were at a capture, until its first step is done."""
-        self._labelled = True
-        """Whether the call at hand has labels, or a loss that fxseek was given."""
         self._told: set[str] = set()
         self._alike = True
         """Whether layers that look alike are traced once: a capture in this way has not failed."""
@@ -100,7 +98,6 @@ class SeekStep:
             self.config,
             self.recorder,
             full_outputs=False,
-            labelled=lambda: self._labelled,
             token_inputs=self.calls.token_inputs,
             run=self.run,
             shards=self.shards if self.shards.exist else None,
@@ -164,7 +161,6 @@ class SeekStep:
         batch = calls.bind(args, kwargs)
         if batch.get("fused_lm_head"):
             refuse_untraceable()
-        self._labelled = self.config.loss is not None or calls.has_labels(batch)
         self.switch_off_checkpointing(modules)
         calls.refuse_cache(batch)
         calls.without_cache(batch)
@@ -173,11 +169,9 @@ class SeekStep:
         marked = self._marked(batch)
         if self.run is None:
             self._fit_budget(batch)
-        self.recorder.padding_mask = calls.padding_mask(batch)
-        try:
+        labelled = self.config.loss is not None or calls.has_labels(batch)
+        with self.recorder.serving(Call(calls.padding_mask(batch), labelled)):
             return self._run_encoded(batch, marked)
-        finally:
-            self.recorder.padding_mask = None
 
     def _run_encoded(self, batch: dict[str, Any], marked: dict[str, Any]) -> Any:
         """The step, with encoders of images outside where it cannot be captured with them."""

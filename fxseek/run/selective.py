@@ -48,13 +48,13 @@ class Selectively:
 
     def __call__(self, values: list[Any], exclude: Known) -> tuple[Any, int]:
         """The list is emptied; memory of `exclude` is not counted."""
-        with _Selective(exclude, self.nodes) as saved:
-            plain = not saved.hooked
-            saved.narrows = plain and self.narrowed is None
-            plan = self.narrowed if plain and self.narrowed is not None else self.whole
-            regions = saved.regions = [_Running(watched) for watched in plan.watched]
+        hooked = _torch.outer_saved_tensor_hooks() is not None
+        narrows = self.narrowed is None and not hooked
+        plan = self.whole if self.narrowed is None or hooked else self.narrowed
+        regions = [_Running(watched) for watched in plan.watched]
+        with _Selective(exclude, self.nodes, regions, narrows=narrows) as saved:
             outputs = plan.run(saved, values)
-        if saved.narrows and torch.is_grad_enabled():
+        if narrows and torch.is_grad_enabled():
             self.narrowed = self._plan(x.narrowed for x in regions if x.narrowed is not None)
         return outputs, saved.total
 
@@ -126,14 +126,19 @@ class _Running:
 
 
 class _Selective(SavedBytes):
-    """The hooks. What a region has made is noted, what nobody knows is held as it is."""
+    """The hooks. What a region has made is noted, what nobody knows is held as it is.
 
-    def __init__(self, exclude: Known, nodes: Sequence[fx.Node]) -> None:
+    `narrows`: the run tells what to watch from now on.
+    """
+
+    def __init__(
+        self, exclude: Known, nodes: Sequence[fx.Node], regions: Sequence[_Running], *,
+        narrows: bool,
+    ) -> None:  # fmt: skip
         super().__init__(exclude)
         self.nodes = nodes
-        self.regions: Sequence[_Running] = ()
-        self.narrows = False
-        """Whether the run tells what to watch from now on."""
+        self.regions = regions
+        self.narrows = narrows
         self._owners: dict[int, tuple[Any, _Running, fx.Node]] = {}
         self._kept: dict[int, Any] = {}
         self._unclear: list[Note] | None = None
