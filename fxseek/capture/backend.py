@@ -69,7 +69,7 @@ class Recorder:
     progress: float | None = None
     """The share of training that is done, where somebody tells."""
     last: StepReport | None = None
-    call: Call = Call()
+    call: Call = field(default_factory=Call)
     """The call at hand."""
     uncomputed: list[Uncomputed] = field(default_factory=list)
     """What the last step returned in the place of activations."""

@@ -37,7 +37,7 @@ from fxseek.inspect.memory import (
 )
 from fxseek.inspect.meta import batch_of, checkpointed, on_meta, tuned
 from fxseek.inspect.shards import as_sharded
-from fxseek.ops.attention import kernel
+from fxseek.ops.attention import aligns_on_cpu, aligns_on_cuda, kernel
 from fxseek.ops.masks import read_tokens
 from fxseek.run.assemble import Step
 
@@ -411,7 +411,7 @@ class _Run:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         grouped = ("cpu", "meta") if self.device == "cpu" else ("cpu",)  # what meta stands for
-        aligned = () if self.device == "cpu" else ("meta",)
+        aligned = {"meta": aligns_on_cpu if self.device == "cpu" else aligns_on_cuda}
         kernels = Kernels(self.device)
         with kernel(kernels.attend, grouped, aligned), self.tracker, kernels:
             yield

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from fxseek import _torch
-from fxseek.ops.aligned import attend_in_blocks
+from fxseek.ops.aligned import CUDNN, ON_CPU, attend_in_blocks
 
 __all__ = ["WORKSPACES", "Kernels"]
 
@@ -126,7 +126,7 @@ def _attend_hopper(
     aligned = is_causal and query.shape[-2] < key.shape[-2]
     fits = query.dim() == 4 and half and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     if fits and aligned and not dropout_p:
-        return attend_in_blocks(query, key, value, scale)
+        return attend_in_blocks(query, key, value, scale, CUDNN)
     if not fits or aligned:
         return _attend_cuda(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     mask = _additive(attn_mask, query)
@@ -152,6 +152,8 @@ def _attend_cpu(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Whichever kernel torch takes for such tensors on the CPU."""
+    if is_causal and query.shape[-2] < key.shape[-2]:  # aligned with the last key
+        return attend_in_blocks(query, key, value, scale, ON_CPU)
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     chosen = _torch.sdpa_backend(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **options

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.backends.cuda import SDPAParams, can_use_flash_attention, flash_sdp_enabled
 from torch.utils.checkpoint import checkpoint
 
 from fxseek.ops import masks
@@ -23,6 +23,8 @@ from fxseek.ops.sweep import Cat, slices_of, sweep
 
 __all__ = [
     "CausalRows",
+    "aligns_on_cpu",
+    "aligns_on_cuda",
     "attend",
     "attend_all",
     "attend_folded",
@@ -81,19 +83,33 @@ def causal_rows(kept: Tensor, consecutive: range | None) -> CausalRows:
     return CausalRows(kept, consecutive)
 
 
+Aligns = Callable[[Tensor, float], bool]
+"""Whether a device aligns a causal flag with the last key, for such queries and dropout."""
+
+
+def aligns_on_cuda(query: Tensor, dropout_p: float) -> bool:
+    """Flash attention and cuDNN do in half precision."""
+    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+
+
+def aligns_on_cpu(query: Tensor, dropout_p: float) -> bool:
+    """The fused kernel does on two blocks of keys; it has no dropout."""
+    return not dropout_p and query.dim() == 4 and flash_sdp_enabled()
+
+
 _attend: Callable[..., Tensor] | None = None
 _grouped: tuple[str, ...] = ("cpu",)
-_aligned: tuple[str, ...] = ("cuda",)
+_aligned: dict[str, Aligns] = {"cuda": aligns_on_cuda, "cpu": aligns_on_cpu}
 
 
 @contextlib.contextmanager
 def kernel(
-    attend: Callable[..., Tensor], grouped: tuple[str, ...], aligned: tuple[str, ...]
+    attend: Callable[..., Tensor], grouped: tuple[str, ...], aligned: dict[str, Aligns]
 ) -> Iterator[None]:
     """Attention by another function meanwhile, for tensors that stand for those of a device.
 
     `grouped`: devices with a fused kernel for a mask together with grouped heads; `aligned`: those
-    with one that aligns a causal flag with the last key, in half precision.
+    with one that aligns a causal flag with the last key, and for what.
     """
     global _attend, _grouped, _aligned
     before = _attend, _grouped, _aligned
@@ -114,8 +130,8 @@ def _takes_flag(
     if query.is_cuda:
         params = SDPAParams(query, key, value, None, dropout_p, False, enable_gqa)
         return can_use_flash_attention(params)
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.device.type in _aligned and half and width <= 256
+    aligns = _aligned.get(query.device.type)
+    return aligns is not None and aligns(query, dropout_p)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxseek.ops import aligned
+from fxseek.ops.aligned import Kernels
 
 SHAPES = (2, 6, 5, 8), (2, 2, 13, 8), (2, 2, 13, 8)
 
@@ -41,9 +42,8 @@ def wanted(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
 
 
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN's kernels, spelled out."""
+def spelled() -> Kernels:
+    """Such kernels, spelled out."""
 
     def attend(query: Tensor, block: Any, scale: float | None) -> list[Tensor]:
         out, logs = plain(query, block.key, block.value, block.causal, scale)
@@ -51,7 +51,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def slopes(
         slope: Tensor, query: Tensor, block: Any, merged: Sequence[Tensor], scale: float | None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As such kernels do it, from the merged result `out` and log-sum-exp `logs`."""
         out, logs = merged[:2]
         kv_heads, groups = block.key.shape[1], query.shape[1] // block.key.shape[1]
@@ -62,34 +62,50 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
             share = share.tril()
         products = share * (slope @ value.mT - (slope * out).sum(-1, keepdim=True)) * factor
         of_keys, of_values = products.mT @ query, share.mT @ slope
-        summed = (x.unflatten(1, (kv_heads, groups)).sum(2) for x in (of_keys, of_values))
-        return products @ key, *summed
+        keys, values = (x.unflatten(1, (kv_heads, groups)).sum(2) for x in (of_keys, of_values))
+        return products @ key, keys, values
 
-    monkeypatch.setattr(aligned, "_attend", attend)
-    monkeypatch.setattr(aligned, "_slopes", slopes)
+    return Kernels(attend, slopes)
 
 
+KERNELS = {"spelled": spelled(), "cpu": aligned.ON_CPU}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_blocks_are_merged(scale: float | None, kernel: None):
+def test_blocks_are_merged(scale: float | None, kernels: str):
     given = operands()
-    pairs = aligned.attend_in_blocks(*given, scale), wanted(*given, scale)
+    pairs = aligned.attend_in_blocks(*given, scale, KERNELS[kernels]), wanted(*given, scale)
     torch.testing.assert_close(*pairs, rtol=1e-13, atol=1e-13)
     slope = torch.randn_like(pairs[0])
     found = (torch.autograd.grad(x, given, slope) for x in pairs)
     torch.testing.assert_close(*found, rtol=1e-13, atol=1e-13)
 
 
-def test_one_block_may_outweigh_the_other(kernel: None):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_one_block_may_outweigh_the_other(kernels: str):
     """Log-sum-exps far apart merge without overflow."""
     query, key, value = operands()
     with torch.no_grad():
         key[:, :, :8] *= 400
     given = query, key, value
-    pairs = aligned.attend_in_blocks(*given, None), wanted(*given, None)
+    pairs = aligned.attend_in_blocks(*given, None, KERNELS[kernels]), wanted(*given, None)
     torch.testing.assert_close(*pairs, rtol=1e-12, atol=1e-12)
     found = [torch.autograd.grad(x.square().sum(), given) for x in pairs]
     assert all(bool(x.isfinite().all()) for x in found[0])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_in_less_precision_on_the_cpu(dtype: torch.dtype):
+    given, exact = operands(dtype=dtype), operands()
+    out, right = aligned.attend_aligned(*given, 0.0, None), wanted(*exact, None)
+    slope = torch.randn_like(right)
+    found = [out.detach(), *torch.autograd.grad(out, given, slope.to(dtype))]
+    exactly = [right.detach(), *torch.autograd.grad(right, exact, slope)]
+    for x, y in zip(found, exactly, strict=True):
+        assert x.dtype == dtype
+        assert float((x - y).norm() / y.norm()) < (1e-6 if dtype == torch.float32 else 0.01)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

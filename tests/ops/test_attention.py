@@ -40,7 +40,6 @@ def aligned(monkeypatch: pytest.MonkeyPatch, masks: list[Any]) -> None:
             query, key, value, mask, dropout_p, scale=scale, enable_gqa=True
         )
 
-    monkeypatch.setattr(attention, "_aligned", ("cpu",))
     monkeypatch.setattr(attention, "_takes_flag", lambda *_: True)
     monkeypatch.setattr(attention, "attend_aligned", attend_aligned)
 
@@ -81,7 +80,7 @@ def test_a_flag_for_consecutive_queries(
 
 @pytest.mark.parametrize("at", [None, range(3, 7)], ids=str)
 def test_a_mask_where_no_kernel_takes_the_flag(at: range | None, masks: list[Any]):
-    """Queries that are not consecutive, or not the first ones on the CPU."""
+    """Queries that are not consecutive, or values of another width."""
     query, key, value = operands(4, 6)
     kept = torch.tensor([[0, 2, 5, 6], [1, 2, 3, 10]] if at is None else [list(at)] * 2)
     rows = shared_mask(CausalRows(kept, at), query, key, value, enable_gqa=True)
@@ -90,6 +89,15 @@ def test_a_mask_where_no_kernel_takes_the_flag(at: range | None, masks: list[Any
     wanted = attend_rows(query, key, value, kept, is_causal=True, batch_dim=0, enable_gqa=True)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert "flag" not in map(str, masks)
+
+
+def test_dropout_and_a_chosen_kernel_take_no_flag_on_the_cpu():
+    query, key, _ = operands(4, 6)
+    rows = CausalRows(torch.arange(3, 7)[None], range(3, 7))
+    assert rows.is_flag(query, key, key, 0.0, True)
+    assert not rows.is_flag(query, key, key, 0.1, True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert not rows.is_flag(query, key, key, 0.0, True)
 
 
 def test_large_masks_are_made_on_chunks(monkeypatch: pytest.MonkeyPatch, masks: list[Any]):
