@@ -148,6 +148,7 @@ def _chunks(rows: Tensor, weight: Tensor, how: _Logits, chunk_bytes: int) -> lis
 
 
 def _is_traced(x: Tensor) -> bool:
+    """Whether a tensor stands for one of a graph that is being made."""
     return type(x) not in (Tensor, torch.nn.Parameter)
 
 
@@ -159,7 +160,7 @@ def _labelled(labels: Tensor) -> Tensor | slice:
 
 
 class _Memory:
-    """Where a chunk's logits and probabilities are made, on the CPU: new pages take it long."""
+    """Where logits and probabilities of each chunk are made: a host is slow to map new pages."""
 
     def __init__(self, rows: Tensor) -> None:
         used = not _is_traced(rows)
@@ -227,9 +228,7 @@ class _Statistics(torch.autograd.Function):
 
 def _all_rows(found: Tensor, at: Tensor | slice, labels: Tensor) -> Tensor:
     """What is found of the rows `at`, and 0 for the others: [any, ...] → [rows, ...]."""
-    if isinstance(at, slice):
-        return found
-    if len(at) == len(labels):
+    if isinstance(at, slice) or len(at) == len(labels):
         return found
     return found.new_zeros((len(labels), *found.shape[1:])).index_copy_(0, at, found)
 
