@@ -155,7 +155,7 @@ def share_masks(stage: Piece) -> Piece:
 
     After::
 
-        mask = shared_mask(mask_rows, q1, k1, v1)
+        mask = shared_mask(mask_rows, q1, k1, v1, dropout_p=0.0, enable_gqa=False)
         o1 = attend_rows(q1, k1, v1, kept, mask=mask); o2 = attend_rows(..., mask=mask)
     """
     made: dict[Any, Any] = {}
@@ -169,12 +169,11 @@ def share_masks(stage: Piece) -> Piece:
         if not boolean and mask.target is not causal_rows:
             continue
         grouped = node.kwargs.get("enable_gqa", False)
-        key = (mask, grouped, _heads(node) if grouped else None)
+        options = {"dropout_p": node.kwargs.get("dropout_p", 0.0), "enable_gqa": grouped}
+        key = (mask, *options.values(), _heads(node) if grouped else None)
         if key not in made:
             with stage.graph.inserting_before(node):
-                made[key] = stage.graph.call_function(
-                    shared_mask, (mask, *node.args[:3]), {"enable_gqa": grouped}
-                )
+                made[key] = stage.graph.call_function(shared_mask, (mask, *node.args[:3]), options)
         node.update_kwarg("mask", made[key])
     return stage
 

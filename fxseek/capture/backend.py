@@ -32,7 +32,7 @@ from fxseek.scores import scorer_of
 log = logging.getLogger("fxseek")
 
 __all__ = [
-    "Call",
+    "CallInfo",
     "Made",
     "Recorder",
     "fxseek_backend",
@@ -46,8 +46,8 @@ Made = Callable[[SeekConfig], Step]
 """What makes the step of a captured graph."""
 
 
-class Call(NamedTuple):
-    """What a step knows of the call that it serves, beside its inputs.
+class CallInfo(NamedTuple):
+    """What a step knows of the call that it serves, besides its inputs.
 
     `padding_mask`: Bool[batch or 1, tokens], False at padding; `labelled`: there are labels, or a
     loss that fxseek was given.
@@ -69,8 +69,8 @@ class Recorder:
     progress: float | None = None
     """The share of training that is done, where somebody tells."""
     last: StepReport | None = None
-    call: Call = field(default_factory=Call)
-    """The call at hand."""
+    call: CallInfo = field(default_factory=CallInfo)
+    """The call at hand, if there is one."""
     uncomputed: list[Uncomputed] = field(default_factory=list)
     """What the last step returned in the place of activations."""
     steps: list[Step] = field(default_factory=list)
@@ -79,13 +79,13 @@ class Recorder:
     compile_seconds: float = 0.0
 
     @contextmanager
-    def serving(self, call: Call) -> Iterator[None]:
-        """What is captured and run in it serves this call."""
-        before, self.call = self.call, call
+    def serving(self, call: CallInfo) -> Iterator[None]:
+        """Captures and steps in this context serve `call`."""
+        self.call = call
         try:
             yield
         finally:
-            self.call = before
+            self.call = CallInfo()
 
 
 class _Latest(threading.local):

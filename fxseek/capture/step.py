@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxseek import _torch
 from fxseek.capture.alike import alike_layers
-from fxseek.capture.backend import Call, Made, Recorder, make_backend
+from fxseek.capture.backend import CallInfo, Made, Recorder, make_backend
 from fxseek.capture.call import Calls
 from fxseek.capture.counted import Counted
 from fxseek.capture.encoders import OUTSIDE, Encoders
@@ -170,7 +170,7 @@ class SeekStep:
         if self.run is None:
             self._fit_budget(batch)
         labelled = self.config.loss is not None or calls.has_labels(batch)
-        with self.recorder.serving(Call(calls.padding_mask(batch), labelled)):
+        with self.recorder.serving(CallInfo(calls.padding_mask(batch), labelled)):
             return self._run_encoded(batch, marked)
 
     def _run_encoded(self, batch: dict[str, Any], marked: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxseek import _torch
 from fxseek.ops.aligned import CUDNN, ON_CPU, attend_in_blocks
+from fxseek.ops.attention import aligns_on_cpu
 
 __all__ = ["WORKSPACES", "Kernels"]
 
@@ -152,7 +153,8 @@ def _attend_cpu(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Whichever kernel torch takes for such tensors on the CPU."""
-    if is_causal and query.shape[-2] < key.shape[-2]:  # aligned with the last key
+    aligned = is_causal and query.shape[-2] < key.shape[-2]
+    if aligned and aligns_on_cpu(query, key, value, dropout_p):
         return attend_in_blocks(query, key, value, scale, ON_CPU)
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     chosen = _torch.sdpa_backend(

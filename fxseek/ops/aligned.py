@@ -1,11 +1,10 @@
 """Causal attention of a row's last queries, under a flag aligned with the last key.
 
-`scaled_dot_product_attention` aligns its flag with the first key. On CUDA, flash attention's own
-operator aligns it with the last. Torch's operators for cuDNN, which is faster where torch prefers
-it, and for the CPU do not; but keys before those of the queries need no flag at all. So the queries
-attend to these keys and to their own apart, and the results are merged by their log-sum-exp.
-Backward gives each block of keys the merged result and the merged log-sum-exp, as ring attention
-does (arXiv 2310.01889).
+`scaled_dot_product_attention` aligns its flag with the first key. Flash attention's own operator on
+CUDA aligns it with the last. Neither cuDNN's, which is faster where torch prefers it, nor the CPU's
+does; but keys before those of the queries need no flag at all. So the queries attend to these keys
+and to their own apart, and the results are merged by their log-sum-exp. Backward gives each block
+of keys the merged result and the merged log-sum-exp, as ring attention does (arXiv 2310.01889).
 
 Shapes: query [batch, heads, rows, width]; key and value [batch, kv_heads, rows or more, width].
 """
@@ -20,17 +19,15 @@ from torch import Tensor
 
 from fxseek import _torch
 
-__all__ = ["CUDNN", "ON_CPU", "attend_aligned", "attend_in_blocks"]
+__all__ = ["CUDNN", "ON_CPU", "BlockKernels", "attend_aligned", "attend_in_blocks"]
 
 
 def attend_aligned(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None
 ) -> Tensor:
-    """On CUDA by cuDNN where torch takes it for such operands, else by flash.
-
-    On the CPU without dropout, which its fused kernel does not have.
-    """
+    """On CUDA by cuDNN where torch takes it for such operands, else by flash."""
     if query.device.type == "cpu":
+        assert not dropout_p  # which the kernel does not have
         return attend_in_blocks(query, key, value, scale, ON_CPU)
     if not dropout_p and all(
         _torch.takes_cudnn(query, block.key, block.value, block.causal)
@@ -45,7 +42,7 @@ def attend_aligned(
 
 
 def attend_in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, kernels: Kernels
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, kernels: BlockKernels
 ) -> Tensor:
     """By kernels that are given the keys before those of the queries, and these."""
     return _InBlocks.apply(query, key, value, scale, kernels)  # type: ignore[return-value]
@@ -66,7 +63,7 @@ def _blocks(query: Tensor, key: Tensor, value: Tensor) -> tuple[_Block, _Block]:
     return _Block(keys, values, False), _Block(own_keys, own_values, True)
 
 
-class Kernels(NamedTuple):
+class BlockKernels(NamedTuple):
     """Attention to a block of keys.
 
     `attend`: the result, its log-sum-exp, and what else `slopes` takes; `slopes`: the gradients of
@@ -82,7 +79,12 @@ class Kernels(NamedTuple):
 class _InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None, kernels: Kernels
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        kernels: BlockKernels,
     ) -> Tensor:
         before, own = (kernels.attend(query, x, scale) for x in _blocks(query, key, value))
         (out, logs), (own_out, own_logs) = before[:2], own[:2]
@@ -106,7 +108,7 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _attend_cudnn(query: Tensor, block: _Block, scale: float | None) -> list[Tensor]:
-    """The last two are the state of a generator that has drawn nothing."""
+    """The result, its log-sum-exp, and the state of a generator that has drawn nothing."""
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, block.key, block.value, None, True, 0.0, block.causal, scale=scale
     )
@@ -123,11 +125,11 @@ def _slopes_cudnn(
     )  # fmt: skip
 
 
-CUDNN = Kernels(_attend_cudnn, _slopes_cudnn)
+CUDNN = BlockKernels(_attend_cudnn, _slopes_cudnn)
 
 
 def _attend_on_cpu(query: Tensor, block: _Block, scale: float | None) -> list[Tensor]:
-    """Of a group of heads, without a flag, all queries are those of its key head."""
+    """Without a flag, a group's queries become further queries of their key head."""
     kv_heads, groups = block.key.shape[1], query.shape[1] // block.key.shape[1]
     if block.causal:
         key, value = (x.repeat_interleave(groups, 1) for x in block[:2])
@@ -168,4 +170,4 @@ def _unfold(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
-ON_CPU = Kernels(_attend_on_cpu, _slopes_on_cpu)
+ON_CPU = BlockKernels(_attend_on_cpu, _slopes_on_cpu)

@@ -83,18 +83,32 @@ def causal_rows(kept: Tensor, consecutive: range | None) -> CausalRows:
     return CausalRows(kept, consecutive)
 
 
-Aligns = Callable[[Tensor, float], bool]
-"""Whether a device aligns a causal flag with the last key, for such queries and dropout."""
+Aligns = Callable[[Tensor, Tensor, Tensor, float], bool]
+"""Whether a kernel takes query, key, value and dropout, and aligns a flag with the last key."""
 
 
-def aligns_on_cuda(query: Tensor, dropout_p: float) -> bool:
-    """Flash attention and cuDNN do in half precision."""
-    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+def aligns_on_cuda(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
+    """Whether flash attention or cuDNN is taken."""
+    width = query.shape[-1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and width % 8 == 0 and width == value.shape[-1] and width <= 256
 
 
-def aligns_on_cpu(query: Tensor, dropout_p: float) -> bool:
-    """The fused kernel does on two blocks of keys; it has no dropout."""
-    return not dropout_p and query.dim() == 4 and flash_sdp_enabled()
+def aligns_on_cpu(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
+    """Whether the fused kernel takes two blocks of keys.
+
+    Its operator checks none of this, and is not one of those that autocast knows.
+    """
+    operands = (query, key, value)
+    return (
+        not dropout_p
+        and flash_sdp_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and all(x.dim() == 4 and x.stride(-1) == 1 and x.dtype == query.dtype for x in operands)
+        and len({x.shape[0] for x in operands}) == len({x.shape[-1] for x in operands}) == 1
+        and key.shape[1:3] == value.shape[1:3]
+        and query.shape[1] % key.shape[1] == 0
+    )
 
 
 _attend: Callable[..., Tensor] | None = None
@@ -124,14 +138,13 @@ def _takes_flag(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool
 ) -> bool:
     """Whether a kernel aligns a causal flag with the last key, and is taken for such operands."""
-    width = query.shape[-1]
-    if width % 8 or width != value.shape[-1]:
-        return False
     if query.is_cuda:
+        if query.shape[-1] % 8 or query.shape[-1] != value.shape[-1]:
+            return False
         params = SDPAParams(query, key, value, None, dropout_p, False, enable_gqa)
         return can_use_flash_attention(params)
     aligns = _aligned.get(query.device.type)
-    return aligns is not None and aligns(query, dropout_p)
+    return aligns is not None and aligns(query, key, value, dropout_p)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -276,6 +289,7 @@ def shared_mask(
     key: Tensor,
     value: Tensor,
     *,
+    dropout_p: float = 0.0,
     enable_gqa: bool = False,
 ) -> Tensor | MaskRows | CausalRows:
     """A boolean mask as the kernels of all layers want it.
@@ -284,7 +298,7 @@ def shared_mask(
     makes its own of one by rows.
     """
     if isinstance(mask, CausalRows):
-        if mask.is_flag(query, key, value, 0.0, enable_gqa):
+        if mask.is_flag(query, key, value, dropout_p, enable_gqa):
             return mask
         mask = mask.made(key.shape[-2])
     if isinstance(mask, MaskRows):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxseek.ops.loss import Scratch, divisor
@@ -36,13 +37,15 @@ class _Logits(NamedTuple):
     ) -> Tensor:
         """[chunk, width] → [chunk, vocabulary], in float32 at least, maybe in `scratch`."""
         hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
-        out = None
-        if scratch is not None:
-            out = scratch.empty(hidden, (len(hidden), len(weight)), self.dtype)
-        if bias is None:
-            logits = torch.mm(hidden, weight.mT, out=out)
+        bias = None if bias is None else bias.to(self.dtype)
+        if scratch is None:
+            logits = F.linear(hidden, weight, bias)
         else:
-            logits = torch.addmm(bias.to(self.dtype), hidden, weight.mT, out=out)
+            out = scratch.empty(hidden, (len(hidden), len(weight)), self.dtype)
+            if bias is None:
+                logits = torch.mm(hidden, weight.mT, out=out)
+            else:
+                logits = torch.addmm(bias, hidden, weight.mT, out=out)
         logits = logits.to(torch.promote_types(self.dtype, torch.float32))
         if not _is_one(self.scale):
             logits = logits.mul_(self.scale)
@@ -147,23 +150,24 @@ def _chunks(rows: Tensor, weight: Tensor, how: _Logits, chunk_bytes: int) -> lis
     return chunks_of(rows.shape[0], chunk_bytes // size) or [slice(None)]
 
 
-def _is_traced(x: Tensor) -> bool:
-    """Whether a tensor stands for one of a graph that is being made."""
-    return type(x) not in (Tensor, torch.nn.Parameter)
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor is no subclass, such as those that stand for others in a trace."""
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 def _labelled(labels: Tensor) -> Tensor | slice:
     """The rows that have a label; all, where counting them would wait for a device."""
-    if _is_traced(labels) or labels.device.type != "cpu":
+    if not _is_plain(labels) or labels.device.type != "cpu":
         return slice(None)
-    return (labels != IGNORED).nonzero().squeeze(1)
+    found = (labels != IGNORED).nonzero().squeeze(1)
+    return slice(None) if len(found) == len(labels) else found
 
 
 class _Memory:
     """Where logits and probabilities of each chunk are made: a host is slow to map new pages."""
 
-    def __init__(self, rows: Tensor) -> None:
-        used = not _is_traced(rows)
+    def __init__(self, rows: Tensor, weight: Tensor) -> None:
+        used = _is_plain(rows) and _is_plain(weight)
         self.logits, self.log_shares, self.shares = (Scratch() if used else None for _ in range(3))
 
 
@@ -186,7 +190,7 @@ class _Statistics(torch.autograd.Function):
         ctx.how, ctx.has_entropy, ctx.chunk_bytes = how, "entropy" in wanted, chunk_bytes
         if known is not None:
             return known.clone()  # a compiler takes a view of an input for one without gradient
-        at, memory = _labelled(labels), _Memory(rows)
+        at, memory = _labelled(labels), _Memory(rows, weight)
         own, targets = rows[at], labels[at]
         with torch.autocast(rows.device.type, enabled=False):
             parts = [
@@ -205,7 +209,7 @@ class _Statistics(torch.autograd.Function):
         of_rows: list[Tensor] = []
         of_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
         of_bias = torch.zeros_like(bias, dtype=wide) if needed[2] else None
-        at, memory = _labelled(labels), _Memory(rows)
+        at, memory = _labelled(labels), _Memory(rows, weight)
         own, targets, slope = rows[at], labels[at], slope[at]
         with torch.autocast(rows.device.type, enabled=False):
             for chunk in _chunks(own, weight, how, ctx.chunk_bytes):
@@ -228,17 +232,17 @@ class _Statistics(torch.autograd.Function):
 
 def _all_rows(found: Tensor, at: Tensor | slice, labels: Tensor) -> Tensor:
     """What is found of the rows `at`, and 0 for the others: [any, ...] → [rows, ...]."""
-    if isinstance(at, slice) or len(at) == len(labels):
+    if isinstance(at, slice):
         return found
     return found.new_zeros((len(labels), *found.shape[1:])).index_copy_(0, at, found)
 
 
 _LEAST = -1e4
-"""A logarithm in the place of that of 0, whose exponential is 0 in every precision."""
+"""Stands for log 0: its exponential is 0 in every precision."""
 
 
 def _columns(logits: Tensor, labels: Tensor, wanted: tuple[str, ...], memory: _Memory) -> Tensor:
-    """The statistics of a chunk of tokens: [chunk, vocabulary], written to → [chunk, 5]."""
+    """The statistics of a chunk of tokens: [chunk, vocabulary], overwritten → [chunk, 5]."""
     columns: dict[str, Tensor] = {}
     if "is_top1" in wanted:
         columns["is_top1"] = (logits.argmax(-1) == labels).to(logits.dtype)
@@ -268,7 +272,7 @@ def _slope(
     def out(scratch: Scratch | None) -> Tensor | None:
         return None if scratch is None else scratch.like(logits, logits.dtype)
 
-    if has_entropy:  # -p (log p + entropy) for each of its slope
+    if has_entropy:  # times the entropy's slope: -p (log p + entropy)
         terms = torch.log_softmax(logits, -1, out=out(memory.log_shares)).clamp_(min=_LEAST)
         found = torch.exp(terms, out=out(memory.shares))
         terms.mul_(found)

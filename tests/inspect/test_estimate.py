@@ -12,6 +12,7 @@ from peaks import training_peak
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fxseek
+from fxseek.inspect.kernels import Kernels
 from fxseek.inspect.memory import CATEGORIES, module_tensors
 
 pytestmark = pytest.mark.filterwarnings(
@@ -295,3 +296,19 @@ def test_an_attention_that_cannot_be_compiled():
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(fxseek.ConfigError, match="flex_attention"):
         fxseek.estimate(model, 128)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 4, 5, 8), (1, 2, 13, 8), (1, 2, 13, 8)),
+        ((1, 2, 5, 8), (1, 2, 13, 8), (1, 2, 13, 16)),
+        ((2, 5, 8), (2, 13, 8), (2, 13, 8)),
+    ],
+)
+def test_a_causal_flag_for_fewer_queries_than_keys(shapes: tuple[tuple[int, ...], ...]):
+    """Blocks of keys stand for it where the CPU's kernel takes them."""
+    query, key, value = (torch.empty(shape, device="meta") for shape in shapes)
+    grouped = query.shape[1] != key.shape[1] and query.dim() == 4
+    found = Kernels("cpu").attend(query, key, value, is_causal=True, enable_gqa=grouped)
+    assert found.shape == (*query.shape[:-1], value.shape[-1])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxseek.ops import aligned
-from fxseek.ops.aligned import Kernels
+from fxseek.ops.aligned import BlockKernels
 
 SHAPES = (2, 6, 5, 8), (2, 2, 13, 8), (2, 2, 13, 8)
 
@@ -42,7 +42,7 @@ def wanted(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
 
 
-def spelled() -> Kernels:
+def spelled() -> BlockKernels:
     """Such kernels, spelled out."""
 
     def attend(query: Tensor, block: Any, scale: float | None) -> list[Tensor]:
@@ -65,7 +65,7 @@ def spelled() -> Kernels:
         keys, values = (x.unflatten(1, (kv_heads, groups)).sum(2) for x in (of_keys, of_values))
         return products @ key, keys, values
 
-    return Kernels(attend, slopes)
+    return BlockKernels(attend, slopes)
 
 
 KERNELS = {"spelled": spelled(), "cpu": aligned.ON_CPU}

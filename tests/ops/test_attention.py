@@ -96,8 +96,50 @@ def test_dropout_and_a_chosen_kernel_take_no_flag_on_the_cpu():
     rows = CausalRows(torch.arange(3, 7)[None], range(3, 7))
     assert rows.is_flag(query, key, key, 0.0, True)
     assert not rows.is_flag(query, key, key, 0.1, True)
+    assert isinstance(shared_mask(rows, query, key, key, dropout_p=0.1, enable_gqa=True), Tensor)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert not rows.is_flag(query, key, key, 0.0, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not rows.is_flag(query, key, key, 0.0, True)
+
+
+UNUSUAL: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "strided query": lambda q, k, v: (q.mT.contiguous().mT, k, v),
+    "strided keys": lambda q, k, v: (q, k.mT.contiguous().mT, v),
+    "strided values": lambda q, k, v: (q, k, v.mT.contiguous().mT),
+    "keys of one row": lambda q, k, v: (q, k[:1], v[:1]),
+    "a query of one head": lambda q, k, v: (q[:, :1], k, v),
+    "keys of one head": lambda q, k, v: (q, k[:, :1], v),
+    "another precision": lambda q, k, v: (q.float(), k.float(), v),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_operands_that_the_kernel_of_the_cpu_does_not_check(name: str):
+    query, key, _ = operands(4, 2)
+    query, key, value = UNUSUAL[name](query, key, key * 0.5)
+    rows = CausalRows(torch.arange(3, 7)[None], range(3, 7))
+    assert not rows.is_flag(query, key, value, 0.0, False)
+    if name != "another precision":
+        found = attend_rows(query, key, value, rows.kept, mask=rows)
+        wanted = attend_rows(query, key, value, rows.kept, is_causal=True, batch_dim=0)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["interleaved", "stacked"])
+def test_heads_that_are_interleaved(form: str):
+    """Their width is not the innermost dimension, of which the CPU's operator knows nothing."""
+
+    def body(m: Model, x: Tensor) -> Tensor:
+        if form == "interleaved":
+            q = k = v = x.unflatten(-1, (3, 2)).permute(0, 3, 1, 2)
+        else:
+            q, k, v = torch.cat((x, x * m.scale, x), -1).unflatten(-1, (2, 3, 3)).unbind(-1)
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + found.transpose(1, 2).flatten(2) * m.scale
+
+    assert_exact(model_of(body), ratio=1.0, learn_chunk=4)
 
 
 def test_large_masks_are_made_on_chunks(monkeypatch: pytest.MonkeyPatch, masks: list[Any]):

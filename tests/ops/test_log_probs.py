@@ -138,3 +138,22 @@ def test_autocast_makes_logits_of_its_precision():
         found = token_statistics(hidden, weight, None, labels)
     wanted = token_statistics(hidden.bfloat16(), weight.bfloat16(), None, labels)
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_traced(dynamic: bool):
+    """What a compiler makes of it has the same numbers."""
+    torch.manual_seed(0)
+    hidden = torch.randn(4, WIDTH, requires_grad=True)
+    weight = torch.randn(CLASSES, WIDTH, requires_grad=True)
+    labels = torch.tensor([3, IGNORED, 0, 6])
+
+    def run(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return token_statistics(x, w, None, y, 0.7, 2.0, 3.0)
+
+    compiled = torch.compile(run, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+    found, wanted = compiled(hidden, weight, labels), run(hidden, weight, labels)
+    torch.testing.assert_close(found, wanted)
+    slope = torch.randn_like(found)
+    pairs = (torch.autograd.grad(x, (hidden, weight), slope) for x in (found, wanted))
+    torch.testing.assert_close(*pairs)

@@ -160,7 +160,7 @@ SHARES: dict[str, dict[str, int | None]] = {
         "test_a_mask_that_shows_later_tokens": None,
         "test_an_encoder_is_learned_in_one_part": None,
         "test_an_estimate_knows_the_precision_of_gradients_that_wait": None,
-        "test_autocast": None,
+        "test_autocast": 2,
         "test_compiled_stages_are_learned_in_one_part": None,
         "test_estimate_and_profile_know_parts": None,
         "test_families": 3,
