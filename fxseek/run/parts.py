@@ -205,7 +205,7 @@ class _Step:
             torch.autograd.backward(exits, torch.zeros_like(exits))
         joints = self._joints(values, part)
         batch, exit_at = len(self.selection.kept), self.learn.parts.rows
-        for index, _ in reversed(list(few(range(len(self.slots)), slope))):
+        for index, _ in few(range(len(self.slots))[::-1], slope):
             slots = self.slots[index]
             part.begin(slots, self._keys_at(slots))
             states = self.random.get(slots.start)

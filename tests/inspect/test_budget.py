@@ -19,7 +19,7 @@ from fxseek.inspect.estimate import Peaks
 
 TOKENS, ROWS = 56, 2
 SIZES = (28, 14, 7)
-MODEL = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1}
+MODEL = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2}
 
 
 def model() -> torch.nn.Module:
