@@ -151,8 +151,8 @@ def _chunks(rows: Tensor, weight: Tensor, how: _Logits, chunk_bytes: int) -> lis
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether a tensor is no subclass, such as those that stand for others in a trace."""
-    return type(x) in (Tensor, torch.nn.Parameter)
+    """Whether a tensor has values, and is not one of a graph that is being traced."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _labelled(labels: Tensor) -> Tensor | slice:
@@ -248,15 +248,18 @@ def _columns(logits: Tensor, labels: Tensor, wanted: tuple[str, ...], memory: _M
         columns["is_top1"] = (logits.argmax(-1) == labels).to(logits.dtype)
     if "mean_logits" in wanted:
         columns["mean_logits"] = logits.mean(-1)
+    of_label = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    most = logits.amax(-1, keepdim=True)
     out = None if memory.log_shares is None else memory.log_shares.like(logits, logits.dtype)
-    log_shares = torch.log_softmax(logits, -1, out=out)
-    index = labels.clamp_min(0).unsqueeze(-1)
-    columns["log_probs"] = log_shares.gather(-1, index).squeeze(-1)
-    shares = torch.exp(log_shares, out=logits)
+    below = torch.sub(logits, most, out=out)
+    shares = torch.exp(below, out=logits)  # of their sum
+    total = shares.sum(-1)
+    log_total = total.log()
+    columns["log_probs"] = of_label - (log_total + most.squeeze(-1))  # rounded as TRL does
     if "entropy" in wanted:
-        columns["entropy"] = -log_shares.clamp_(min=_LEAST).mul_(shares).sum(-1)
+        columns["entropy"] = log_total - below.clamp_(min=_LEAST).mul_(shares).sum(-1) / total
     if "log_sum_sq_probs" in wanted:
-        columns["log_sum_sq_probs"] = shares.square_().sum(-1).log()
+        columns["log_sum_sq_probs"] = shares.square_().sum(-1).log() - 2 * log_total
     zeros = torch.zeros_like(columns["log_probs"])
     found = torch.stack([columns.get(name, zeros) for name in STATISTICS], -1)
     return found.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxseek.ops import log_probs
 from fxseek.ops.log_probs import IGNORED, STATISTICS, token_statistics
 
 WIDTH, CLASSES = 3, 7
@@ -140,20 +141,26 @@ def test_autocast_makes_logits_of_its_precision():
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_traced(dynamic: bool):
-    """What a compiler makes of it has the same numbers."""
+def test_traced():
+    """What a compiler makes of it has the same numbers: as one operation, or looked into."""
     torch.manual_seed(0)
     hidden = torch.randn(4, WIDTH, requires_grad=True)
     weight = torch.randn(CLASSES, WIDTH, requires_grad=True)
     labels = torch.tensor([3, IGNORED, 0, 6])
+    how = log_probs._Logits(0.7, 2.0, 3.0, torch.float32)
 
-    def run(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    def whole(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return token_statistics(x, w, None, y, 0.7, 2.0, 3.0)
 
-    compiled = torch.compile(run, backend="aot_eager", dynamic=dynamic, fullgraph=True)
-    found, wanted = compiled(hidden, weight, labels), run(hidden, weight, labels)
-    torch.testing.assert_close(found, wanted)
-    slope = torch.randn_like(found)
-    pairs = (torch.autograd.grad(x, (hidden, weight), slope) for x in (found, wanted))
-    torch.testing.assert_close(*pairs)
+    def inside(x: Tensor, w: Tensor, y: Tensor) -> Any:
+        return log_probs._Statistics.apply(x, w, None, y, how, STATISTICS, 2**26, None)
+
+    wanted = whole(hidden, weight, labels)
+    slope = torch.randn_like(wanted)
+    grads = torch.autograd.grad(wanted, (hidden, weight), slope)
+    for run in (whole, inside):
+        compiled = torch.compile(run, backend="aot_eager", dynamic=True, fullgraph=True)
+        found = compiled(hidden, weight, labels)
+        torch.testing.assert_close(found, wanted)
+        again = torch.autograd.grad(found, (hidden, weight), slope)
+        torch.testing.assert_close(again, grads)
