@@ -138,13 +138,14 @@ def _takes_flag(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool
 ) -> bool:
     """Whether a kernel aligns a causal flag with the last key, and is taken for such operands."""
-    if query.is_cuda:
-        if query.shape[-1] % 8 or query.shape[-1] != value.shape[-1]:
-            return False
-        params = SDPAParams(query, key, value, None, dropout_p, False, enable_gqa)
-        return can_use_flash_attention(params)
     aligns = _aligned.get(query.device.type)
-    return aligns is not None and aligns(query, key, value, dropout_p)
+    if aligns is None or not aligns(query, key, value, dropout_p):
+        return False
+    if not query.is_cuda:
+        return True
+    return can_use_flash_attention(
+        SDPAParams(query, key, value, None, dropout_p, False, enable_gqa)
+    )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -171,6 +171,11 @@ class _Memory:
         self.logits, self.log_shares, self.shares = (Scratch() if used else None for _ in range(3))
 
 
+def _like(logits: Tensor, scratch: Scratch | None) -> Tensor | None:
+    """Where to make a tensor of this shape; None for memory of its own."""
+    return None if scratch is None else scratch.like(logits, logits.dtype)
+
+
 class _Statistics(torch.autograd.Function):
     """On chunks of tokens; backward makes a chunk's logits again."""
 
@@ -250,8 +255,7 @@ def _columns(logits: Tensor, labels: Tensor, wanted: tuple[str, ...], memory: _M
         columns["mean_logits"] = logits.mean(-1)
     of_label = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     most = logits.amax(-1, keepdim=True)
-    out = None if memory.log_shares is None else memory.log_shares.like(logits, logits.dtype)
-    below = torch.sub(logits, most, out=out)
+    below = torch.sub(logits, most, out=_like(logits, memory.log_shares))
     shares = torch.exp(below, out=logits)  # of their sum
     total = shares.sum(-1)
     log_total = total.log()
@@ -271,16 +275,13 @@ def _slope(
     """∂ / ∂ logits from the slopes of `log_probs` and `entropy`, the first two columns."""
     slope = slope.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
     of_log_prob, of_entropy = slope[:, :1], slope[:, 1:2]
-
-    def out(scratch: Scratch | None) -> Tensor | None:
-        return None if scratch is None else scratch.like(logits, logits.dtype)
-
     if has_entropy:  # times the entropy's slope: -p (log p + entropy)
-        terms = torch.log_softmax(logits, -1, out=out(memory.log_shares)).clamp_(min=_LEAST)
-        found = torch.exp(terms, out=out(memory.shares))
+        terms = torch.log_softmax(logits, -1, out=_like(logits, memory.log_shares))
+        terms.clamp_(min=_LEAST)
+        found = torch.exp(terms, out=_like(logits, memory.shares))
         terms.mul_(found)
         entropy = -terms.sum(-1, keepdim=True)
         found.mul_(-(of_log_prob + of_entropy * entropy)).sub_(terms.mul_(of_entropy))
     else:
-        found = torch.softmax(logits, -1, out=out(memory.shares)).mul_(-of_log_prob)
+        found = torch.softmax(logits, -1, out=_like(logits, memory.shares)).mul_(-of_log_prob)
     return found.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), of_log_prob)
