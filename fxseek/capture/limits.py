@@ -19,14 +19,16 @@ _CONTEXT = "torch.distributed.tensor.experimental"
 """Where `context_parallel` has what it puts in the place of SDPA."""
 _NEFTUNE = "neftune_post_forward_hook"
 """Of transformers.integrations.neftune."""
+_LIGER = "liger_kernel"
+"""The package whose forwards are put into the modules of a model, or are those of their classes."""
 
 
 def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekError]) -> None:
     """Refuse what no step can be compiled for, given the model's `named_modules()`.
 
     Wrappers for parallel training call the model; they are not compiled with it. Kernels that take
-    whole sequences in a layout of their own have no selected-rows form. NEFTune's noise can't be
-    captured.
+    whole sequences in a layout of their own have no selected-rows form, nor have Liger's kernels.
+    NEFTune's noise can't be captured.
     """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
@@ -55,6 +57,12 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
             raise kind(
                 f"NEFTune adds noise to what {_named(name)} returns, by a hook that draws between "
                 "bounds which are tensors: that cannot be captured. Leave out neftune_noise_alpha."
+            )
+        if (getattr(module.forward, "__module__", "") or "").partition(".")[0] == _LIGER:
+            raise kind(
+                f"{_named(name)} runs Liger's forward, whose kernels have no form for selected "
+                "rows. Leave out use_liger_kernel, and load the model without Liger; fxseek itself "
+                'never holds the logits of all tokens, and recompute="block" saves least.'
             )
         config = module.__dict__.get("config")
         if config is None or id(config) in configs:
