@@ -42,6 +42,15 @@ def _seeded_and_uncompiled() -> Iterator[None]:
     FakeTensorMode.cache_clear()  # it grows by thousands of entries a test, for every gc.collect()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Fake tensors of few layers are made in less time than they are looked up.
+
+    Without the lookup a capture takes three quarters of the time. The long grids leave it on, as
+    users have it.
+    """
+    torch._dynamo.config.fake_tensor_cache_enabled = config.option.markexpr != "not sweep"
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over what was imported: it takes a third of a capture."""
     gc.collect()
