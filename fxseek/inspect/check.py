@@ -21,7 +21,7 @@ from fxseek.inspect.compare import compare
 from fxseek.inspect.reference import Reference, masked_backprop
 from fxseek.inspect.state import state_of
 from fxseek.passes.facts import Facts, Rows, example, module_path, needs_grad, tensors_of, where
-from fxseek.passes.rules import Full, Plan, called, wants_of
+from fxseek.passes.rules import Full, Plan, called, operation, wants_of
 from fxseek.reports.step import StepReport
 
 __all__ = ["GradientCheck", "check_gradients"]
@@ -187,8 +187,8 @@ def _of_outside(
         weights = weights.double() * kept * mask.sum() / kept.sum().clamp(min=1)
         for name in _PER_TOKEN:
             x = getattr(outputs, name)
-            if x is not None:
-                setattr(outputs, name, x.detach() + weights.to(x.dtype) * (x - x.detach()))
+            if x is not None and x.requires_grad:  # also for what TRL made of it, its mean loss
+                x.register_hook(lambda gradient: gradient * weights.to(gradient.dtype))
         return loss(outputs, batch)
 
     virtual = latest.program.facts.sizes.virtual
@@ -309,6 +309,8 @@ def _refuse_hidden_rows(step: SeekStep) -> None:
     for node in latest.program.graph.nodes:
         plan = facts.plans.get(node)
         if not isinstance(plan, Plan) or not isinstance(plan.rows, Rows):
+            continue
+        if operation(node) == "token_statistics":  # weighed by `_of_outside`
             continue
         if not any(needs_grad(x) and not facts.token_sized(x) for x in node.all_input_nodes):
             continue

@@ -175,7 +175,8 @@ def _by_position(report: StepReport, valid: Tensor) -> tuple[Tensor, Tensor]:
     real = kept >= 0
     at = kept.clamp_min(0)
     selected = torch.zeros(valid.shape, dtype=torch.int64).scatter_add(1, at, real.long()) > 0
-    weights = torch.zeros(valid.shape).scatter_add(1, at, weight.float() * real)
+    weights = torch.zeros(valid.shape, dtype=torch.float32)
+    weights = weights.scatter_add(1, at, weight.to(torch.float32) * real)
     return selected, weights
 
 

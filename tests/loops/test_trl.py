@@ -208,19 +208,18 @@ def test_gradients_are_those_of_masked_backprop(options, tuner):
         model = fused(tuner)
         given: dict[str, Any] = batch(VOCABULARY, 4, 19, padding="right", labels="some")
         fxseek.compile(model, **options)
-        for loss in (None, preference):
+        for loss in (None, preference, lambda outputs, _: outputs.loss):
             fxseek.check_gradients(model, loss=loss, fused_lm_head=True, **given)
     step: Any = step_of(model)
     assert isinstance(step.recorder.latest.program.parts, Parts) == ("learn_chunk" in options)
 
 
-def test_a_wrong_gradient_is_noticed(monkeypatch):
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_a_wrong_gradient_is_noticed(tuner, monkeypatch):
     with double_throughout():
-        model = fused("lora")
+        model = fused(tuner)
         given: dict[str, Any] = batch(VOCABULARY, 4, 19, labels="some")
         fxseek.compile(model, 0.3)
-        from fxseek.ops import log_probs
-
         real = log_probs._Scaled.backward
         monkeypatch.setattr(
             log_probs._Scaled,

@@ -191,6 +191,17 @@ def test_a_step_without_labels_says_so():
     assert "unlabelled" not in data["counts"]
 
 
+def test_the_default_dtype_changes_nothing():
+    found = report(rows(2, 9))
+    page = found.to_html(numbered(9))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert found.to_html(numbered(9)) == page
+    finally:
+        torch.set_default_dtype(default)
+
+
 # ---- what cannot be shown ------------------------------------------------------------------------
 
 
