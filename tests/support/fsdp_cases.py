@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ddp import leave
 from models import batch, tiny_llama, tiny_lora, without_casts
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -204,7 +205,7 @@ def _process(rank: int, processes: int, port: int, work: Any, folder: Path, give
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
     work(rank, processes, folder, *given)
-    dist.destroy_process_group()
+    leave()
 
 
 def run_cases(
