@@ -24,7 +24,7 @@ from fxseek.selecting import select_sample
 
 trl = pytest.importorskip("trl")
 
-from trainers import VOCABULARY, base_of, trainer  # noqa: E402
+from trainers import VOCABULARY, base_of, generate_by_vllm, trainer  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 QUIET = pytest.mark.filterwarnings(
@@ -139,6 +139,35 @@ def test_ratio_one_is_trl_itself(kind, options, tmp_path):
         assert entry == pytest.approx(wanted, rel=error, abs=error / 10)
     for name, weight in weights.items():
         torch.testing.assert_close(own[name], weight, rtol=error, atol=error)
+
+
+VLLM: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate"}
+GENERATED = [
+    ("grpo", {"lora": True, "num_iterations": 2}),
+    pytest.param("grpo", {"vllm_importance_sampling_mode": "token_mask"}, marks=SWEEP),
+    pytest.param("grpo", {"vllm_importance_sampling_correction": False}, marks=SWEEP),
+    pytest.param("rloo", {"lora": True}, marks=SWEEP),
+]
+
+
+@QUIET
+@pytest.mark.parametrize(("kind", "options"), GENERATED)
+def test_completions_of_vllm(kind, options, tmp_path, monkeypatch):
+    """vLLM gets the same weights under the same names, and its importance ratios are TRL's."""
+    synchronised = generate_by_vllm(monkeypatch)
+    logs, weights, _ = outcome(kind, tmp_path / "alone", VLLM | options, None)
+    wanted = list(synchronised)
+    synchronised.clear()
+    found, own, _ = outcome(kind, tmp_path / "compiled", VLLM | options, {"ratio": 1.0})
+    corrected = kind == "grpo" and options.get("vllm_importance_sampling_correction", True)
+    assert any("importance_sampling_ratio" in name for name in logs[0]) == corrected
+    for entry, one in zip(found, logs, strict=True):
+        assert entry == pytest.approx(one, rel=1e-9, abs=1e-10)
+    assert len(synchronised) == len(wanted) >= 1
+    for pushed, one in zip([*synchronised, own], [*wanted, weights], strict=True):
+        assert list(pushed) == list(one)
+        for name, weight in one.items():
+            torch.testing.assert_close(pushed[name], weight, rtol=1e-9, atol=1e-9)
 
 
 @QUIET

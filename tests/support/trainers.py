@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,44 @@ def trainer(kind: str, folder: Path, model: nn.Module | None = None, **options: 
         processing_class=tokenizer(),
         **given,
     )
+
+
+def generate_by_vllm(monkeypatch: Any) -> list[dict[str, Any]]:
+    """Stand in for vLLM behind TRL's own `VLLMGeneration`, for trainers made with `use_vllm=True`.
+
+    What is handed over and in which order is TRL's. The completions are made of the prompts, their
+    log-probabilities of the words. Returns a list that gets the weights of each synchronisation.
+    """
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.trainer import grpo_trainer, rloo_trainer
+
+    synchronised: list[dict[str, Any]] = []
+
+    class StandIn(VLLMGeneration):
+        def _init_vllm(self) -> None:
+            weights = types.SimpleNamespace(load_weights=self._load)
+            worker = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=weights))
+            executor = types.SimpleNamespace(driver_worker=worker)
+            self.llm: Any = types.SimpleNamespace(
+                llm_engine=types.SimpleNamespace(model_executor=executor),
+                reset_prefix_cache=lambda: None,
+            )
+
+        def _load(self, pairs: list[tuple[str, Any]]) -> None:
+            synchronised[-1].update((name, x.detach().clone()) for name, x in pairs)
+
+        def sync_weights(self) -> None:
+            synchronised.append({})
+            super().sync_weights()
+
+        def generate(self, prompts: list[list[int]], images: Any, num_generations: int, **_: Any):
+            words = [
+                [3 + (sum(prompt) + row * 5 + i * 7) % (VOCABULARY - 3) for i in range(4 + row % 3)]
+                for row, prompt in enumerate(prompts)
+            ]
+            log_probs = [[[-2.0 - word / VOCABULARY] for word in row] for row in words]
+            return prompts, words, log_probs, [[[word] for word in row] for row in words]
+
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", StandIn)
+    monkeypatch.setattr(rloo_trainer, "VLLMGeneration", StandIn)
+    return synchronised
