@@ -151,14 +151,6 @@ def _reference(
         )
 
 
-def _by_position(report: StepReport, length: int) -> tuple[Tensor, Tensor]:
-    """Which of the first `length` positions are selected, and their weights: [batch, length]."""
-    weights = report.weights.new_zeros(len(report.selected), report.tokens + 1)
-    at = report.selected.where(report.selected >= 0, report.tokens)  # -1: a place of its own
-    chosen = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, at, True)
-    return chosen[:, :length], weights.scatter_(1, at, report.weights)[:, :length]
-
-
 def _likelihood(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     return -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
 
@@ -182,7 +174,7 @@ def _of_outside(
 
     def weighed(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
         mask = outputs.label_mask
-        chosen, weights = _by_position(last, mask.shape[1])
+        chosen, weights = (x[:, : mask.shape[1]] for x in last.by_position())
         kept = mask & chosen
         weights = weights.double() * kept * mask.sum() / kept.sum().clamp(min=1)
         for name in _PER_TOKEN:
@@ -271,7 +263,7 @@ class _SelectedCrossEntropy(TorchFunctionMode):
     def _selected(self, terms: _Terms, scale: Tensor, reduction: str) -> Tensor:
         """The weighted mean over selected positions, or that times the mass of all."""
         shape, length = terms.losses.shape, terms.losses.numel() // len(self.report.selected)
-        chosen, weights = (x.reshape(shape) for x in _by_position(self.report, length))
+        chosen, weights = (x[:, :length].reshape(shape) for x in self.report.by_position())
         masses = terms.masses * scale.abs()
         total = (terms.losses * scale * weights).masked_fill(~chosen, 0).sum()
         mass = masses[chosen].sum()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxseek.ops.autocast import autocast_dtype, no_autocast
 from fxseek.ops.loss import Scratch, divisor
 from fxseek.ops.sweep import chunks_of
 
@@ -89,9 +90,7 @@ def token_statistics(
     Shapes: hidden [..., width]; weight [vocabulary, width]; bias [vocabulary]; labels [...] →
     [..., 5], of the precision of the projection and float32 at least.
     """
-    device, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(hidden.device.type) or hidden.dtype
     how = _Logits(temperature, softcap, scale, dtype)
     rows = hidden.flatten(0, -2)
     found: Any = _Statistics.apply(
@@ -197,7 +196,7 @@ class _Statistics(torch.autograd.Function):
             return known.clone()  # a compiler takes a view of an input for one without gradient
         at, memory = _labelled(labels), _Memory(rows, weight)
         own, targets = rows[at], labels[at]
-        with torch.autocast(rows.device.type, enabled=False):
+        with no_autocast(rows.device.type):
             parts = [
                 _columns(how.of(own[chunk], weight, bias, memory.logits), targets[chunk], wanted,
                          memory)
@@ -216,7 +215,7 @@ class _Statistics(torch.autograd.Function):
         of_bias = torch.zeros_like(bias, dtype=wide) if needed[2] else None
         at, memory = _labelled(labels), _Memory(rows, weight)
         own, targets, slope = rows[at], labels[at], slope[at]
-        with torch.autocast(rows.device.type, enabled=False):
+        with no_autocast(rows.device.type):
             for chunk in _chunks(own, weight, how, ctx.chunk_bytes):
                 logits = how.of(own[chunk], weight, bias, memory.logits)
                 of_logits = _slope(logits, targets[chunk], slope[chunk], ctx.has_entropy, memory)

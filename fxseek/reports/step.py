@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxseek.errors import InputError
@@ -68,6 +69,13 @@ class StepReport:
     def gradient(self) -> Tensor | None:
         """The gradient score, None where the score does not use it."""
         return self.parts.get("gradient")
+
+    def by_position(self) -> tuple[Tensor, Tensor]:
+        """Which tokens are selected, and what each weighs in the loss: [batch, tokens] each."""
+        weights = self.weights.new_zeros(len(self.selected), self.tokens + 1)
+        at = self.selected.where(self.selected >= 0, self.tokens)  # -1: a place of its own
+        chosen = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, at, True)
+        return chosen[:, :-1], weights.scatter_(1, at, self.weights)[:, :-1]
 
     def to_html(
         self,

@@ -106,7 +106,7 @@ def tokens_of(report: StepReport, tokenizer: Any, input_ids: Tensor | None = Non
         labelled = report.supervised.cpu() & valid
     if report.labels is not None and labelled is not None:
         labels = report.labels.cpu()
-    selected, weights = _by_position(report, valid)
+    selected, weights = (x.cpu() for x in report.by_position())
     scored = dict(report.parts)
     if len(scored) != 1:  # a score of one part ranks as the part does
         scored["combined" if scored else "score"] = report.scores
@@ -118,7 +118,7 @@ def tokens_of(report: StepReport, tokenizer: Any, input_ids: Tensor | None = Non
         labelled,
         labels,
         selected,
-        weights,
+        weights.float(),
         None if report.spans is None else report.spans.cpu(),
         tuple(_scale(name, part.cpu(), valid, selected) for name, part in scored.items()),
     )
@@ -167,17 +167,6 @@ def _ids(report: StepReport, given: Tensor | None) -> Tensor:
         )
     virtual = torch.full((batch, tokens - given.shape[1]), -1)
     return torch.cat((virtual, given.cpu().long()), dim=1)
-
-
-def _by_position(report: StepReport, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens were selected, and what each weighs in the loss."""
-    kept, weight = report.selected.cpu(), report.weights.cpu()
-    real = kept >= 0
-    at = kept.clamp_min(0)
-    selected = torch.zeros(valid.shape, dtype=torch.int64).scatter_add(1, at, real.long()) > 0
-    weights = torch.zeros(valid.shape, dtype=torch.float32)
-    weights = weights.scatter_add(1, at, weight.to(torch.float32) * real)
-    return selected, weights
 
 
 def _scale(name: str, values: Tensor, valid: Tensor, selected: Tensor) -> Scale:

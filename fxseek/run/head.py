@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from fxseek.config import SeekConfig
+from fxseek.ops.autocast import autocast_dtype
 from fxseek.ops.loss import Scratch, cross_entropy_slope, mass_of, mean_of_parts
 from fxseek.ops.shards import Unshard, in_buckets
 from fxseek.ops.sweep import CatRows, Sum, chunks_of, rows_of_chunk, sweep
@@ -167,20 +168,14 @@ def _unshards(inputs: Sequence[Input | None]) -> list[tuple[list[int], Unshard]]
 
 def _in_float16(rows: Tensor) -> bool:
     """Whether gradients must be made with the loss's scale in them, or they leave the range."""
-    kind = rows.device.type
-    dtype = torch.get_autocast_dtype(kind) if _autocasts(kind) else rows.dtype
-    return dtype == torch.float16
+    return (autocast_dtype(rows.device.type) or rows.dtype) == torch.float16
 
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:
     """What `cross_entropy` makes of such logits: under autocast float32."""
-    if _autocasts(logits.device.type):
+    if autocast_dtype(logits.device.type) is not None:
         return torch.promote_types(logits.dtype, torch.float32)
     return logits.dtype
-
-
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class _Once(torch.autograd.Function):

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError, InputError
+from fxseek.ops.autocast import same_autocast
 from fxseek.ops.masks import Mask, looks_ahead
 from fxseek.ops.parts import Joint, Part
 from fxseek.ops.rows import gather_rows
@@ -31,7 +32,6 @@ from fxseek.passes.unshard import sharding_of
 from fxseek.run.env import Env
 from fxseek.run.lowering import Run
 from fxseek.run.saved import Known, SavedBytes
-from fxseek.run.selective import precision
 from fxseek.run.stages import Gather, Learn
 from fxseek.selecting import Selection
 
@@ -114,7 +114,7 @@ class _Step:
         if learn.team is not None:
             most = learn.team.largest(torch.tensor([len(self.slots)]))
             self.idle = int(most) - len(self.slots)
-        self.precision = precision(kept.device.type)
+        self.precision = same_autocast(kept.device.type)
         self.random: dict[int, _RandomStates] = {}
         """By the first slot of a part."""
 

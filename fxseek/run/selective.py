@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from fxseek import _torch
+from fxseek.ops.autocast import same_autocast
 from fxseek.passes.facts import tensors_of
 from fxseek.passes.rematerialise import Region
 from fxseek.run.boxed import unpack_list, with_source_lines
 from fxseek.run.recipe import Layout, Note, Recipe, Remake
 from fxseek.run.saved import Held, Known, SavedBytes
 
-__all__ = ["Selectively", "precision"]
+__all__ = ["Selectively"]
 
 Owners = frozenset[fx.Node]
 
@@ -324,7 +323,7 @@ class _Selective(SavedBytes):
             remake,
             [self._source(values[node]) for node in remake.read],
             running.layouts,
-            precision(device),
+            same_autocast(device),
         )
 
     def _source(self, value: Any) -> Callable[[], Any]:
@@ -348,14 +347,6 @@ class _Selective(SavedBytes):
 def _saves(more: int, less: int) -> bool:
     """Whether keeping `more` bytes in the place of `less` is worth it."""
     return more < less
-
-
-def precision(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The autocast that is in force, to be entered again."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext
-    on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return partial(torch.autocast, device, dtype, enabled=on)
 
 
 def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callable[..., Any]:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from fxseek.ops.autocast import no_autocast
 from fxseek.ops.masks import MaskRows
 from fxseek.ops.sweep import few, slices_of
 
@@ -78,7 +78,7 @@ def attention_column_sums(
         entry_bytes += 1
     sums = query.new_zeros(batch, keys)
     index = torch.arange(tokens, device=query.device)
-    with _no_autocast(query.device.type):
+    with no_autocast(query.device.type):
         for b, h, rows in _chunks(
             batch, kv_heads, groups, tokens, keys, chunk_bytes // entry_bytes, query
         ):
@@ -159,13 +159,6 @@ def _masked_below(mask: Tensor | None, dtype: torch.dtype) -> float:
 def wide(tensor: Tensor) -> torch.dtype:
     """The dtype that sums are taken in: float32, or float64 for float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast would run the products in half precision, whatever dtype they are given."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 @torch.no_grad()
