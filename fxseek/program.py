@@ -11,6 +11,7 @@ from torch import fx, nn
 from fxseek.config import SeekConfig
 from fxseek.errors import FxseekError, GraphError
 from fxseek.passes.adapters import merge_adapters
+from fxseek.passes.causality import find_mixing
 from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import ditch
 from fxseek.passes.extract import extract
@@ -27,9 +28,9 @@ from fxseek.passes.latents import expand_latents
 from fxseek.passes.masks import read_whole, use_mask_rows
 from fxseek.passes.normalise import normalise
 from fxseek.passes.offload import send_to_host, take_from_host
-from fxseek.passes.outputs import ends_in, find_outputs, refuse_unselected, returns
+from fxseek.passes.outputs import Outputs, ends_in, find_outputs, refuse_unselected, returns
 from fxseek.passes.outside import find_outside, refuse_unweighted, reuse_values
-from fxseek.passes.parts import Exit, Parts, draws, find_parts
+from fxseek.passes.parts import Exit, Parts, draws, find_exit, find_obstacle, join_values
 from fxseek.passes.scale import scale_terms
 from fxseek.passes.schedule import Schedule, schedule
 from fxseek.passes.score import plan_scores
@@ -159,19 +160,10 @@ def build(
     on_host: list[fx.Node] = []
     masks: frozenset[Gathered] = frozenset()
     ending = head if head is not None and ends_in(head, outputs) else None
-    cut: Exit | None = None
-    if ending is not None:
-        cut = Exit(ending.entry, ending.rows, ending.loss.node)
-    elif head is not None and outside is not None and outside.read is not None:
-        cut = Exit(head.entry, head.rows, outside.read)
+    cut = then(find_exit, head, outputs, outside)
     parts: Parts | str = ""
     if config.learn_chunk is not None:
-        body = [] if cut is None else [("rows", cut.entry)]
-        up_to_exit = then(ditch, graph, facts, carrying=carrying, outputs=body, constants=constants)
-        up_to_exit = then(hoist_gathers, up_to_exit)
-        if expands:
-            up_to_exit = then(expand_latents, up_to_exit, graph, facts)
-        parts = then(find_parts, up_to_exit, facts, structure, cut, outputs, carrying, config)
+        parts = in_parts(then, graph, facts, structure, cut, outputs, carrying, constants, config)
     wanted = [*outputs.wanted] if ending is None else [("rows", ending.entry), *outputs.wanted]
     given = [] if ending is None else [ending.loss.node]
     if isinstance(parts, Parts):
@@ -189,10 +181,7 @@ def build(
         learn = then(attach_head, learn, ending)
     learn = then(returns, learn, outputs)
     if eager:  # Dynamo takes tensors only
-        masks = then(masks_of_attentions, learn)
-        learn = then(mask_by_flags, learn)
-        if config.recompute != "block":
-            learn = then(share_masks, learn)
+        learn, masks = masked_once(then, learn, config)
     if config.kv == "offload":
         learn, on_host = then(take_from_host, learn)
         on_host += joined(parts)
@@ -222,6 +211,46 @@ def build(
     )  # fmt: skip
 
 
+def in_parts(
+    then: Passes,
+    graph: fx.Graph,
+    facts: Facts,
+    structure: Structure,
+    cut: Exit | None,
+    outputs: Outputs,
+    carrying: set[fx.Node],
+    constants: set[fx.Node],
+    config: SeekConfig,
+) -> Parts | str:
+    """What is learned in parts, up to the exit; or the reason why nothing is."""
+    obstacle = then(find_obstacle, cut, outputs, facts, carrying, config)
+    if cut is None or obstacle:
+        return obstacle
+    exits = [("rows", cut.entry)]
+    body = then(ditch, graph, facts, carrying=carrying, outputs=exits, constants=constants)
+    body = then(hoist_gathers, body)
+    if config.recompute != "none":
+        body = then(expand_latents, body, graph, facts)
+    mixing = then(find_mixing, body)
+    if isinstance(mixing, str):
+        return mixing
+    body, masks = masked_once(then, body, config)
+    body = then(join_values, body)
+    plan = then(schedule, body, structure, config)
+    return Parts(body, plan, cut.entry, cut.rows, mixing, masks, draws(body))
+
+
+def masked_once(
+    then: Passes, learn: Piece, config: SeekConfig
+) -> tuple[Piece, frozenset[Gathered]]:
+    """A piece whose attentions share their masks, and the rows that they alone read."""
+    masks = then(masks_of_attentions, learn)
+    learn = then(mask_by_flags, learn)
+    if config.recompute != "block":
+        learn = then(share_masks, learn)
+    return learn, masks
+
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -241,7 +270,7 @@ class Passes:
         name = run.__name__.strip("_")
         try:
             result = run(*args, **kwargs)
-            if isinstance(result, fx.Graph):
+            if isinstance(result, fx.Graph):  # a piece has the modules that it calls later
                 result.lint()
         except FxseekError:
             raise

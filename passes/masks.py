@@ -13,7 +13,7 @@ After::
 
 A boolean mask is elementwise in values of one token dimension. Its rows for some queries follow
 from those values at these queries. Whether it is more than the causal flag says (padding, packing,
-a window) is not known before the batch is: `fxseek.ops.attention.MaskRows` finds out, in chunks.
+a window) is not known before the batch is: `fxseek.ops.masks.MaskRows` finds out, in chunks.
 Fused kernels skip half of the work under the causal flag and none under a mask.
 """
 

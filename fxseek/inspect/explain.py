@@ -208,7 +208,7 @@ def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
         notes.append("the model reads some positions by their place: these are always kept")
     parts = program.parts
     if isinstance(parts, Parts):
-        looked = " where its attention masks show no later token" if parts.must_hide else ""
+        looked = " where its attention masks show no later token" if parts.mixing.must_hide else ""
         notes.append(f"learned in parts of {program.config.learn_chunk} tokens{looked}")
     elif parts:
         notes.append(ONE_PART.format(reason=parts))

@@ -69,7 +69,7 @@ def assemble(program: Program) -> Step:
     Raises:
         GraphError: a stage cannot be made.
     """
-    return Passes("send_to_host")(_assemble, program)
+    return Passes("build")(_assemble, program)
 
 
 def _learn(program: Program, module: fx.GraphModule, run: Run) -> Learn:

@@ -26,8 +26,9 @@ from fxseek.ops.parts import Joint, Part
 from fxseek.ops.rows import gather_rows
 from fxseek.ops.sweep import CatRows, few, rows_of_chunk, slices_of, sweep
 from fxseek.ops.team import telling
+from fxseek.passes.causality import Hides
 from fxseek.passes.ir import Gathered, Joined, Piece, Selected
-from fxseek.passes.parts import Hides, Parts
+from fxseek.passes.parts import Parts
 from fxseek.passes.unshard import sharding_of
 from fxseek.run.env import Env
 from fxseek.run.lowering import Run
@@ -109,7 +110,7 @@ class _Step:
                 "fxseek: %s", ONE_PART.format(reason="an attention mask shows later tokens")
             )
         self.slots = slices_of(count, count if ahead else learn.size)
-        self.keys = self._keys(count, known=not ahead and bool(learn.parts.cuts))
+        self.keys = self._keys(count, known=not ahead and bool(learn.parts.mixing.cuts))
         self.idle = 0
         if learn.team is not None:
             most = learn.team.largest(torch.tensor([len(self.slots)]))
@@ -138,7 +139,7 @@ class _Step:
 
         return any(
             looks_ahead([*map(of, masks)], kept, filled, self.tokens)
-            for masks in self.learn.parts.must_hide
+            for masks in self.learn.parts.mixing.must_hide
         )
 
     def _keys(self, count: int, *, known: bool) -> Sequence[int | None]:
@@ -238,7 +239,7 @@ class _Step:
         return self.keys[self.slots.index(slots)]
 
     def _joints(self, values: Mapping[fx.Node, Any], part: Part) -> dict[Joined, Joint]:
-        learn, cuts = self.learn, self.learn.parts.cuts
+        learn, cuts = self.learn, self.learn.parts.mixing.cuts
         return {
             item: Joint(values[item.node], item.rows, part, cuts=item.node in cuts, wide=learn.wide)
             for item in learn.joined
