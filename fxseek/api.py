@@ -11,7 +11,7 @@ from fxseek import _fsdp, _torch
 from fxseek.capture.backend import latest_is_released, latest_recorder
 from fxseek.capture.limits import refuse_model
 from fxseek.capture.sharded import config_for_shards
-from fxseek.capture.step import SeekStep, step_of
+from fxseek.capture.step import SeekStep, compiled_step, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError, InputError
 from fxseek.inspect.budget import within_budget
@@ -97,10 +97,7 @@ def report(model: nn.Module | None = None) -> StepReport:
     if model is None:
         recorder = latest_recorder()
     else:
-        step = step_of(model)
-        if step is None:
-            raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
-        recorder = step.recorder
+        recorder = compiled_step(model).recorder
     if model is None and latest_is_released():
         raise InputError(
             "the compiled function of the last step in this thread is gone, and its report with "
@@ -125,9 +122,7 @@ def resume(model: nn.Module, step: int) -> None:
     Raises:
         InputError: the model is not compiled by fxseek, or `step` is not a number of steps.
     """
-    compiled = step_of(model)
-    if compiled is None:
-        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    compiled = compiled_step(model)
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise InputError(f"step={step!r} is not a number of steps: pass an integer of at least 0")
     compiled.recorder.step = step

@@ -343,11 +343,9 @@ class SeekConfig:
         """Builds a configuration, listing unknown names and bad values in one error."""
         if not unknown:
             return cls(**values)
-        names = {field.name for field in _fields()}
         probe = object.__new__(cls)
         for field in _fields():
-            given = field.name in values and field.name in names
-            object.__setattr__(probe, field.name, values[field.name] if given else field.default)
+            object.__setattr__(probe, field.name, values.get(field.name, field.default))
         raise ConfigError(listing(unknown + _problems(probe)))
 
 

@@ -201,9 +201,12 @@ def build(
     prefill = then(send_to_host, prefill, [node for node in on_host if node not in scored])
     if any(map(sharding_of, graph.nodes)):
         prefill = then(unshard, prefill, place_by_blocks(prefill, structure))
-        for piece, segments in [(learn, plan.segments), *segments_of(parts)]:
-            assert segments is not None  # the caller has chosen recompute="block"
-            then(unshard, piece, segments)
+        planned = [(learn, plan)]
+        if isinstance(parts, Parts):
+            planned.append((parts.body, parts.schedule))
+        for piece, how in planned:
+            assert how.segments is not None  # the caller has chosen recompute="block"
+            then(unshard, piece, how.segments)
 
     return Program(
         graph, config, facts, structure, prefill, score, learn, parts, plan, head,
@@ -330,11 +333,6 @@ def joined(parts: Parts | str) -> list[fx.Node]:
     if isinstance(parts, str):
         return []
     return [item.node for item in parts.body.inputs if isinstance(item, Joined)]
-
-
-def segments_of(parts: Parts | str) -> list[tuple[Piece, dict[fx.Node, int] | None]]:
-    """The body of parts, and the segment of each of its nodes."""
-    return [] if isinstance(parts, str) else [(parts.body, parts.schedule.segments)]
 
 
 def prefilled(learn: Piece, parts: Parts | str, score: ScorePlan) -> list[fx.Node]:

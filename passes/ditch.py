@@ -30,7 +30,6 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxseek import _torch
 from fxseek.errors import GraphError
 from fxseek.ops.rows import gather_entries, gather_rows, scatter_entries, scatter_rows
 from fxseek.passes.entries import Entries
@@ -39,10 +38,12 @@ from fxseek.passes.facts import (
     Facts,
     Placed,
     Rows,
+    ancestors,
     example,
     is_tensor,
     leaves_autocast,
     needs_grad,
+    numel,
     switches_mode,
     tensors_of,
 )
@@ -143,14 +144,7 @@ class _Ditch:
 
     def _needed(self, outputs: Iterable[fx.Node]) -> set[fx.Node]:
         """What is replayed that the outputs are made of; constants come as they are."""
-        found: set[fx.Node] = set()
-        queue = list(outputs)
-        while queue:
-            node = queue.pop()
-            if node in self.replayed and node not in found:
-                found.add(node)
-                queue.extend(node.all_input_nodes)
-        return found
+        return ancestors(outputs, self.replayed.__contains__)
 
     def _output(self, kind: str, node: fx.Node) -> fx.Node:
         if kind == "rows":
@@ -305,13 +299,7 @@ class _Ditch:
         if not is_tensor(source) or source not in self.compact or found.name == "cat":
             return False
         assert isinstance(source, fx.Node)
-        return self._numel(node) >= self._numel(source)
-
-    def _numel(self, node: fx.Node) -> int:
-        total = 1
-        for size in example(node).shape:
-            total *= _torch.size_hint(size)
-        return total
+        return numel(node) >= numel(source)
 
     # ---- emission ------------------------------------------------------------------------
 

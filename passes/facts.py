@@ -8,8 +8,9 @@ two token dimensions is the *row* (the token that a value belongs to) and which 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,7 @@ POSITIONS = "fxseek_positions"
 """The input that counts tokens where no argument does, Long[batch, tokens]: each token's place."""
 
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
+"""Those that count the tokens of the decoder, in a model that has an encoder too."""
 
 
 def user_tensors(graph: fx.Graph) -> list[fx.Node]:
@@ -271,25 +273,33 @@ class Facts:
         )
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and all that they are computed from."""
-    found: set[fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        if node not in found:
-            found.add(node)
-            queue.extend(node.all_input_nodes)
-    return found
+def ancestors(
+    nodes: Iterable[fx.Node], through: Callable[[fx.Node], bool] | None = None
+) -> set[fx.Node]:
+    """The nodes and all that they are computed from; those alone that `through` holds for."""
+    return _reached(nodes, lambda node: node.all_input_nodes, through)
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes and all that is computed from them."""
+    return _reached(nodes, lambda node: node.users, None)
+
+
+def _reached(
+    nodes: Iterable[fx.Node],
+    step: Callable[[fx.Node], Iterable[fx.Node]],
+    through: Callable[[fx.Node], bool] | None,
+) -> set[fx.Node]:
     found: set[fx.Node] = set()
     queue = list(nodes)
     while queue:
         node = queue.pop()
-        if node not in found:
+        if node not in found and (through is None or through(node)):
             found.add(node)
-            queue.extend(node.users)
+            queue.extend(step(node))
     return found
+
+
+def numel(node: fx.Node) -> int:
+    """How many elements the example of a node has."""
+    return math.prod(map(_torch.size_hint, example(node).shape))

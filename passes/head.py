@@ -17,7 +17,7 @@ logits of one chunk are alive at a time. The score stage runs the same module on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -91,12 +91,8 @@ def to_parts(stage: Piece) -> Piece:
     made.target, made.args, made.kwargs = cross_entropy_parts, made.args[:5], options
     stage.graph.output_node().args = (made,)
     given = stage.placeholders()
-    for node in given:
-        if not node.users:
-            stage.graph.erase_node(node)
-    stage.inputs[:] = [item for node, item in given.items() if node.users]
     stage.graph.lint()
-    return stage
+    return stage.edited(given)
 
 
 def _to_logits(stage: Piece) -> Piece:
@@ -114,16 +110,13 @@ def _to_logits(stage: Piece) -> Piece:
 
 def _trained_before(loss: fx.Node, entry: fx.Node, facts: Facts) -> set[fx.Node]:
     """What the loss is made of on the way from the entry, and from trained weights."""
-    found: set[fx.Node] = {loss}
     scale = argument(loss, 8, "scale")
-    queue = [node for node in loss.all_input_nodes if node is not scale]
-    while queue:
-        node = queue.pop()
-        if node in found or node is entry or node.op == "placeholder" or node not in facts.stream:
-            continue
-        found.add(node)
-        queue.extend(node.all_input_nodes)
-    return found
+    operands = [node for node in loss.all_input_nodes if node is not scale]
+
+    def between(node: fx.Node) -> bool:
+        return node is not entry and node.op != "placeholder" and node in facts.stream
+
+    return {loss} | ancestors(operands, between)
 
 
 def logit_bytes(logits: fx.Node) -> int:
@@ -159,9 +152,8 @@ def attach_head(learn: Piece, head: Head) -> Piece:
         made = graph.create_node("call_module", "head", tuple(arguments))
     loss.replace_all_uses_with(made)
     graph.erase_node(loss)
-    of_node = {node: item for item, node in place.items()}
-    inputs = [of_node[node] for node in graph.nodes if node.op == "placeholder"]
-    return replace(learn, inputs=inputs, parts={**learn.parts, "head": head})
+    learn.parts["head"] = head
+    return learn.edited({node: item for item, node in place.items()})
 
 
 __all__ = ["Head", "attach_head", "find_head", "logit_bytes", "to_parts"]

@@ -14,7 +14,6 @@ The full constants are let go before the first operation that saves anything.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from fxseek.passes.facts import example
 from fxseek.passes.ir import (
     Argument,
     Gathered,
-    Input,
     Parameter,
     Piece,
     Prefilled,
@@ -71,18 +69,7 @@ def hoist_gathers(stage: Piece) -> Piece:
     for node in reversed(list(graph.nodes)):
         if node.target is torch.unsqueeze and not node.users:
             graph.erase_node(node)
-    items = given | {node: key for key, node in made.items()}
-    inputs: list[Input] = []
-    for node in list(graph.nodes):
-        if node.op != "placeholder":
-            continue
-        if not node.users:
-            graph.erase_node(node)
-        else:
-            inputs.append(items[node])
-    alive = set(graph.nodes)
-    compact = {node: rows for node, rows in stage.compact.items() if rows in alive}
-    return Piece(graph, inputs, stage.outputs, stage.general, compact)
+    return stage.edited(given | {node: key for key, node in made.items()})
 
 
 def masks_of_attentions(stage: Piece) -> frozenset[Gathered]:
@@ -125,9 +112,7 @@ def mask_by_flags(stage: Piece) -> Piece:
     for node in flagged:
         node.update_kwarg("is_causal", False)
         node.update_kwarg("mask", mask)
-    items[consecutive] = Selected("consecutive")
-    inputs = [items[node] for node in stage.graph.nodes if node.op == "placeholder"]
-    return replace(stage, inputs=inputs)
+    return stage.edited({**items, consecutive: Selected("consecutive")})
 
 
 def _batched(attention: fx.Node) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import fx
 
 from fxseek import _torch
@@ -161,24 +159,20 @@ class Piece:
         full = (Prefilled, Gathered, Joined)
         return [item.node for item in self.inputs if isinstance(item, full)]
 
-    def module(self, name: str, modules: Mapping[str, torch.nn.Module]) -> fx.GraphModule:
-        """The piece as a module; it owns no parameters, all values are inputs.
+    def edited(self, items: Mapping[fx.Node, Input]) -> Piece:
+        """The piece after a pass has worked on its graph; what nothing reads is no input any more.
 
-        `modules` are those of its `parts`. Bodies of autograd functions are taken along from the
-        captured module.
+        `items`: what each placeholder stands for, those that the pass has added too.
         """
-        owner = self.graph.owning_module or torch.nn.Module()
-        if not self.parts:
-            return fx.GraphModule(owner, self.graph, class_name=name)
-        called: dict[str, Any] = {
-            str(node.target): operator.attrgetter(str(node.target))(owner)
-            for node in self.graph.nodes
-            if node.op == "get_attr"
-        }
-        called.update(modules)
-        made = fx.GraphModule(called, self.graph, class_name=name)
-        made.graph.lint()
-        return made
+        for node in self.graph.find_nodes(op="placeholder"):
+            if not node.users:
+                self.graph.erase_node(node)
+        alive = set(self.graph.nodes)
+        return replace(
+            self,
+            inputs=[items[node] for node in self.graph.find_nodes(op="placeholder")],
+            compact={node: rows for node, rows in self.compact.items() if rows in alive},
+        )
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,13 @@ selected tokens alone, so that weights learn from these.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import networkx as nx
 from torch import fx
 
-from fxseek import _torch
 from fxseek.ops.rows import Rows, every_token, pass_kept, scatter_rows
 from fxseek.passes.ditch import ditch
-from fxseek.passes.facts import Facts, example, is_tensor, switches_mode, tensors_of
+from fxseek.passes.facts import Facts, example, is_tensor, numel, switches_mode, tensors_of
 from fxseek.passes.ir import Gathered, Given, Input, Piece, Prefilled, Selected, placeholder_of
 from fxseek.passes.modes import regions
 from fxseek.passes.rules import find_rule
@@ -146,11 +144,8 @@ class _Stage:
         for node in reversed(list(self.graph.nodes)):
             if not node.users and node.op != "output" and not switches_mode(node):
                 self.graph.erase_node(node)
-        alive = set(self.graph.nodes)
-        compact = {node: rows for node, rows in self.learn.compact.items() if rows in alive}
-        inputs = [self.items[node] for node in self.graph.nodes if node.op == "placeholder"]
         self.graph.lint()
-        return replace(self.learn, inputs=inputs, compact=compact)
+        return self.learn.edited(self.items)
 
 
 # ---- what follows from what ------------------------------------------------------------------
@@ -230,7 +225,4 @@ def _capacity(node: fx.Node, facts: Facts) -> dict[str, int]:
 
 
 def _bytes(node: fx.Node) -> int:
-    total = example(node).element_size()
-    for size in example(node).shape:
-        total *= _torch.size_hint(size)
-    return total
+    return example(node).element_size() * numel(node)

@@ -13,6 +13,7 @@ from fxseek.errors import GraphError
 from fxseek.passes.facts import (
     Facts,
     Rows,
+    ancestors,
     descendants,
     example,
     is_tensor,
@@ -88,16 +89,9 @@ def returns(learn: Piece, outputs: Outputs) -> Piece:
 def ends_in(head: Head, outputs: Outputs) -> bool:
     """Whether the loss is all that is wanted of what a head makes."""
     inside = descendants([head.entry]) - descendants([head.loss.node]) - {head.entry}
-    queue = [node for _, node in outputs.wanted]
-    seen = {head.loss.node}
-    while queue:
-        node = queue.pop()
-        if node in inside:
-            return False
-        if node not in seen:
-            seen.add(node)
-            queue.extend(node.all_input_nodes)
-    return True
+    loss = head.loss.node
+    wanted = ancestors((node for _, node in outputs.wanted), lambda node: node is not loss)
+    return inside.isdisjoint(wanted)
 
 
 def refuse_unselected(graph: fx.Graph, facts: Facts, structure: Structure, dim: int) -> None:

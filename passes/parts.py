@@ -18,7 +18,7 @@ Of a model that isn't shown to be causal (`causality.py`) all kept tokens are le
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -154,11 +154,7 @@ def join_values(body: Piece) -> Piece:
         value, _, at, *_ = node.args
         assert isinstance(value, fx.Node)
         node.target, node.args = pass_joint, (value, _joint_of(value), at)
-    for node in list(items):
-        if not node.users:
-            graph.erase_node(node)
-    inputs = [items[node] for node in graph.nodes if node.op == "placeholder"]
-    return replace(body, inputs=inputs)
+    return body.edited(items)
 
 
 def _joint_of(expanded: fx.Node) -> Any:

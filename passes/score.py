@@ -147,7 +147,7 @@ def _targets(structure: Structure) -> Targets | None:
     target, *rest = loss.full
     target = None if loss.probabilities else target  # which every position has
     sums = structure.loss is structure.objective and loss.reduction == "sum"
-    return Targets(target, (target, *rest), loss.ignore_index, sums)
+    return Targets((target, *rest), loss.ignore_index, sums)
 
 
 def _gradient(
@@ -296,14 +296,7 @@ def _head(facts: Facts, structure: Structure, loss: fx.Node) -> Piece | None:
 
 def _square(facts: Facts, attention: fx.Node) -> set[fx.Node]:
     """An attention map and the values of tokens × tokens that it is made from, of its own layer."""
-    found: set[fx.Node] = set()
-    queue = [attention]
-    while queue:
-        node = queue.pop()
-        if node not in found and node in facts.stream and facts.square(node):
-            found.add(node)
-            queue.extend(node.all_input_nodes)
-    return found
+    return ancestors([attention], lambda node: node in facts.stream and facts.square(node))
 
 
 def _map(graph: fx.Graph, facts: Facts, attention: fx.Node) -> AttentionMap:

@@ -51,15 +51,19 @@ class TokenInputs:
 class Targets:
     """The labels of a token loss.
 
-    `target`: None where these are probabilities, which every position has; `full`: targets, class
-    weights and scale of all positions, as `fxseek.ops.loss.mass_of` takes them; `sums`: the
-    captured loss is a sum over tokens, which the caller divides, and not their mean.
+    `full`: targets (None where these are probabilities, which every position has), class weights
+    and scale of all positions, as `fxseek.ops.loss.mass_of` takes them; `sums`: the captured
+    loss is a sum over tokens, which the caller divides, and not their mean.
     """
 
-    target: fx.Node | None
     full: tuple[fx.Node | None, ...]
     ignore_index: int
     sums: bool
+
+    @property
+    def target(self) -> fx.Node | None:
+        """The targets of all positions."""
+        return self.full[0]
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,6 @@ class GradientPlan:
                 pieces += [head.stage] if tail is None else [head.stage, tail.piece]
             case EndsInMap(piece):
                 pieces.append(piece)
-            case _:
-                pass
         return pieces
 
 
@@ -185,7 +187,7 @@ class ScorePlan:
 
     def kept(self) -> list[fx.Node]:
         """Values that the stage reads for itself, and lets others have."""
-        targets = () if self.targets is None else (self.targets.target, *self.targets.full)
+        targets = () if self.targets is None else self.targets.full
         places = [place.position for place in self.tokens.required]
         streams = [self.hidden, None if self.gradient is None else self.gradient.start]
         nodes = (

@@ -198,6 +198,3 @@ def _virtual_tokens(graph: fx.Graph, sizes: Sizes) -> int:
             if beyond.is_Integer and beyond >= 0:
                 counts[int(beyond)] += 1
     return counts.most_common(1)[0][0] if counts else 0
-
-
-"""Those that count the tokens of the decoder, in a model that has an encoder too."""

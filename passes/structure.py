@@ -26,7 +26,7 @@ from fxseek.passes.facts import (
     needs_grad,
     where,
 )
-from fxseek.passes.rules import Call, argument, operation
+from fxseek.passes.rules import Call, argument, called, operation
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,12 @@ class Structure:
     loss of a classifier, a sum of several), or None; `unrestricted`: operations by which other
     values of tokens are made a part of what is minimised; `pooled`: places in a row that the model
     reads one by one on the way to an objective without token loss, as constants or as nodes that
-    hold positions; `outputs`: what the graph returns; `has_loss`: the loss is among them; `left`:
+    hold positions; `has_loss`: the graph returns the loss; `left`:
     it is left to the caller, who is given values of tokens; `attentions`: attention nodes in order
     (SDPA calls, or the softmax of tokens × tokens); `block_input` and `block_exit`: the stream
     before and after the last attention.
     """
 
-    outputs: tuple[fx.Node, ...]
     has_loss: bool
     left: bool
     losses: tuple[fx.Node, ...]
@@ -79,15 +78,11 @@ class Structure:
             ]
         notes = (
             f"a part of the loss is no cross-entropy over tokens that fxseek can take over the "
-            f"selected ones ({operation(node) or _name(node)}: {where(node)}): it keeps its "
+            f"selected ones ({called(node)}: {where(node)}): it keeps its "
             f"full-token value; its gradients are those of the selected tokens"
             for node in self.unrestricted
         )
         return list(dict.fromkeys(notes))  # one line of the model may make several operations
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def find_structure(
@@ -146,7 +141,6 @@ def find_structure(
         leave = down[0] if down else None
     pooled = () if losses else tuple(_pooled(graph, facts, before))
     return Structure(
-        outputs,
         loss is None and not left and bool(scalars),
         left,
         tuple(losses),

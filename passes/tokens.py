@@ -284,16 +284,11 @@ def _try_rows(later: list[fx.Node], start: fx.Node, facts: Facts) -> list[fx.Nod
         _settle(node, facts)
         settled.append(node)
         plan = facts.plans.get(node)
-        if plan is None or not _reads_rows(plan, region):
+        if plan is None or any(isinstance(x, Full) and x.node in region for x in wants_of(plan)):
             return settled
         if facts.square(node):
             region.add(node)
     return None
-
-
-def _reads_rows(plan: Plan, region: set[fx.Node]) -> bool:
-    """Whether a plan takes every operand of the region with selected rows only."""
-    return not any(isinstance(want, Full) and want.node in region for want in wants_of(plan))
 
 
 __all__ = ["Element", "find_tokens", "follows_choices", "made_from_rows", "per_token"]

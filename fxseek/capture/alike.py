@@ -28,6 +28,7 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
+from fxseek.capture.stand_ins import StandIn
 from fxseek.errors import GraphError
 from fxseek.passes.facts import example, tensors_of
 from fxseek.passes.inline import AS_MODULES, AsModules
@@ -123,10 +124,8 @@ def _call_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 # ---- the patches ---------------------------------------------------------------------------
 
-Override = tuple[Any, str, Callable[[Any], Any]]
 
-
-def overrides() -> list[Override]:
+def overrides() -> list[StandIn]:
     """Methods of Dynamo, and what makes those that take their place; none in another torch."""
     try:
         from torch._dynamo.variables import invoke_subgraph

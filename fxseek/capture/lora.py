@@ -31,7 +31,7 @@ def traceable_target_parameters() -> Iterator[None]:
     if not all(hasattr(wrapper, name) for name in _WRAPPER):
         yield
         return
-    with _REPLACED.on(wrapper, {"_activate_lora": _in_place_of(wrapper._activate_lora)}):
+    with _REPLACED.on(lambda: [(wrapper, "_activate_lora", _in_place_of)]):
         yield
 
 

@@ -9,21 +9,21 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxseek.capture.alike import overrides
+from fxseek.capture.stand_ins import StandIn, StandIns
 
 __all__ = ["capture_settings"]
 
 
 @contextlib.contextmanager
 def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
-    """Settings of the capture: no duck shaping, `warning_once` ignored, and `_settled` questions.
+    """Settings of the capture: no duck shaping, `warning_once` ignored, and `_settlements`.
 
     A module is captured for at most so many kinds of batches (`captures`). `optimize_ddp` would
     split the graph at the buckets of a DistributedDataParallel around the module. Duck shaping
@@ -60,7 +60,7 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
                 skip_fsdp_guards=False,
             ),
             fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
-            _settled(),
+            _SETTLED.on(_settlements),
         ):
             yield
     finally:
@@ -71,13 +71,10 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
             functions.discard(warning_once)
 
 
-_SETTLED = threading.RLock()
-_settled_by = 0  # captures that are under way
-_overridden: list[tuple[type, str, Any]] = []
+_SETTLED = StandIns()
 
 
-@contextlib.contextmanager
-def _settled() -> Iterator[None]:
+def _settlements() -> Iterator[StandIn]:
     """Let Dynamo settle what is known at capture and what it asks a graph for, or gives up on.
 
     - A single uniform draw compared with a number that no draw reaches, as in
@@ -86,36 +83,12 @@ def _settled() -> Iterator[None]:
     - A method of a string that is an attribute of a constant: ``type(x).__module__.startswith``.
     - ``x.requires_grad = value`` where that is its value already.
 
-    Dynamo has no setting for any of them; the methods are put back after the last capture.
+    Dynamo has no setting for any of them. Another release may have another name, and the
+    settlement.
     """
-    global _settled_by
-    with _SETTLED:
-        _settled_by += 1
-    try:
-        with _SETTLED:
-            if not _overridden:
-                _override_dynamo()
-        yield
-    finally:
-        with _SETTLED:
-            _settled_by -= 1
-            while _settled_by == 0 and _overridden:
-                owner, name, before = _overridden.pop()
-                if before is None:
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, before)
-
-
-def _override_dynamo() -> None:
     from torch._dynamo import variables
     from torch._dynamo.variables import builtin, misc
     from torch._dynamo.variables.constant import ConstantVariable
-
-    def override(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-        if hasattr(owner, name):  # another release may have another name, and the settlement
-            _overridden.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, make(getattr(owner, name)))
 
     def comparison(ask: Any) -> Any:
         def as_python_constant(self: Any) -> Any:
@@ -147,15 +120,17 @@ def _override_dynamo() -> None:
 
         return set_attribute
 
-    override(variables.TensorVariable, "as_python_constant", comparison)
-    override(misc.GetAttrVariable, "call_method", text_method)
-    for owner, name in (
-        ("SetAttrBuiltinVariable", "_call_setattr"),  # torch 2.13
-        ("BuiltinVariable", "call_setattr"),
-    ):
-        override(getattr(builtin, owner, None), name, assignment)
-    for place in overrides():
-        override(*place)
+    known: list[StandIn] = [
+        (variables.TensorVariable, "as_python_constant", comparison),
+        (misc.GetAttrVariable, "call_method", text_method),
+        # torch 2.13, and before
+        (getattr(builtin, "SetAttrBuiltinVariable", None), "_call_setattr", assignment),
+        (getattr(builtin, "BuiltinVariable", None), "call_setattr", assignment),
+        *overrides(),
+    ]
+    for owner, name, make in known:
+        if hasattr(owner, name):
+            yield owner, name, make
 
 
 _SWAPPED = {"gt": "lt", "lt": "gt", "ge": "le", "le": "ge"}

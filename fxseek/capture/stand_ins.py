@@ -1,13 +1,16 @@
-"""Attributes of other libraries that are replaced while a step is run."""
+"""Attributes of other libraries that are replaced while a step is captured or run."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ["StandIns"]
+__all__ = ["StandIn", "StandIns"]
+
+StandIn = tuple[Any, str, Callable[[Any], Any]]
+"""An owner, the name of its attribute, and what makes the stand-in of the attribute."""
 
 
 class StandIns:
@@ -19,22 +22,25 @@ class StandIns:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._users = 0
-        self._originals: dict[str, Any] = {}
+        self._before: list[tuple[Any, str, Any]] = []
 
     @contextlib.contextmanager
-    def on(self, owner: Any, stand_ins: Mapping[str, Any]) -> Iterator[None]:
-        """Meanwhile the attributes of `owner` are these; it is the same one in each call."""
+    def on(self, stand_ins: Callable[[], Iterable[StandIn]]) -> Iterator[None]:
+        """Meanwhile attributes are what the first user's `stand_ins` makes of them."""
         with self._lock:
             if self._users == 0:
-                for name, stand_in in stand_ins.items():
-                    self._originals[name] = getattr(owner, name)
-                    setattr(owner, name, stand_in)
+                for owner, name, make in stand_ins():
+                    self._before.append((owner, name, vars(owner).get(name)))
+                    setattr(owner, name, make(getattr(owner, name)))
             self._users += 1
         try:
             yield
         finally:
             with self._lock:
                 self._users -= 1
-                if self._users == 0:
-                    for name in stand_ins:
-                        setattr(owner, name, self._originals.pop(name))
+                while self._users == 0 and self._before:
+                    owner, name, before = self._before.pop()
+                    if before is None:  # inherited
+                        delattr(owner, name)
+                    else:
+                        setattr(owner, name, before)

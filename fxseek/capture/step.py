@@ -33,7 +33,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import CaptureError, FxseekError, InputError
 from fxseek.run.assemble import Step
 
-__all__ = ["SeekStep", "step_of"]
+__all__ = ["SeekStep", "compiled_step", "step_of"]
 
 log = logging.getLogger("fxseek")
 
@@ -49,6 +49,18 @@ def step_of(model: nn.Module) -> SeekStep | None:
     """The compiled step of a model, or None."""
     call = _torch.compiled_call(model)
     return call if isinstance(call, SeekStep) else None
+
+
+def compiled_step(model: nn.Module) -> SeekStep:
+    """The compiled step of a model.
+
+    Raises:
+        InputError: it has none.
+    """
+    step = step_of(model)
+    if step is None:
+        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    return step
 
 
 class SeekStep:
@@ -307,9 +319,8 @@ class SeekStep:
         """The error to raise where hooks on a backward were in the way of a capture."""
         if not isinstance(error, _torch.CaptureFailure):
             return None
-        hooked = [
-            repr(name) if name else "the model" for name in _torch.backward_hooked(self.model)
-        ]
+        names = _torch.backward_hooked(self.model)
+        hooked = [repr(name) if name else "the model" for name in names]
         if any(name.startswith("_global_backward") for name, *_ in self._global_hooks):
             hooked.append("every module (register_module_full_backward_hook)")
         if not hooked:
@@ -414,7 +425,6 @@ def _input_hooks(modules: list[tuple[str, nn.Module]]) -> list[tuple[dict[int, A
     return [
         (module._forward_hooks, key)
         for _, module in modules
-        if module._forward_hooks
         for key, hook in module._forward_hooks.items()
         if "make_inputs_require_grad" in getattr(hook, "__name__", "")
     ]

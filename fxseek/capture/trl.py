@@ -121,5 +121,5 @@ def traceable_log_probs() -> Iterator[None]:
     if module is None or not all(hasattr(module, name) for name in _STAND_INS):
         yield
         return
-    with _REPLACED.on(module, _STAND_INS):
+    with _REPLACED.on(lambda: [(module, name, lambda _, x=x: x) for name, x in _STAND_INS.items()]):
         yield

@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxseek.capture.sharded import refuse_unreduced
-from fxseek.capture.step import SeekStep, step_of
+from fxseek.capture.step import SeekStep, compiled_step
 from fxseek.capture.trl import traceable_log_probs
 from fxseek.errors import GradientMismatch, InputError
 from fxseek.inspect.compare import compare
 from fxseek.inspect.reference import Reference, masked_backprop
-from fxseek.inspect.state import state_of
+from fxseek.inspect.state import devices_of, state_of, without_gradients
 from fxseek.passes.facts import Facts, Rows, example, module_path, needs_grad, tensors_of, where
 from fxseek.passes.rules import Full, Plan, called, operation, wants_of
 from fxseek.reports.step import StepReport
@@ -77,9 +77,7 @@ def check_gradients(
             tolerance and the reference can't tell, since keys or values of all tokens are made from
             a parameter by a plain function, whose result no module's hook sees.
     """
-    step = step_of(model)
-    if step is None:
-        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    step = compiled_step(model)
     refuse_unreduced(model)
     if not model.training:
         raise InputError("check_gradients needs training mode: call model.train() first")
@@ -360,17 +358,14 @@ def _tolerance(step: SeekStep) -> float:
 @contextmanager
 def _put_back(model: nn.Module, step: SeekStep) -> Iterator[Callable[[], None]]:
     """Puts gradients and counts back in the end; the model's state then, and when it is called."""
-    gradients: dict[nn.Parameter, Tensor | None] = {p: p.grad for p in model.parameters()}
     count, last = step.recorder.step, step.recorder.last
-    devices = sorted({p.device.index or 0 for p in gradients if p.device.type == "cuda"})
     restore = state_of(model)
     try:
-        for parameter in gradients:
-            parameter.grad = None
-        with torch.random.fork_rng(devices=devices):
+        with (
+            without_gradients(model.parameters()),
+            torch.random.fork_rng(devices=devices_of(model)),
+        ):
             yield restore
     finally:
         restore()
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
         step.recorder.step, step.recorder.last = count, last

@@ -14,6 +14,9 @@ from fxseek.errors import InputError
 
 __all__ = ["Comparison", "compare"]
 
+_FLOOR = 1e-3
+"""The least that an error is relative to, of the largest entry of all parameters."""
+
 
 class Comparison(NamedTuple):
     """The largest relative error between two sets of gradients, and the parameter it is in."""
@@ -25,13 +28,11 @@ class Comparison(NamedTuple):
 def compare(
     gradients: Mapping[str, Tensor | None],
     reference: Mapping[str, Tensor | None],
-    *,
-    floor: float = 1e-3,
 ) -> Comparison:
     """The largest error of ``gradients``, relative to ``reference``, and where it is.
 
     An error is relative to the largest entry, in magnitude, of that parameter's reference gradient,
-    but at least ``floor`` times the largest of all parameters: a gradient that is zero but for
+    but at least 0.001 of the largest of all parameters: a gradient that is zero but for
     rounding, such as a key bias under full attention, has no relative error to speak of. A missing
     gradient (no entry, or None) counts as zeros. NaN and infinity give an infinite error. Sharded
     gradients are gathered one by one: all processes find the same.
@@ -44,7 +45,7 @@ def compare(
     for name in names:
         wanted = _whole(reference.get(name))
         scales[name] = 0.0 if wanted is None or not wanted.numel() else wanted.abs().max().item()
-    lowest = max(floor * max(scales.values(), default=0.0), torch.finfo(torch.float64).tiny)
+    lowest = max(_FLOOR * max(scales.values(), default=0.0), torch.finfo(torch.float64).tiny)
     worst = Comparison(0.0, names[0] if names else "")
     for name in names:
         got, wanted = _whole(gradients.get(name)), _whole(reference.get(name))

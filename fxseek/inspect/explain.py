@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import fx, nn
 
 from fxseek import _torch
 from fxseek.capture.backend import Made
-from fxseek.capture.step import SeekStep, step_of
+from fxseek.capture.step import SeekStep, compiled_step
 from fxseek.errors import InputError
 from fxseek.passes.facts import example, module_path, tensors_of, where
 from fxseek.passes.ir import Gathered
@@ -150,10 +151,7 @@ def explain(model: nn.Module, /, **batch: Any) -> Explanation:
         InputError: the model is not compiled by fxseek.
         CaptureError, GraphError: as the training step would.
     """
-    step = step_of(model)
-    if step is None:
-        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
-    captured = capture(step, batch)
+    captured = capture(compiled_step(model), batch)
     return _explain(captured.step, captured.inputs)
 
 
@@ -167,10 +165,9 @@ def capture(step: SeekStep, batch: dict[str, Any]) -> Captured:
         return stop
 
     trial = SeekStep(step.model, step.config_for(batch), run=wrap)
-    was_training = step.model.training
     modes = {module: module.training for module in step.model.modules()}
     try:
-        if not was_training:
+        if not step.model.training:
             step.model.train()
         with torch.enable_grad():
             trial(**batch)
@@ -261,14 +258,8 @@ def _bytes_of(node: fx.Node) -> int:
     for item in (node, *node.all_input_nodes):
         for tensor in tensors_of(example(item)):
             if item.op != "placeholder":
-                total += tensor.element_size() * _elements(tensor)
-    return total
-
-
-def _elements(tensor: torch.Tensor) -> int:
-    total = 1
-    for size in tensor.shape:
-        total *= _torch.size_hint(size)
+                elements = math.prod(map(_torch.size_hint, tensor.shape))
+                total += tensor.element_size() * elements
     return total
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxseek.capture.backend import stage_seconds
 from fxseek.capture.sharded import refuse_shards
-from fxseek.capture.step import step_of
+from fxseek.capture.step import compiled_step
 from fxseek.errors import InputError
 from fxseek.inspect.explain import capture
 from fxseek.inspect.memory import (
@@ -24,6 +24,7 @@ from fxseek.inspect.memory import (
     loss_of,
     module_tensors,
 )
+from fxseek.inspect.state import devices_of, without_gradients
 from fxseek.run.assemble import Step
 
 __all__ = ["Profile", "profile"]
@@ -84,9 +85,7 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
             or computes no loss.
         CaptureError, GraphError: as the training step would.
     """
-    step = step_of(model)
-    if step is None:
-        raise InputError("the model is not compiled by fxseek: call fxseek.compile first")
+    step = compiled_step(model)
     refuse_shards(model, "profile")
     if step.config.backend != "eager":
         raise InputError(
@@ -166,12 +165,5 @@ class _Run:
 def _as_before(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Gradients and random generators are put back; meanwhile there are no gradients."""
     leaves = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
-    gradients = [(leaf, leaf.grad) for leaf in {id(x): x for x in leaves}.values()]
-    for leaf, _ in gradients:
-        leaf.grad = None
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for leaf, gradient in gradients:
-            leaf.grad = gradient
+    with without_gradients(leaves), torch.random.fork_rng(devices=devices_of(model)):
+        yield

@@ -22,7 +22,7 @@ from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
-from fxseek.inspect.state import state_of
+from fxseek.inspect.state import devices_of, state_of, without_gradients
 from fxseek.plots import figure_for
 from fxseek.ratios import Fixed
 from fxseek.run.saved import SavedBytes
@@ -193,7 +193,10 @@ def gradient_quality(
     choices = _choices(base, ratios, spans)
     counts = [draws if _draws(config) else 1 for config in choices]
     steps = len(batches) * (1 + sum(counts)) + 1 + len(choices)  # and one that is not timed
-    with _bar(steps, progress) as bar, _measured(model, bar) as measure:
+    from tqdm.auto import tqdm  # of transformers
+
+    progress_bar = tqdm(total=steps, desc="gradient quality", unit="step", disable=not progress)
+    with progress_bar as bar, _measured(model, bar) as measure:
         fulls, ordinary, in_parts = _full(base, measure, batches)
         found = [
             _choice(config, measure, batches, fulls, count)
@@ -231,14 +234,6 @@ def _draws(config: SeekConfig) -> bool:
     return config.is_scored and (
         config.select == "sample" or config.draws_spans or scorer_of(config).draws
     )
-
-
-@contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Any]:
-    from tqdm.auto import tqdm  # of transformers
-
-    with tqdm(total=total, desc="gradient quality", unit="step", disable=not progress) as bar:
-        yield bar
 
 
 class _Taken(NamedTuple):
@@ -318,21 +313,21 @@ def _measured(model: nn.Module, bar: Any) -> Iterator[_Measure]:
     """A model to measure; its call, mode, gradients and state are put back."""
     training = {module: module.training for module in model.modules()}
     before = _torch.compiled_call(model)
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    devices = sorted({p.device.index or 0 for p in gradients if p.device.type == "cuda"})
     if not model.training:
         model.train()
     restore = state_of(model)  # which has the mode too
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        with (
+            torch.enable_grad(),
+            without_gradients(model.parameters()),
+            torch.random.fork_rng(devices=devices_of(model)),
+        ):
             yield _Measure(model, restore, bar)
     finally:
         restore()
         _torch.set_compiled_call(model, before)
         for module, mode in training.items():
             module.training = mode
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
 
 
 def _full(

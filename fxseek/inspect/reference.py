@@ -42,7 +42,7 @@ from fxseek.inspect.lengths import (
     logits_of,
     selected_of,
 )
-from fxseek.inspect.state import state_of
+from fxseek.inspect.state import devices_of, state_of, without_gradients
 
 __all__ = ["Reference", "masked_backprop"]
 
@@ -401,14 +401,9 @@ def _gradients(value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
 
 
 def _sharded_gradients(value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-    before = [p.grad for p in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    value.backward()
-    found = [p.grad for p in parameters]
-    for parameter, gradient in zip(parameters, before, strict=True):
-        parameter.grad = gradient
-    return found
+    with without_gradients(parameters):
+        value.backward()
+        return [p.grad for p in parameters]
 
 
 # ---- the model and its batch -----------------------------------------------------------------
@@ -416,8 +411,7 @@ def _sharded_gradients(value: Tensor, parameters: list[nn.Parameter]) -> list[Te
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """The model's output; every run starts from the same random state and leaves it so."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+    with torch.random.fork_rng(devices=devices_of(model)):
         return model(**inputs)
 
 

@@ -1,14 +1,33 @@
-"""What a forward changes of a model, put back."""
+"""What a step changes of a model, put back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["state_of"]
+__all__ = ["devices_of", "state_of", "without_gradients"]
+
+
+@contextlib.contextmanager
+def without_gradients(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Leaves have no gradients at first, and have their own again in the end."""
+    before = {leaf: leaf.grad for leaf in leaves}
+    for leaf in before:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, gradient in before.items():
+            leaf.grad = gradient
+
+
+def devices_of(model: nn.Module) -> list[int]:
+    """The CUDA devices whose generators a step may move, for `torch.random.fork_rng`."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 def state_of(model: nn.Module) -> Callable[[], None]:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fxseek import _torch
 from fxseek.ops.team import Team, steps_begun, tell
 
-__all__ = ["Chain", "Gathering", "Sharding", "Unshard", "begin", "in_buckets", "whole"]
+__all__ = ["Chain", "Gathering", "Sharding", "Unshard", "begin", "in_buckets"]
 
 _ALIGNED = 16
 """Bytes at whose multiples a shard begins in a buffer: no number is longer."""
@@ -127,7 +127,8 @@ def begin(
     starts: list[int] = []
     length = 0
     for sharding, shard in zip(shardings, shards, strict=True):
-        held = _filled_up(sharding, shard.detach().to(team.device, sharding.dtype))
+        held = shard.detach().to(team.device, sharding.dtype)
+        held = _filled_up(held, sharding.dim, sharding.longest)
         held = held.contiguous().view(-1).view(torch.uint8)
         starts.append(length)
         gap = -len(held) % _ALIGNED
@@ -141,17 +142,12 @@ def begin(
     return Gathering(shardings, starts, received.view(team.count, length), work)
 
 
-def whole(shardings: Sequence[Sharding], shards: Sequence[Tensor]) -> list[Tensor]:
-    """The whole parameters, without gradient, by one all-gather; all are of one team."""
-    return begin(shardings, shards).finish()
-
-
-def _filled_up(sharding: Sharding, shard: Tensor) -> Tensor:
-    missing = sharding.longest - shard.shape[sharding.dim]
+def _filled_up(x: Tensor, dim: int, length: int) -> Tensor:
+    missing = length - x.shape[dim]
     if not missing:
-        return shard
-    behind = shard.dim() - 1 - sharding.dim  # F.pad begins with the last dimension
-    return F.pad(shard, [0, 0] * behind + [0, missing])
+        return x
+    behind = x.dim() - 1 - dim  # F.pad begins with the last dimension
+    return F.pad(x, [0, 0] * behind + [0, missing])
 
 
 def _reduced(shardings: Sequence[Sharding], slopes: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -162,10 +158,7 @@ def _reduced(shardings: Sequence[Sharding], slopes: Sequence[Tensor]) -> Iterato
     before = 2.0 ** (int(math.log2(divisor)) // 2) if divisor >= 1 else 1.0
     rows = []
     for sharding, slope in zip(shardings, slopes, strict=True):
-        missing = sharding.longest * count - slope.shape[sharding.dim]
-        if missing:
-            behind = slope.dim() - 1 - sharding.dim
-            slope = F.pad(slope, [0, 0] * behind + [0, missing])
+        slope = _filled_up(slope, sharding.dim, sharding.longest * count)
         pieces = slope.unflatten(sharding.dim, (count, -1)).movedim(sharding.dim, 0)
         rows.append(pieces.reshape(count, -1))
     sent = torch.cat(rows, dim=1)

@@ -188,11 +188,10 @@ class Put:
 def rows_of_chunk(x: Tensor, rows: Rows, batch: int, chunk: slice) -> Tensor:
     """A chunk of each row's positions."""
     if rows.packed:
-        return x.unflatten(rows.row, (batch, -1))[_at(rows.row + 1, chunk)].flatten(
-            rows.row, rows.row + 1
-        )
-    return x[_at(rows.row, chunk)]
+        apart = x.unflatten(rows.row, (batch, -1))
+        return apart.narrow(rows.row + 1, *_span(chunk)).flatten(rows.row, rows.row + 1)
+    return x.narrow(rows.row, *_span(chunk))
 
 
-def _at(dim: int, chunk: slice) -> tuple[slice, ...]:
-    return (*[slice(None)] * dim, chunk)
+def _span(chunk: slice) -> tuple[int, int]:
+    return chunk.start, chunk.stop - chunk.start

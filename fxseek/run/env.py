@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxseek.ops.shards import in_buckets, whole
+from fxseek.ops.shards import begin, in_buckets
 from fxseek.passes.ir import Gathered, Given, Input, Prefilled, Selected
 from fxseek.passes.unshard import sharding_of
 from fxseek.selecting import Selection
@@ -52,7 +52,7 @@ class Env:
         sharded, shardings = list(found), list(found.values())
         for bucket in in_buckets(shardings):
             shards = [self.read(sharded[place]) for place in bucket]
-            given = whole([shardings[place] for place in bucket], shards)
+            given = begin([shardings[place] for place in bucket], shards).finish()
             self.whole.update(zip([sharded[place] for place in bucket], given, strict=True))
             del given
         try:

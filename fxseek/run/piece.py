@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,18 +28,23 @@ __all__ = [
 
 
 def module_of(piece: Piece, name: str, **modules: nn.Module) -> fx.GraphModule:
-    """A piece as a module; `modules` are those of its parts that are no modules of themselves."""
-    made = {
-        key: modules[key] if key in modules else _module(part) for key, part in piece.parts.items()
-    }
-    return piece.module(name, made)
+    """A piece as a module; it owns no parameters, all values are inputs.
 
-
-def _module(part: Any) -> nn.Module:
-    if isinstance(part, Swept):
-        return ChunkedRegion(part)
-    assert isinstance(part, nn.Module)
-    return part
+    `modules` are those of its parts that are no modules of themselves. Bodies of autograd functions
+    are taken along from the captured module.
+    """
+    graph = piece.graph
+    owner = graph.owning_module or nn.Module()
+    if not piece.parts:
+        return fx.GraphModule(owner, graph, class_name=name)
+    bodies = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    called = {body: operator.attrgetter(body)(owner) for body in bodies}
+    for key, part in piece.parts.items():
+        swept = isinstance(part, Swept)
+        called[key] = modules[key] if key in modules else ChunkedRegion(part) if swept else part
+    made = fx.GraphModule(called, graph, class_name=name)
+    made.graph.lint()
+    return made
 
 
 class Runner:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fxseek import _torch
 from fxseek.ops.autocast import same_autocast
-from fxseek.passes.facts import tensors_of
+from fxseek.passes.facts import ancestors, tensors_of
 from fxseek.passes.rematerialise import Region
 from fxseek.run.boxed import unpack_list, with_source_lines
 from fxseek.run.recipe import Layout, Note, Recipe, Remake
@@ -82,12 +82,7 @@ class _Watched(NamedTuple):
 
     def narrow(self, owners: Set[fx.Node]) -> _Watched:
         """These alone, and what making them takes."""
-        inside, needed = set(self.nodes), set(owners)
-        queue = list(owners)
-        while queue:
-            more = {x for x in queue.pop().all_input_nodes if x in inside} - needed
-            needed |= more
-            queue += more
+        needed = ancestors(owners, set(self.nodes).__contains__)
         nodes = tuple(node for node in self.nodes if node in needed)
         return _Watched(tuple(node for node in nodes if node in owners), nodes, self.last, {}, {})
 

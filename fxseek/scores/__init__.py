@@ -6,8 +6,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
-from fxseek.scores.base import SCORERS, ScoreInputs, Scorer
-from fxseek.scores.every import Every
+from fxseek.scores.base import SCORERS, Every, ScoreInputs, Scorer
 from fxseek.scores.own import Own
 from fxseek.scores.tokenseek import NORMALISATIONS
 

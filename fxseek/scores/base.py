@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fxseek.config import SeekConfig
 
-__all__ = ["SCORERS", "ScoreInputs", "Scorer", "scorer", "step_generator"]
+__all__ = ["SCORERS", "Every", "ScoreInputs", "Scorer", "scorer", "step_generator"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,24 @@ class Scorer(ABC):
             ScoreError: the scores are not finite, or of another shape.
         """
 
-    @abstractmethod
     def mass(self, scores: Tensor, parts: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         """What ``select="sample"`` draws by, and what a ratio such as ``"mass:0.9"`` adds up.
 
-        Nonnegative, never less where the score is better, and 0 where a token is not valid.
+        Nonnegative, never less where the score is better, and 0 where a token is not valid. Where a
+        score says nothing else: the same for all tokens.
 
         Shapes: [batch, tokens].
         """
+        return valid.to(torch.float32)
+
+
+class Every(Scorer):
+    """The score where nothing is ranked: every token is kept, or every one that has a label."""
+
+    def scores(self, given: ScoreInputs, parts: Mapping[str, Tensor]) -> Tensor:
+        """Zeros."""
+        zeros = torch.zeros(given.valid.shape, device=given.valid.device)
+        return zeros.masked_fill(~given.valid, -torch.inf)
 
 
 SCORERS: dict[str, type[Scorer]] = {}

@@ -26,10 +26,6 @@ class Random(Scorer):
         )
         return scores.masked_fill(~valid, -torch.inf)
 
-    def mass(self, scores: Tensor, parts: Mapping[str, Tensor], valid: Tensor) -> Tensor:
-        """The same for all tokens."""
-        return valid.to(torch.float32)
-
 
 @torch.no_grad()
 def random_scores(

@@ -1,18 +1,8 @@
 """Rules by family; importing this package fills the registry."""
 
-from fxseek.passes.rules import (
-    attention,
-    experts,
-    functions,
-    indexing,
-    layout,
-    loss,
-    pointwise,
-    products,
-    quantised,
-    reductions,
-    statistics,
-)
+import importlib
+import pkgutil
+
 from fxseek.passes.rules.registry import (
     RULES,
     Call,
@@ -22,12 +12,10 @@ from fxseek.passes.rules.registry import (
     Plan,
     RowsOf,
     Rule,
-    Sample,
     argument,
     called,
     find_rule,
     operation,
-    rule,
     wants_of,
 )
 
@@ -40,22 +28,12 @@ __all__ = [
     "Plan",
     "RowsOf",
     "Rule",
-    "Sample",
     "argument",
-    "attention",
     "called",
-    "experts",
     "find_rule",
-    "functions",
-    "indexing",
-    "layout",
-    "loss",
     "operation",
-    "pointwise",
-    "products",
-    "quantised",
-    "reductions",
-    "rule",
-    "statistics",
     "wants_of",
 ]
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

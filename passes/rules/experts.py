@@ -18,7 +18,7 @@ Which of several entries with one key comes first doesn't matter.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,17 +41,13 @@ from fxseek.passes.rules.registry import (
     rule,
 )
 
+_K = TypeVar("_K", Order, Groups)
 
-def order_of(call: Call, node: Any) -> Order | None:
-    """The order that a value numbers, or None."""
+
+def rows_as(kind: type[_K], call: Call, node: Any) -> _K | None:
+    """The order that a value numbers, or the groups that it counts; None if it does not."""
     found = call.facts.rows.get(node) if isinstance(node, fx.Node) else None
-    return found if isinstance(found, Order) else None
-
-
-def groups_of(call: Call, node: Any) -> Groups | None:
-    """The groups that a value counts, or None."""
-    found = call.facts.rows.get(node) if isinstance(node, fx.Node) else None
-    return found if isinstance(found, Groups) else None
+    return found if isinstance(found, kind) else None
 
 
 def sort_entries(call: Call, dim: Any) -> Plan | None:
@@ -59,7 +55,7 @@ def sort_entries(call: Call, dim: Any) -> Plan | None:
     keys, name = call.arg(0, "input"), operation(call.node)
     if not is_tensor(keys) or not isinstance(keys, fx.Node) or dim not in (0, -1):
         return None
-    order = order_of(call, keys)
+    order = rows_as(Order, call, keys)
     if order is not None and name == "argsort" and order.over == 1 and not order.inverse:
         return Plan(replace(order, inverse=not order.inverse), inverse, (Kept(keys),))
     of = call.placed(keys)
@@ -78,7 +74,7 @@ def _canonical(rows: Placed) -> Entries:
 
 def divide_order(call: Call) -> Plan | None:
     """``perm // k``, which numbers tokens in the place of entries."""
-    order, by = order_of(call, call.arg(0, "input")), call.arg(1, "other")
+    order, by = rows_as(Order, call, call.arg(0, "input")), call.arg(1, "other")
     if order is None or order.inverse or type(by) is not int or by < 1:
         return None
     if operation(call.node) == "div" and call.node.kwargs.get("rounding_mode") is None:
@@ -93,7 +89,7 @@ def look_up(call: Call, source: Any, index: Any) -> Plan | None:
     """``source[index]`` by one tensor: rows into an order or back, or a table by keys."""
     if not isinstance(source, fx.Node) or not is_tensor(index):
         return None
-    order = order_of(call, index)
+    order = rows_as(Order, call, index)
     if order is not None:
         rows = call.placed(source)
         found = None if rows is None else _ordered(entries_of(rows), order)
@@ -128,7 +124,7 @@ def count_entries(call: Call, keys: Any, count: Any) -> Plan | None:
 def add_up(call: Call, dim: Any) -> Plan | None:
     """A running sum of counts."""
     counts = call.arg(0, "input")
-    groups = groups_of(call, counts)
+    groups = rows_as(Groups, call, counts)
     if groups is None or groups.ends or dim not in (0, -1):
         return None
     args = (Kept(counts), *call.node.args[1:])
@@ -209,7 +205,7 @@ def counts(call: Call) -> Plan | None:
 
 def product_in_groups(call: Call, x: Any, weight: Any, of: Any, *, ends: bool) -> Plan | None:
     """A product of entries, ordered by a key, with the weights of their keys."""
-    groups, rows = groups_of(call, of), call.placed(x)
+    groups, rows = rows_as(Groups, call, of), call.placed(x)
     if groups is None or groups.ends is not ends or not isinstance(rows, Entries):
         return None
     if not is_tensor(weight):
@@ -301,7 +297,7 @@ def grouped_mm_fallback(call: Call) -> Plan | None:
 def index_add(call: Call) -> Plan | None:
     """``base.index_add(0, perm // k, entries)``."""
     base, dim, index, source = (call.node.args[i] for i in range(4))
-    order, rows = order_of(call, index), call.placed(source)
+    order, rows = rows_as(Order, call, index), call.placed(source)
     if order is None or order.inverse or dim != 0 or call.node.kwargs.get("alpha", 1) != 1:
         return None
     if rows != replace(order.of, order=order.sort) or not isinstance(base, fx.Node):
@@ -338,7 +334,7 @@ def invert_order(call: Call) -> Plan | None:
     base, index, value = call.node.args[:3]
     if isinstance(index, tuple) and len(index) == 1:
         (index,) = index
-    order = order_of(call, index)
+    order = rows_as(Order, call, index)
     if order is None or order.over != 1 or order.inverse or not is_tensor(base):
         return None
     if not isinstance(value, fx.Node) or value.target is not torch.arange or len(value.args) != 1:

@@ -271,7 +271,6 @@ def join(call: Call) -> Plan | None:
     "tensor_split",
     "split_with_sizes",
     family="per-token",
-    layout=False,
     cheap=True,
     reason="cuts along a feature dimension; every piece keeps its tokens",
     samples=(
@@ -315,7 +314,6 @@ def cut(call: Call) -> Plan | None:
     "narrow",
     "select",
     family="per-token",
-    layout=False,
     cheap=True,
     reason="slices features or adds dimensions; the token and batch dimensions are taken whole",
     samples=(

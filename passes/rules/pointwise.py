@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxseek.passes.entries import Order
 from fxseek.passes.facts import is_tensor
-from fxseek.passes.rules.experts import divide_order, order_of
+from fxseek.passes.rules.experts import divide_order, rows_as
 from fxseek.passes.rules.registry import (
     Call,
     Full,
@@ -234,7 +235,7 @@ def _binary_calls(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
 )
 def binary(call: Call) -> Plan | None:
     """Functions of several operands under broadcasting; an order divided numbers tokens."""
-    if any(order_of(call, node) is not None for node in call.node.all_input_nodes):
+    if any(rows_as(Order, call, node) is not None for node in call.node.all_input_nodes):
         return divide_order(call) if operation(call.node) in ("div", "floor_divide") else None
     return pointwise_plan(call)
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxseek.passes.entries import Groups
 from fxseek.passes.facts import is_tensor, tensors_of
-from fxseek.passes.rules.experts import add_up, groups_of, sort_entries
+from fxseek.passes.rules.experts import add_up, rows_as, sort_entries
 from fxseek.passes.rules.pointwise import pointwise_plan
 from fxseek.passes.rules.registry import Call, Plan, Sample, rule, whole
 
@@ -151,7 +152,7 @@ def along(call: Call) -> Plan | None:
         in_order = sort_entries(call, dim)
         if in_order is not None:
             return in_order
-    if name == "cumsum" and groups_of(call, source) is not None:
+    if name == "cumsum" and rows_as(Groups, call, source) is not None:
         return add_up(call, dim)
     return _over_features(call, _dims(dim, rank), keepdim=True)
 

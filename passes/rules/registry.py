@@ -236,13 +236,10 @@ class Rule:
 RULES: dict[str, Rule] = {}
 _NAMES: dict[Any, str] = {}
 _METHODS: dict[str, str] = {}
-_QUALIFIED: set[str] = set()
-"""``"namespace::name"``: operations that may be defined later, by a library that is imported."""
 
 ALIASES: dict[str, tuple[Any, ...]] = {
     "add": (operator.add, "__add__", "__radd__"),
     "sub": (operator.sub, torch.subtract, "subtract"),
-    "rsub": (),
     "mul": (operator.mul, torch.multiply, "multiply"),
     "div": (operator.truediv, torch.true_divide, torch.divide, "true_divide", "divide"),
     "floor_divide": (operator.floordiv,),
@@ -267,7 +264,6 @@ ALIASES: dict[str, tuple[Any, ...]] = {
     "movedim": (torch.moveaxis, "moveaxis"),
     "cat": (torch.concat, torch.concatenate),
     "reshape": ("view", "reshape_as", "view_as"),
-    "type_as": (),
     "cross_entropy": (scaled_cross_entropy,),
     "by_weight": (by_weight,),
     "set_item": (set_item,),
@@ -281,8 +277,7 @@ _SPACES: tuple[Any, ...] = (F, torch, _torch.nn_functions(), torch.special, torc
 
 
 def _register_names(name: str) -> None:
-    if "::" in name:
-        _QUALIFIED.add(name)
+    if "::" in name:  # it may be defined later, by a library that is imported
         return
     spellings: list[Any] = list(ALIASES.get(name, ()))
     spellings += [getattr(space, name) for space in _SPACES if hasattr(space, name)]
@@ -336,21 +331,16 @@ def operation(node: fx.Node) -> str | None:
         return _METHODS.get(str(node.target))
     if node.op == "call_function":
         try:
-            return _NAMES.get(node.target) or _qualified(node.target)
+            name = _NAMES.get(node.target) or _torch.qualified_name(node.target)
         except TypeError:  # an unhashable callable is no operation of torch
             return None
+        return name if name in RULES else None
     return None
 
 
 def called(node: fx.Node) -> str:
     """What a node calls, by the name that messages give it."""
     return operation(node) or getattr(node.target, "__name__", str(node.target))
-
-
-def _qualified(target: Any) -> str | None:
-    """The registered name of an operation in `torch.ops`, overloaded or of higher order."""
-    name = _torch.qualified_name(target)
-    return name if name in _QUALIFIED else None
 
 
 def find_rule(node: fx.Node) -> Rule | None:

@@ -22,6 +22,7 @@ from fxseek.passes.ir import Piece, Prefilled, Selected
 from fxseek.passes.normalise import normalise
 from fxseek.passes.sizes import find_sizes
 from fxseek.passes.tokens import find_tokens
+from fxseek.run.piece import module_of
 
 
 @dataclass
@@ -186,7 +187,7 @@ def run_stage(
             given.append(value.detach() if isinstance(value, Tensor) else value)
         else:
             given.append(inputs[item.node])
-    module = stage.module("Stage", {})
+    module = module_of(stage, "Stage")
     return list(module(*given))
 
 

@@ -135,7 +135,9 @@ def generate_by_vllm(monkeypatch: Any) -> list[dict[str, Any]]:
             synchronised.append({})
             super().sync_weights()
 
-        def generate(self, prompts: list[list[int]], images: Any, num_generations: int, **_: Any):
+        def generate(
+            self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None
+        ) -> tuple[Any, ...]:
             words = [
                 [3 + (sum(prompt) + row * 5 + i * 7) % (VOCABULARY - 3) for i in range(4 + row % 3)]
                 for row, prompt in enumerate(prompts)
