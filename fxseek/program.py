@@ -160,7 +160,7 @@ def build(
     on_host: list[fx.Node] = []
     masks: frozenset[Gathered] = frozenset()
     ending = head if head is not None and ends_in(head, outputs) else None
-    cut = then(find_exit, head, outputs, outside)
+    cut = then(find_exit, head, ending, outside)
     parts: Parts | str = ""
     if config.learn_chunk is not None:
         parts = in_parts(then, graph, facts, structure, cut, outputs, carrying, constants, config)
@@ -273,7 +273,7 @@ class Passes:
         name = run.__name__.strip("_")
         try:
             result = run(*args, **kwargs)
-            if isinstance(result, fx.Graph):  # a piece has the modules that it calls later
+            if isinstance(result, fx.Graph):  # a piece gets the modules that it calls only later
                 result.lint()
         except FxseekError:
             raise

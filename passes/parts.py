@@ -32,7 +32,7 @@ from fxseek.passes.facts import Facts, ancestors, descendants, where
 from fxseek.passes.head import Head
 from fxseek.passes.ir import Gathered, Input, Joined, Piece, placeholder_of
 from fxseek.passes.latents import is_expanded
-from fxseek.passes.outputs import Outputs, ends_in
+from fxseek.passes.outputs import Outputs
 from fxseek.passes.outside import Outside
 from fxseek.passes.rules import argument, called, find_rule, operation
 from fxseek.passes.schedule import Schedule
@@ -72,11 +72,11 @@ class Parts:
     draws: bool
 
 
-def find_exit(head: Head | None, outputs: Outputs, outside: Outside | None) -> Exit | None:
-    """Where the model can be cut, or None."""
+def find_exit(head: Head | None, ending: Head | None, outside: Outside | None) -> Exit | None:
+    """Where the model can be cut, or None; `ending`: the head, where the loss is all of its use."""
     if head is None:
         return None
-    if ends_in(head, outputs):
+    if ending is not None:
         return Exit(head.entry, head.rows, head.loss.node)
     if outside is not None and outside.read is not None:
         return Exit(head.entry, head.rows, outside.read)
@@ -142,26 +142,25 @@ def join_values(body: Piece) -> Piece:
     graph = body.graph
     items: dict[fx.Node, Input] = dict(body.placeholders())
     start = next(iter(graph.nodes))
-    for node in graph.find_nodes(op="call_function", target=scatter_rows):
-        _, rows, _, at, *_ = node.args
-        assert isinstance(at, Rows)
-        item = Joined(node.meta["origin"], at)
-        with graph.inserting_before(start):
-            joint = placeholder_of(graph, item)
-        items[joint] = item
-        node.target, node.args = join_rows, (joint, rows)
-    for node in graph.find_nodes(op="call_function", target=pass_kept):
-        value, _, at, *_ = node.args
-        assert isinstance(value, fx.Node)
-        node.target, node.args = pass_joint, (value, _joint_of(value), at)
+    joint: fx.Node | None = None
+    for node in list(graph.nodes):
+        if node.target is scatter_rows:
+            _, rows, _, at, *_ = node.args
+            assert isinstance(at, Rows)
+            item = Joined(node.meta["origin"], at)
+            with graph.inserting_before(start):
+                joint = placeholder_of(graph, item)
+            items[joint] = item
+            node.target, node.args = join_rows, (joint, rows)
+        elif node.target is pass_kept:
+            value, _, at, *_ = node.args
+            assert isinstance(value, fx.Node)
+            node.target, node.args = pass_joint, (value, _joint_of(value) or joint, at)
+    graph.lint()
     return body.edited(items)
 
 
 def _joint_of(expanded: fx.Node) -> Any:
-    """The joint that a value is expanded from."""
-    queue = [expanded]
-    while True:
-        node = queue.pop()
-        if node.target is join_rows:
-            return node.args[0]
-        queue += [x for x in node.all_input_nodes if x.target is join_rows or is_expanded(x)]
+    """A joint that a value is expanded from; None where all of its latents are constants."""
+    made = ancestors([expanded], lambda node: node.target is join_rows or is_expanded(node))
+    return next((node.args[0] for node in made if node.target is join_rows), None)

@@ -83,8 +83,8 @@ def _settlements() -> Iterator[StandIn]:
     - A method of a string that is an attribute of a constant: ``type(x).__module__.startswith``.
     - ``x.requires_grad = value`` where that is its value already.
 
-    Dynamo has no setting for any of them. Another release may have another name, and the
-    settlement.
+    Dynamo has no setting for any of them. A method that a release lacks is left out: it may have
+    been renamed, or the release settles this itself.
     """
     from torch._dynamo import variables
     from torch._dynamo.variables import builtin, misc

@@ -28,12 +28,14 @@ class StandIns:
     def on(self, stand_ins: Callable[[], Iterable[StandIn]]) -> Iterator[None]:
         """Meanwhile attributes are what the first user's `stand_ins` makes of them."""
         with self._lock:
-            if self._users == 0:
-                for owner, name, make in stand_ins():
-                    self._before.append((owner, name, vars(owner).get(name)))
-                    setattr(owner, name, make(getattr(owner, name)))
             self._users += 1
         try:
+            with self._lock:
+                if not self._before:
+                    for owner, name, make in stand_ins():
+                        stand_in = make(getattr(owner, name))
+                        self._before.append((owner, name, vars(owner).get(name)))
+                        setattr(owner, name, stand_in)
             yield
         finally:
             with self._lock:

@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fxseek.config import SeekConfig
 
-__all__ = ["SCORERS", "Every", "ScoreInputs", "Scorer", "scorer", "step_generator"]
+__all__ = ["SCORERS", "Every", "ScoreInputs", "Scorer", "Uniform", "scorer", "step_generator"]
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,25 @@ class Scorer(ABC):
             ScoreError: the scores are not finite, or of another shape.
         """
 
+    @abstractmethod
     def mass(self, scores: Tensor, parts: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         """What ``select="sample"`` draws by, and what a ratio such as ``"mass:0.9"`` adds up.
 
-        Nonnegative, never less where the score is better, and 0 where a token is not valid. Where a
-        score says nothing else: the same for all tokens.
+        Nonnegative, never less where the score is better, and 0 where a token is not valid.
 
         Shapes: [batch, tokens].
         """
+
+
+class Uniform(Scorer):
+    """A score that prefers no token."""
+
+    def mass(self, scores: Tensor, parts: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+        """The same for all tokens."""
         return valid.to(torch.float32)
 
 
-class Every(Scorer):
+class Every(Uniform):
     """The score where nothing is ranked: every token is kept, or every one that has a label."""
 
     def scores(self, given: ScoreInputs, parts: Mapping[str, Tensor]) -> Tensor:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxseek.scores.base import ScoreInputs, Scorer, scorer, step_generator
+from fxseek.scores.base import ScoreInputs, Uniform, scorer, step_generator
 
 __all__ = ["random_scores"]
 
 
 @scorer("random")
-class Random(Scorer):
+class Random(Uniform):
     """Uniform scores."""
 
     draws = True

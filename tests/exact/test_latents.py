@@ -9,7 +9,8 @@ import pytest
 import torch
 from families import FAMILIES
 from models import double_throughout
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tuners import spread
 
 import fxseek
@@ -71,6 +72,48 @@ def test_gradients_are_those_of_expanded_keys_and_values(options, lora, attentio
     learned = program.learned[0].graph
     target = pass_joint if "learn_chunk" in options else pass_kept
     assert len(learned.find_nodes(op="call_function", target=target)) == 2 * layers
+
+
+class FrozenLatent(nn.Module):
+    """Keys and values of a latent without gradient and of one with it."""
+
+    def __init__(self, heads: int = 4, width: int = 16) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.embed = nn.Embedding(20, 32).requires_grad_(False)
+        self.down = nn.Linear(32, 8).requires_grad_(False)
+        self.up = nn.Linear(8, heads * 2 * width)
+        self.rotary = nn.Linear(32, 4)
+        self.query = nn.Linear(32, heads * (width + 4))
+        self.head = nn.Linear(heads * width, 20)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        x = (
+            x
+            + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True)[
+                :, 0
+            ]
+        )
+        made = self.up(self.down(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        shared = self.rotary(x)[:, None].expand(-1, self.heads, -1, -1)
+        key = torch.cat((made[..., : self.width], shared), dim=-1)
+        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, made[..., self.width :], is_causal=True)
+        logits = self.head(mixed.transpose(1, 2).flatten(2))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_latent_without_gradient(chunk):
+    torch.manual_seed(0)
+    model = fxseek.compile(FrozenLatent().double(), 0.5, learn_chunk=chunk)
+    ids = torch.randint(20, (2, 12))
+    fxseek.check_gradients(model, 1e-9, input_ids=ids, labels=ids)
+    program = program_of(model)
+    assert isinstance(program.parts, str) is (chunk is None)
+    target = pass_kept if chunk is None else pass_joint
+    assert program.learned[0].graph.find_nodes(op="call_function", target=target)
 
 
 @pytest.mark.sweep
