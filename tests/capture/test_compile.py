@@ -10,12 +10,12 @@ import pickle
 import re
 from typing import Any
 
+import ddp
 import pytest
 import torch
 import torch.nn.functional as F
 from models import TinyConfig, TinyDecoder, batch, tiny_llama
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import fxseek
 from fxseek.capture.step import step_of
@@ -573,21 +573,10 @@ def test_the_backend_takes_what_is_no_piece_of_another(inputs):
     assert prompt.grad is not None and bool(prompt.grad.any())
 
 
-def test_the_backend_refuses_to_be_split_for_ddp(model, inputs, tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        compiled = torch.compile(
-            model, backend="fxseek", dynamic=True, options=options({"score": "random"})
-        )
-        wrapped = DistributedDataParallel(compiled)  # type: ignore[arg-type]
-        with pytest.raises(Exception, match="optimize_ddp = False"):
-            wrapped(**inputs)
-        with torch._dynamo.config.patch(optimize_ddp=False):
-            wrapped(**inputs).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+def test_the_backend_refuses_to_be_split_for_ddp(tmp_path):
+    ((said, trained),) = ddp.run(ddp.split_worker, tmp_path, processes=1)
+    assert "optimize_ddp = False" in said
+    assert trained
 
 
 def test_the_backend_takes_a_configuration(model, inputs):

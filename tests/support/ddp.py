@@ -1,4 +1,4 @@
-"""What each of two processes does in the tests of DDP.
+"""What processes do in the tests of DDP.
 
 A module of its own, for a spawned process imports the module of its function.
 """
@@ -27,17 +27,19 @@ def rows(first: int, last: int) -> dict[str, Any]:
     return {name: x[first:last] for name, x in batch(37, 4, 13).items()}
 
 
-def run(worker: Callable[..., None], folder: Path, *arguments: Any) -> list[Any]:
-    """What `worker` has saved in each of two processes: `worker(rank, port, folder, ...)`."""
+def run(
+    worker: Callable[..., None], folder: Path, *arguments: Any, processes: int = 2
+) -> list[Any]:
+    """What `worker` has saved in each of some processes: `worker(rank, port, folder, ...)`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(folder), *arguments), nprocs=2)  # type: ignore[attr-defined]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    torch.multiprocessing.spawn(worker, (port, str(folder), *arguments), nprocs=processes)  # type: ignore[attr-defined]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
 
-def _join(rank: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def _join(rank: int, port: int, processes: int = 2) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
 
@@ -51,6 +53,26 @@ def leave() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def split_worker(rank: int, port: int, folder: str) -> None:
+    """What the backend says where Dynamo splits a graph for DDP; and a step where it doesn't."""
+    _join(rank, port, 1)
+    torch.distributed.init_process_group("gloo")
+    model: Any = tiny_llama()
+    wrapped = DistributedDataParallel(
+        torch.compile(model, backend="fxseek", dynamic=True, options={"score": "random"})  # type: ignore[arg-type]
+    )
+    said = ""
+    try:
+        wrapped(**rows(0, 2))
+    except Exception as error:  # Dynamo's own, with the backend's in its text
+        said = str(error)
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        wrapped(**rows(0, 2)).loss.backward()
+    trained = all(p.grad is not None for p in model.parameters())
+    torch.save((said, trained), Path(folder) / f"{rank}.pt")
+    leave()
 
 
 def trl_worker(rank: int, port: int, folder: str, kind: str) -> None:
