@@ -1,4 +1,9 @@
-"""Scores of tokens. A file of this folder that registers a `Scorer` adds one."""
+"""Scores of tokens. A file of this folder that registers a `Scorer` adds one.
+
+No other file changes for a score that is made of what is measured already (`base.py` has what a
+`Scorer` says of itself). What measures something new is found in the graph by
+`passes/score.py`, described in `passes/score_plan.py`, and run by `fxseek/run/score.py`.
+"""
 
 from __future__ import annotations
 

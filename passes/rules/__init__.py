@@ -1,4 +1,9 @@
-"""Rules by family; importing this package fills the registry."""
+"""Rules by family; importing this package fills the registry.
+
+To add one, write a function from a `Call` to a `Plan` under ``@rule(...)`` in the file of its
+family, with samples that prove its law (docs/adding-a-rule.md); a pointwise operation is a name in
+a list of `pointwise.py`. `registry.py` has `Call`, `Plan`, and the spellings of names.
+"""
 
 import importlib
 import pkgutil
