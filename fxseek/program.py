@@ -192,19 +192,19 @@ def build(
         then(use_mask_rows, score.gradient.block, sizes)
 
     prefill = then(extract, graph, prefilled(learn, parts, score))
-    learned = [learn] if isinstance(parts, str) else [parts.body, learn]
+    learned = [(learn, plan)]
+    if isinstance(parts, Parts):
+        learned.append((parts.body, parts.schedule))
     if config.prefill_chunk is not None:
         prefill = then(chunk_tokens, prefill, graph, facts, config.prefill_chunk)
-    prefill = then(use_mask_rows, prefill, sizes, whole=read_whole(learned, score, head))
+    whole_values = read_whole([piece for piece, _ in learned], score, head)
+    prefill = then(use_mask_rows, prefill, sizes, whole=whole_values)
     prefill = then(merge_adapters, prefill)  # the score's block would keep the merged weights
     scored = set(score.scored())
     prefill = then(send_to_host, prefill, [node for node in on_host if node not in scored])
     if any(map(sharding_of, graph.nodes)):
         prefill = then(unshard, prefill, place_by_blocks(prefill, structure))
-        planned = [(learn, plan)]
-        if isinstance(parts, Parts):
-            planned.append((parts.body, parts.schedule))
-        for piece, how in planned:
+        for piece, how in learned:
             assert how.segments is not None  # the caller has chosen recompute="block"
             then(unshard, piece, how.segments)
 

@@ -299,7 +299,7 @@ class _Ditch:
         if not is_tensor(source) or source not in self.compact or found.name == "cat":
             return False
         assert isinstance(source, fx.Node)
-        return numel(node) >= numel(source)
+        return numel(example(node)) >= numel(example(source))
 
     # ---- emission ------------------------------------------------------------------------
 

@@ -300,6 +300,6 @@ def _reached(
     return found
 
 
-def numel(node: fx.Node) -> int:
-    """How many elements the example of a node has."""
-    return math.prod(map(_torch.size_hint, example(node).shape))
+def numel(x: torch.Tensor) -> int:
+    """How many elements an example has; sizes that are symbols count as in the example."""
+    return math.prod(map(_torch.size_hint, x.shape))

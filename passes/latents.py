@@ -225,4 +225,5 @@ def _capacity(node: fx.Node, facts: Facts) -> dict[str, int]:
 
 
 def _bytes(node: fx.Node) -> int:
-    return example(node).element_size() * numel(node)
+    value = example(node)
+    return value.element_size() * numel(value)

@@ -32,10 +32,10 @@ def compare(
     """The largest error of ``gradients``, relative to ``reference``, and where it is.
 
     An error is relative to the largest entry, in magnitude, of that parameter's reference gradient,
-    but at least 0.001 of the largest of all parameters: a gradient that is zero but for
-    rounding, such as a key bias under full attention, has no relative error to speak of. A missing
-    gradient (no entry, or None) counts as zeros. NaN and infinity give an infinite error. Sharded
-    gradients are gathered one by one: all processes find the same.
+    but at least 0.001 of the largest of all parameters: a gradient that is zero but for rounding,
+    such as a key bias under full attention, has no relative error to speak of. A missing gradient
+    (no entry, or None) counts as zeros. NaN and infinity give an infinite error. Sharded gradients
+    are gathered one by one: all processes find the same.
 
     Raises:
         InputError: Two gradients of one parameter have different shapes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from fxseek import _torch
 from fxseek.capture.backend import Made
 from fxseek.capture.step import SeekStep, compiled_step
 from fxseek.errors import InputError
-from fxseek.passes.facts import example, module_path, tensors_of, where
+from fxseek.passes.facts import example, module_path, numel, tensors_of, where
 from fxseek.passes.ir import Gathered
 from fxseek.passes.parts import Parts
 from fxseek.passes.rules import called
@@ -258,8 +257,7 @@ def _bytes_of(node: fx.Node) -> int:
     for item in (node, *node.all_input_nodes):
         for tensor in tensors_of(example(item)):
             if item.op != "placeholder":
-                elements = math.prod(map(_torch.size_hint, tensor.shape))
-                total += tensor.element_size() * elements
+                total += tensor.element_size() * numel(tensor)
     return total
 
 
