@@ -136,16 +136,20 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and no values (`FakeTensor` is public nowhere)."""
+    """Whether a tensor is one of torch.compile's (`FakeTensor` is public nowhere)."""
     return isinstance(tensor, FakeTensor)
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is neither fake nor on the meta device."""
+    return not (tensor.is_meta or is_fake(tensor))
 
 
 def faked(inputs: Sequence[Any]) -> tuple[AbstractContextManager[Any], tuple[Any, ...]]:
     """A mode that computes shapes without values, and the inputs as tensors of it.
 
-    `FakeTensorMode` is what torch.compile itself uses and is public nowhere. In it, parameters of
-    modules are taken as they are. Numbers on the CPU keep their value: a graph that Dynamo has
-    captured for several values of a Python float takes it as a tensor, and asks for its item.
+    Parameters of modules are taken as they are. Numbers on the CPU keep their value: a graph that
+    Dynamo has captured for several values of a float takes it as a tensor, and asks for its item.
     """
     mode = fake_mode()
 
@@ -189,11 +193,7 @@ def mutable_operation(target: Any) -> str | None:
 
 
 def fake_mode() -> FakeTensorMode:
-    """A mode in which tensors have shapes, strides and storages, and no memory.
-
-    Meta tensors alone cannot leave for the CPU, as offloaded keys and values do, and know only
-    the operations that have a meta kernel.
-    """
+    """torch.compile's mode (public nowhere): shapes, strides and storages without memory."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -141,16 +142,25 @@ def _into_unread(node: fx.Node) -> bool:
 _MAKERS = ("empty", "empty_like", "new_empty")
 
 
+@functools.lru_cache
+def _flagged(target: Any) -> inspect.Signature | None:
+    """The signature of a function that can be told to write in place."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # torch's own functions have no such flag
+        return None
+    return signature if "inplace" in signature.parameters else None
+
+
 def _without_flag(
     node: fx.Node,
 ) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
     """A call with ``inplace=True`` without it, wherever the flag was given; else None."""
-    assert callable(node.target)
-    try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):  # torch's own functions have no such flag
+    signature = _flagged(node.target)
+    if signature is None or not node.args:
         return None
-    if bound.arguments.get("inplace") is not True or not node.args:
+    bound = signature.bind(*node.args, **node.kwargs)
+    if bound.arguments.get("inplace") is not True:
         return None
     bound.arguments["inplace"] = False
     written = node.args[0]

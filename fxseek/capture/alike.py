@@ -161,7 +161,11 @@ def overrides() -> list[StandIn]:
 
         return is_reusable
 
-    return [(Module, "call_function", called), (invoke_subgraph, "is_reusable", checked)]
+    return [
+        (Module, "call_function", called),
+        (invoke_subgraph, "is_reusable", checked),
+        (invoke_subgraph, "build_fingerprint_with_pytree", _fingerprint),
+    ]
 
 
 _MOST = 1_000_000
@@ -189,6 +193,33 @@ def _as_region(region: Any, regions: Regions, layer: Any, tx: Any, args: Any, kw
     if first is not layer.value:
         call.meta[AS_MODULES] = _in_place_of(first, layer.value, regions.layers)
     return result
+
+
+def _fingerprint(traced: Any) -> Any:
+    """What Dynamo knows a region's arguments by, without tracing how they are taken apart.
+
+    Dynamo traces pytree's code for each call that has keywords, a third of what a layer that is not
+    traced again costs.
+    """
+    from torch._dynamo.variables import ListVariable, TupleVariable
+    from torch._dynamo.variables.invoke_subgraph import InputFingerprint, classify_vt
+
+    def build(tx: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        leaves: list[tuple[Any, Any]] = []
+
+        def structure(value: Any) -> Any:
+            value = value.realize()
+            if type(value) in (ListVariable, TupleVariable):
+                return type(value), *map(structure, value.items)
+            leaves.append((classify_vt(value), value))
+            return None
+
+        given = [structure(x) for x in args], [(key, structure(x)) for key, x in kwargs.items()]
+        if any(tag is None for tag, _ in leaves):
+            return traced(tx, args, kwargs)
+        return InputFingerprint(leaves, [x.source for _, x in leaves], treespec=given)  # type: ignore[arg-type]
+
+    return build
 
 
 def _last_call(graph: fx.Graph) -> fx.Node | None:
@@ -269,8 +300,7 @@ class _Reuse:
         return self.of_source[source]
 
     def _value(self, source: Any) -> Any:
-        root = self.tx.output.root_tx
-        return source.get_value({"G": root.f_globals, "L": root.f_locals}, {}, self.values)
+        return _value(self.tx, source, self.values)
 
     def _holds(self, check: _Check, source: Any) -> bool:
         try:
@@ -336,6 +366,7 @@ class _Traced:
         """Note the guards; answers whether all of them can be asked of another layer."""
         from torch._dynamo.guards import GUARD_VALUE_DISPATCH, GuardCheckSpec
 
+        values: dict[Any, Any] = {}
         for guard in tx.output.guards:
             source = guard.originating_source
             if not self._is_of(source):
@@ -347,9 +378,15 @@ class _Traced:
             spec = GUARD_VALUE_DISPATCH.get(guard.create_fn_name())
             if not isinstance(spec, GuardCheckSpec):
                 return False
-            expected = spec.get_metadata_fn(guard, tx.output.resolve_source_value(source))
+            expected = spec.get_metadata_fn(guard, _value(tx, source, values))
             self.checks.append(_Check(guard, spec, expected, None))
         return True
+
+
+def _value(tx: Any, source: Any, values: dict[Any, Any]) -> Any:
+    """What a source is of; `values` keeps those of its bases."""
+    root = tx.output.root_tx
+    return source.get_value({"G": root.f_globals, "L": root.f_locals}, {}, values)
 
 
 def _is_of(source: Any, base: Any) -> bool:

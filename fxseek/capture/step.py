@@ -362,7 +362,7 @@ class SeekStep:
         tensors = [x for x in batch.values() if isinstance(x, Tensor)]
         if self._sharded:
             return None  # its parameters exist in a step only
-        if any(x.is_meta or _torch.is_fake(x) for x in (*tensors, *self.model.parameters())):
+        if not all(map(_torch.has_values, (*tensors, *self.model.parameters()))):
             return None
         try:
             with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):

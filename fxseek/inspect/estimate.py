@@ -321,11 +321,16 @@ class _FakeTracker(Tracker):
         return out
 
     def _answer(self, asked: Tensor) -> bool | float | int:
-        if not (asked.is_meta or _torch.is_fake(asked)):
+        if _torch.has_values(asked):
             return asked.item()
         if asked.dtype is torch.bool:
             return asked in self._true
         return 0.0 if asked.dtype.is_floating_point else 0
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """A leaf on the same storage: gradients are its own."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 _ALL = {torch.ops.aten.all.default, torch.ops.aten.all.dim, torch.ops.aten.all.dims}
@@ -347,27 +352,30 @@ class _Run:
         batch: dict[str, Tensor],
     ) -> int:
         """The stages, backward and the optimiser's step; returns how many tokens are kept."""
-        mode = _torch.fake_mode()
+        mode, fake = contextlib.nullcontext(), _alias  # quicker than fake tensors
+        if step.program.config.kv == "offload":  # meta tensors cannot leave for the CPU
+            mode = _torch.fake_mode()
+            fake = mode.from_tensor
         known: dict[int, Tensor] = {}
 
-        def fake(value: Any) -> Any:
+        def stand_in(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             if id(value) not in known:  # tied parameters stay one
-                known[id(value)] = mode.from_tensor(value)
+                known[id(value)] = fake(value)
             return known[id(value)]
 
-        fakes = tuple(map(fake, arguments))
+        inputs = tuple(map(stand_in, arguments))
         mask = batch.get("attention_mask")
         with mode:
-            padding_mask = None if mask is None else read_tokens(fake(mask))
-        trained = [fake(p) for p in model.parameters() if p.requires_grad]
+            padding_mask = None if mask is None else read_tokens(stand_in(mask))
+        trained = [stand_in(p) for p in model.parameters() if p.requires_grad]
         optimiser = self._start(
-            map(fake, module_tensors(model)), map(fake, batch.values()), trained
+            map(stand_in, module_tensors(model)), map(stand_in, batch.values()), trained
         )
         with mode, self._running(), following(step, self.tracker):
             ratio = step.program.config.ratio_at(0)
-            outputs, selection, *_ = step.run(fakes, 0, padding_mask, ratio)
+            outputs, selection, *_ = step.run(inputs, 0, padding_mask, ratio)
             self._finish(loss_of(outputs), trained, optimiser)
         return int(selection.kept.shape[1])
 
@@ -415,6 +423,7 @@ class _Run:
         kernels = Kernels(self.device)
         with kernel(kernels.attend, grouped, aligned), self.tracker, kernels:
             yield
+        self.tracker.stop()
 
     def _finish(
         self, loss: Tensor, trained: Iterable[Tensor], optimiser: torch.optim.Optimizer | None

@@ -103,7 +103,7 @@ class MaskRows:
 
     def _is_causal(self, device: torch.device) -> bool:
         first = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        if _torch.is_fake(first):
+        if not _torch.has_values(first):
             return True
         tokens = self.rows(first).shape[-1]
         columns = torch.arange(tokens, device=device)
@@ -174,12 +174,12 @@ def looks_ahead(masks: Sequence[Mask], kept: Tensor, filled: Tensor | None, toke
     """Whether masks let some of the queries at `kept` read tokens behind them.
 
     All of `masks` are those of one attention. Queries that are `filled` don't count. Waits for the
-    device, unless a mask is known to be causal. Of fake tensors none does.
+    device, unless a mask is known to be causal. Of tensors without values none does.
 
     Shapes: kept, filled [batch, kept].
     """
     hide = len(masks) == 1 or all(mask.shuts for mask in masks)
-    if _torch.is_fake(kept) or (hide and any(mask.known_causal for mask in masks)):
+    if not _torch.has_values(kept) or (hide and any(mask.known_causal for mask in masks)):
         return False
     found = torch.zeros((), dtype=torch.bool, device=kept.device)
     for chunk in slices_of(kept.shape[1], _COMPARED_ROWS):

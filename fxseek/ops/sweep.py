@@ -51,12 +51,12 @@ class Collector(Protocol):
 
 
 def few(chunks: Sequence[_T], like: Tensor | None) -> Iterable[tuple[_T, int]]:
-    """The chunks to run, and how many each stands for: one, where `like` is a real tensor.
+    """The chunks to run, and how many each stands for: one, where `like` has values.
 
-    With a fake one the second stands for all but the first and the last: the others do the same
+    Without them the second stands for all but the first and the last: the others do the same
     over again, and a step of a million tokens has millions.
     """
-    if like is None or not _torch.is_fake(like) or len(chunks) <= 3:
+    if like is None or _torch.has_values(like) or len(chunks) <= 3:
         return [(chunk, 1) for chunk in chunks]
     return [(chunks[0], 1), (chunks[1], len(chunks) - 2), (chunks[-1], 1)]
 

@@ -94,7 +94,7 @@ def tokens_of(report: StepReport, tokenizer: Any, input_ids: Tensor | None = Non
     """
     _check_scored(report)
     tokenizer = check_tokenizer(tokenizer)
-    if report.valid.is_meta or _torch.is_fake(report.valid):
+    if not _torch.has_values(report.valid):
         raise InputError(
             "the report's tensors have no values (they are on the meta device): report a step that "
             "ran on a real device"

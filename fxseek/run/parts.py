@@ -149,7 +149,7 @@ class _Step:
         kept, stops = self.selection.kept, [part.stop for part in self.slots]
         if self.selection.consecutive is not None:
             return stops
-        if _torch.is_fake(kept):
+        if not _torch.has_values(kept):
             ends = [-(-self.tokens * stop // count) for stop in stops]
         else:  # filled slots are behind the others, whatever their positions are
             ends = (kept.cummax(1).values[:, [stop - 1 for stop in stops]].amax(0) + 1).tolist()
@@ -216,7 +216,7 @@ class _Step:
                 part.backward = True
                 torch.autograd.backward(exits, rows_of_chunk(slope, exit_at, batch, slots))
         behind = [x.behind for x in joints.values() if x.behind is not None]
-        if behind and not _torch.is_fake(behind[0]) and bool(torch.stack(behind).any()):
+        if behind and _torch.has_values(behind[0]) and bool(torch.stack(behind).any()):
             raise GraphError(
                 "learning in parts: a token has read a later one, so that its gradient came too "
                 "late. This is a defect of fxseek: please report it with the model's "

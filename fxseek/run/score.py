@@ -423,7 +423,7 @@ def _labelled_first(supervised: Tensor) -> Tensor:
     Shapes: Bool [batch, tokens] → LongTensor [batch, any]. Waits for the device.
     """
     order = supervised.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return order if _torch.is_fake(order) else order[:, : int(supervised.sum(1).max())]
+    return order[:, : int(supervised.sum(1).max())] if _torch.has_values(order) else order
 
 
 def _batch_major(x: Tensor, rows: Rows | None, valid: Tensor) -> Tensor:
