@@ -23,6 +23,7 @@ __all__ = [
     "count_holding",
     "count_kept",
     "count_kept_of_rows",
+    "ranking_of",
     "select_labelled",
     "select_sample",
     "select_topk",
@@ -125,7 +126,7 @@ def count_holding(
     ranked = units
     if spans is not None:
         ranked = over_spans(units.to(dtype) if scores is None else scores, spans, "mean")
-    ranking = _ranking(ranked, _with_required(population.long(), required))
+    ranking = ranking_of(ranked, _with_required(population.long(), required))
     held = units.gather(-1, ranking).cumsum(-1)
     needed = held[:, -1:].to(dtype) * (share * (1 - 1e-9))
     return (held[:, :-1].to(dtype) < needed).sum(-1) + 1
@@ -168,7 +169,7 @@ def select_topk(
         tier = tier + labelled
     if spans is not None:
         scores = over_spans(scores, spans, "mean")
-    ranking = _ranking(scores, _with_required(tier, required))
+    ranking = ranking_of(scores, _with_required(tier, required))
 
     if supervised is not None and not supervised_only:
         tokens = ranking.shape[-1]
@@ -270,7 +271,7 @@ def select_sample(
         uniforms = uniforms.gather(-1, spans)
     priority = share / uniforms
     tier = _with_required(valid.long() + labelled, required)
-    ranking = _ranking(torch.where(labelled, priority, mass), tier)
+    ranking = ranking_of(torch.where(labelled, priority, mass), tier)
     if spans is not None:
         counts = _whole_spans(ranking, spans, labelled, _counts(counts, ranking, k))
     kept, filled = _take(ranking, counts, k, valid)
@@ -337,7 +338,7 @@ def _take(
     return kept.gather(-1, order), filled
 
 
-def _ranking(scores: Tensor, tier: Tensor) -> Tensor:
+def ranking_of(scores: Tensor, tier: Tensor) -> Tensor:
     """Positions of each row, higher tiers first, then higher scores, then lower positions."""
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     by_tier = tier.gather(-1, by_score).argsort(dim=-1, descending=True, stable=True)
