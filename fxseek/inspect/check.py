@@ -19,7 +19,7 @@ from fxseek.capture.trl import traceable_log_probs
 from fxseek.errors import GradientMismatch, InputError
 from fxseek.inspect.compare import compare
 from fxseek.inspect.reference import Reference, masked_backprop
-from fxseek.inspect.state import devices_of, state_of, without_gradients
+from fxseek.inspect.state import as_before, state_of
 from fxseek.passes.facts import Facts, Rows, example, module_path, needs_grad, tensors_of, where
 from fxseek.passes.rules import Full, Plan, called, operation, wants_of
 from fxseek.reports.step import StepReport
@@ -361,10 +361,7 @@ def _put_back(model: nn.Module, step: SeekStep) -> Iterator[Callable[[], None]]:
     count, last = step.recorder.step, step.recorder.last
     restore = state_of(model)
     try:
-        with (
-            without_gradients(model.parameters()),
-            torch.random.fork_rng(devices=devices_of(model)),
-        ):
+        with as_before(model):
             yield restore
     finally:
         restore()

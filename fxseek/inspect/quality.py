@@ -22,7 +22,7 @@ from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
-from fxseek.inspect.state import devices_of, state_of, without_gradients
+from fxseek.inspect.state import as_before, state_of
 from fxseek.plots import figure_for
 from fxseek.ratios import Fixed
 from fxseek.run.saved import SavedBytes
@@ -317,11 +317,7 @@ def _measured(model: nn.Module, bar: Any) -> Iterator[_Measure]:
         model.train()
     restore = state_of(model)  # which has the mode too
     try:
-        with (
-            torch.enable_grad(),
-            without_gradients(model.parameters()),
-            torch.random.fork_rng(devices=devices_of(model)),
-        ):
+        with torch.enable_grad(), as_before(model):
             yield _Measure(model, restore, bar)
     finally:
         restore()
