@@ -340,10 +340,8 @@ def _full(
         if in_parts:
             raise
         log.warning("fxseek: no memory for ordinary backprop: it is done in parts of %s", _PARTS)
-        in_parts = True
         parts = dataclasses.replace(every, learn_chunk=_PARTS, recompute="block", backend="eager")
-        measure.by(parts, batches[0])
-        taken = [measure.take(batch) for batch in batches]
+        return _full(parts, measure, batches)
     ordinary = _told(1.0, 1, taken, (1.0, 1.0, 0.0, 0.0))
     return [one.gradient for one in taken], ordinary, in_parts
 
