@@ -293,9 +293,7 @@ def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def _targets(labels: Tensor, shift: bool) -> Tensor:
     """What each position is to predict, ``[batch, tokens]``; -100 for nothing."""
-    if not shift:
-        return labels
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift else labels
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
