@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -241,7 +241,7 @@ def _check(
     optimizer: object,
     ordinary: object,
     device: str,
-    sizes: dict[str, object],
+    sizes: Mapping[str, object],
 ) -> None:
     problems = []
     for name, value in sizes.items():

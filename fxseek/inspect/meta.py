@@ -107,6 +107,7 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
     def empty(count: int, kind: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=kind, device="meta")
 
+    kind: dict[str, Any] = {"quant_type": "nf4", "bnb_quantized": True}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for path, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear or layer is head:
@@ -127,9 +128,7 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
             offset=empty(1, torch.float32)[0], state2=inner,
         )  # fmt: skip
         packed = empty(-(-layer.weight.numel() // 2), torch.uint8).unsqueeze(1)
-        new.weight = Params4bit(
-            packed, quant_type="nf4", bnb_quantized=True, quant_state=state, module=new
-        )
+        new.weight = Params4bit(packed, **{**kind, "quant_state": state, "module": new})
         new.bias, new.quant_state = layer.bias, state
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
