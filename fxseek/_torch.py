@@ -7,6 +7,7 @@ imports the rest of fxseek, so that `fxseek.passes` may use it.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -365,12 +366,9 @@ def failed_capture(error: BaseException) -> bool:
     """
     if isinstance(error, TorchDynamoException) or getattr(error, "real_stack", None) is not None:
         return True
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__") == "torch._dynamo.convert_frame":
-            return True
-        trace = trace.tb_next
-    return False
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = (frame.f_globals.get("__name__") for frame, _ in frames)
+    return "torch._dynamo.convert_frame" in modules
 
 
 def may_have_raised(error: Exception) -> bool:

@@ -94,10 +94,7 @@ def report(model: nn.Module | None = None) -> StepReport:
         InputError: the model is not compiled by fxseek, no training step has run, or the compiled
             function of the last one is gone. A report that was asked for before stays.
     """
-    if model is None:
-        recorder = latest_recorder()
-    else:
-        recorder = compiled_step(model).recorder
+    recorder = latest_recorder() if model is None else compiled_step(model).recorder
     if model is None and latest_is_released():
         raise InputError(
             "the compiled function of the last step in this thread is gone, and its report with "

@@ -10,18 +10,8 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any
 
-from fxseek.checks import (
-    UNITS,
-    bounds,
-    bytes_of,
-    choice,
-    integer,
-    is_zero,
-    listing,
-    share,
-    shown,
-    weight,
-)
+from fxseek import checks
+from fxseek.checks import listing, shown
 from fxseek.errors import ConfigError
 from fxseek.ratios import Fixed, Labelled, Linear, Mass, Ratio, problems_of, ratio_of
 from fxseek.scores import NORMALISATIONS, SCORERS
@@ -190,7 +180,7 @@ class SeekConfig:
     def budget(self) -> int | None:
         """``memory_budget_bytes`` as a number."""
         given = self.memory_budget_bytes
-        return bytes_of(given) if isinstance(given, str) else given
+        return checks.bytes_of(given) if isinstance(given, str) else given
 
     def on(self, device: str) -> SeekConfig:
         """With what the device decides, such as ``"cpu"``: ``chunk_bytes``, where it is None."""
@@ -268,13 +258,8 @@ class SeekConfig:
         Raises:
             ConfigError: An option is unknown (the closest name is suggested) or has a bad value.
         """
-        base = ratio if isinstance(ratio, SeekConfig) else None
-        unknown = _unknown(options, "option")
-        if base is not None:
-            values = {field.name: getattr(base, field.name) for field in _fields()} | options
-        else:
-            values = {"ratio": ratio} | options
-        return cls._checked(values, unknown)
+        base = ratio._values() if isinstance(ratio, SeekConfig) else {"ratio": ratio}
+        return cls._checked(base | options, "option")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, ready for JSON.
@@ -282,15 +267,15 @@ class SeekConfig:
         Raises:
             ConfigError: ``ratio``, ``score`` or ``loss`` is a callable, which has no plain form.
         """
-        values = {field.name: getattr(self, field.name) for field in _fields()}
+        values = self._values()
         callables = [name for name in _CALLABLES if callable(values[name])]
         if callables:
             raise ConfigError(
                 listing(
                     [
                         f"{name}={shown(values[name])} is a callable and cannot be saved; save "
-                        f"the configuration with {name}={_default(name)!r} and pass the callable "
-                        f"again when you load it: "
+                        f"the configuration with {name}={getattr(SeekConfig, name)!r} and pass "
+                        f"the callable again when you load it: "
                         f"dataclasses.replace(SeekConfig.from_dict(saved), {name}=your_callable)"
                         for name in callables
                     ],
@@ -312,7 +297,7 @@ class SeekConfig:
                 f"SeekConfig.from_dict needs a mapping of field names to values, "
                 f"got {shown(values)}; pass what SeekConfig.to_dict() returned"
             )
-        return cls._checked(values, _unknown(values, "key"))
+        return cls._checked(values, "key")
 
     def to_json(self, indent: int | None = 2) -> str:
         """``to_dict`` as JSON text.
@@ -338,28 +323,23 @@ class SeekConfig:
             ) from error
         return cls.from_dict(values)
 
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @classmethod
-    def _checked(cls, values: Mapping[str, Any], unknown: list[str]) -> SeekConfig:
-        """Builds a configuration, listing unknown names and bad values in one error."""
+    def _checked(cls, values: Mapping[str, Any], kind: str) -> SeekConfig:
+        """Builds a configuration; unknown names, of a `kind`, and bad values are in one error."""
+        unknown = _unknown(values, kind)
         if not unknown:
             return cls(**values)
-        probe = object.__new__(cls)
-        for field in _fields():
-            object.__setattr__(probe, field.name, values.get(field.name, field.default))
+        probe = object.__new__(cls)  # whose other fields have their defaults, by the class
+        vars(probe).update(values)
         raise ConfigError(listing(unknown + _problems(probe)))
-
-
-def _fields() -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(SeekConfig)
-
-
-def _default(name: str) -> Any:
-    return next(field.default for field in _fields() if field.name == name)
 
 
 def _unknown(values: Mapping[Any, Any], kind: str) -> list[str]:
     """One line for each name that is no field, with the closest field suggested."""
-    names = [field.name for field in _fields()]
+    names = [field.name for field in dataclasses.fields(SeekConfig)]
     lines = []
     for name in values:
         if name in names:
@@ -373,36 +353,36 @@ def _unknown(values: Mapping[Any, Any], kind: str) -> list[str]:
 def _problems(config: SeekConfig) -> list[str]:
     """Every reason why ``config`` cannot be used, one line each; empty when it can."""
     lines = [
-        *choice("score", config.score, tuple(SCORERS), callable_too=True),
-        *choice("select", config.select, SELECTS),
-        *choice("gradient_norm", config.gradient_norm, GRADIENT_NORMS),
-        *choice("backend", config.backend, BACKENDS),
-        *choice("recompute", config.recompute, RECOMPUTES),
-        *choice("kv", config.kv, KVS),
-        *choice("kv_grad_dtype", config.kv_grad_dtype, KV_GRAD_DTYPES),
-        *choice("outputs", config.outputs, OUTPUTS),
+        *checks.choice("score", config.score, tuple(SCORERS), callable_too=True),
+        *checks.choice("select", config.select, SELECTS),
+        *checks.choice("gradient_norm", config.gradient_norm, GRADIENT_NORMS),
+        *checks.choice("backend", config.backend, BACKENDS),
+        *checks.choice("recompute", config.recompute, RECOMPUTES),
+        *checks.choice("kv", config.kv, KVS),
+        *checks.choice("kv_grad_dtype", config.kv_grad_dtype, KV_GRAD_DTYPES),
+        *checks.choice("outputs", config.outputs, OUTPUTS),
         *problems_of(config.ratio),
-        *bounds("ratio_bounds", config.ratio_bounds),
-        *share("uniform", config.uniform, "0.5 is half uniform, 1.0 ignores the scores"),
-        *weight("alpha", config.alpha),
-        *weight("beta", config.beta),
-        *choice("normalise", config.normalise, tuple(NORMALISATIONS)),
-        *integer("span", config.span, 1, _MAX_SPAN),
-        *integer("sinks", config.sinks, 0, _MAX_SPAN),
-        *integer("seed", config.seed, 0, _MAX_SEED),
-        *integer("token_dim", config.token_dim, 1, None),
+        *checks.bounds("ratio_bounds", config.ratio_bounds),
+        *checks.share("uniform", config.uniform, "0.5 is half uniform, 1.0 ignores the scores"),
+        *checks.weight("alpha", config.alpha),
+        *checks.weight("beta", config.beta),
+        *checks.choice("normalise", config.normalise, tuple(NORMALISATIONS)),
+        *checks.integer("span", config.span, 1, _MAX_SPAN),
+        *checks.integer("sinks", config.sinks, 0, _MAX_SPAN),
+        *checks.integer("seed", config.seed, 0, _MAX_SEED),
+        *checks.integer("token_dim", config.token_dim, 1, None),
     ]
     for name in _OPTIONAL:
         value = getattr(config, name)
         if name == "memory_budget_bytes" and isinstance(value, str):
-            value = bytes_of(value)
+            value = checks.bytes_of(value)
             if not value:
                 lines.append(
                     f"{name}={shown(getattr(config, name))} is no number of bytes; pass an "
-                    f"integer, or a number and one of {', '.join(UNITS)}, such as '20GiB'"
+                    f"integer, or a number and one of {', '.join(checks.UNITS)}, such as '20GiB'"
                 )
         elif value is not None:
-            lines += integer(name, value, 1, None)
+            lines += checks.integer(name, value, 1, None)
     if config.kv == "offload" and (config.recompute, config.backend) != ("block", "eager"):
         lines.append(
             f"kv='offload' with recompute={shown(config.recompute)} and "
@@ -419,7 +399,7 @@ def _problems(config: SeekConfig) -> list[str]:
             f"loss={shown(config.loss)} is not callable; pass a function "
             f"loss(outputs, batch) -> scalar tensor, or None to use the model's own loss"
         )
-    if config.score == "tokenseek" and is_zero(config.alpha) and is_zero(config.beta):
+    if config.score == "tokenseek" and checks.is_zero(config.alpha) and checks.is_zero(config.beta):
         lines.append(
             f"alpha={shown(config.alpha)} and beta={shown(config.beta)} leave "
             f"score='tokenseek' nothing to rank by; make one of them positive, "

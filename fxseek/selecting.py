@@ -23,6 +23,7 @@ __all__ = [
     "count_holding",
     "count_kept",
     "count_kept_of_rows",
+    "ranking_of",
     "select_labelled",
     "select_sample",
     "select_topk",
@@ -125,7 +126,7 @@ def count_holding(
     ranked = units
     if spans is not None:
         ranked = over_spans(units.to(dtype) if scores is None else scores, spans, "mean")
-    ranking = _ranking(ranked, _with_required(population.long(), required))
+    ranking = ranking_of(ranked, _with_required(population.long(), required))
     held = units.gather(-1, ranking).cumsum(-1)
     needed = held[:, -1:].to(dtype) * (share * (1 - 1e-9))
     return (held[:, :-1].to(dtype) < needed).sum(-1) + 1
@@ -157,22 +158,18 @@ def select_topk(
     their scores and kept whole, but for the last, of which a row keeps the first positions (or the
     labelled one that takes their place).
 
+    `k` is from 1 to tokens; supervised_only needs supervised.
+
     Shapes: scores [batch, tokens], without NaN; valid, supervised Bool [batch, tokens]; counts
     Long [batch]; required Long [batch, any]; spans Long [batch, tokens].
-
-    Raises:
-        ValueError: k is below 1 or above tokens; supervised_only without supervised.
     """
-    _check_count(k, scores.shape[-1])
     labelled = valid if supervised is None else supervised & valid
     tier = valid.long()
     if supervised_only:
-        if supervised is None:
-            raise ValueError("supervised_only needs to know which positions have a label")
         tier = tier + labelled
     if spans is not None:
         scores = over_spans(scores, spans, "mean")
-    ranking = _ranking(scores, _with_required(tier, required))
+    ranking = ranking_of(scores, _with_required(tier, required))
 
     if supervised is not None and not supervised_only:
         tokens = ranking.shape[-1]
@@ -185,9 +182,7 @@ def select_topk(
         ranking = ranking.scatter(-1, ends, torch.where(replaces, pair.flip(-1), pair))
     kept, filled = _take(ranking, counts, k, valid)
     weights = torch.ones_like(kept, dtype=torch.float32)
-    if filled is not None:
-        weights = weights.masked_fill(filled, 0.0)
-    return Selection(kept, weights, filled, spans=spans)
+    return Selection(kept, _without(weights, filled), filled, spans=spans)
 
 
 @torch.no_grad()
@@ -248,23 +243,15 @@ def select_sample(
     its row keeps beside required positions, and the fewer spans a row keeps, the larger weights may
     become.
 
+    `k` is from 1 to tokens, ``uniform`` in (0, 1].
+
     Shapes: mass [batch, tokens], finite and nonnegative; valid, supervised Bool [batch, tokens];
     spans Long [batch, tokens].
 
     Source: Duffield, Lund, Thorup, "Priority sampling for estimation of arbitrary subset sums",
     JACM 54(6), 2007.
-
-    Raises:
-        ConfigError: uniform is outside (0, 1].
-        ValueError: k is below 1 or above tokens.
     """
     tokens = mass.shape[-1]
-    _check_count(k, tokens)
-    if not 0 < uniform <= 1:
-        raise ConfigError(
-            f"uniform is {uniform!r}; it must be above 0 (a token that is never drawn would bias "
-            f"the loss) and at most 1, such as 0.5"
-        )
     labelled = valid if supervised is None else supervised & valid
     dtype = _torch.widest(mass.device)
     mass = mass.to(dtype)
@@ -284,7 +271,7 @@ def select_sample(
         uniforms = uniforms.gather(-1, spans)
     priority = share / uniforms
     tier = _with_required(valid.long() + labelled, required)
-    ranking = _ranking(torch.where(labelled, priority, mass), tier)
+    ranking = ranking_of(torch.where(labelled, priority, mass), tier)
     if spans is not None:
         counts = _whole_spans(ranking, spans, labelled, _counts(counts, ranking, k))
     kept, filled = _take(ranking, counts, k, valid)
@@ -293,17 +280,13 @@ def select_sample(
     size = _counts(counts, ranking, k)
     following = ranking.gather(-1, size.clamp_max(tokens - 1))
     threshold = priority.gather(-1, following).masked_fill(size >= tokens, 0.0)
-    kept_labelled = labelled.gather(-1, kept)
-    if filled is not None:
-        kept_labelled = kept_labelled & ~filled
+    kept_labelled = _without(labelled.gather(-1, kept), filled)
     if required is not None:  # certain to be kept: they stand for themselves alone
         share = share.scatter(-1, required, math.inf)
     weights = (threshold / share.gather(-1, kept)).clamp_min(1.0)
     weights = weights * kept_labelled.sum() / labelled.sum().clamp_min(1)
     weights = weights.masked_fill(~kept_labelled, 1.0).to(torch.float32)
-    if filled is not None:
-        weights = weights.masked_fill(filled, 0.0)
-    return Selection(kept, weights, filled, spans=spans)
+    return Selection(kept, _without(weights, filled), filled, spans=spans)
 
 
 def _whole_spans(ranking: Tensor, spans: Tensor, labelled: Tensor, size: Tensor) -> Tensor:
@@ -324,6 +307,11 @@ def _counts(counts: Tensor | None, ranking: Tensor, k: int) -> Tensor:
     if counts is None:
         return ranking.new_full((ranking.shape[0], 1), k)
     return counts.unsqueeze(-1)
+
+
+def _without(values: Tensor, filled: Tensor | None) -> Tensor:
+    """Values with 0, or False, in slots that are filled up."""
+    return values if filled is None else values.masked_fill(filled, 0)
 
 
 def _with_required(tier: Tensor, required: Tensor | None) -> Tensor:
@@ -350,13 +338,8 @@ def _take(
     return kept.gather(-1, order), filled
 
 
-def _ranking(scores: Tensor, tier: Tensor) -> Tensor:
+def ranking_of(scores: Tensor, tier: Tensor) -> Tensor:
     """Positions of each row, higher tiers first, then higher scores, then lower positions."""
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     by_tier = tier.gather(-1, by_score).argsort(dim=-1, descending=True, stable=True)
     return by_score.gather(-1, by_tier)
-
-
-def _check_count(k: int, tokens: int) -> None:
-    if not 1 <= k <= tokens:
-        raise ValueError(f"{k} positions of {tokens} can't be kept; k must be 1 to {tokens}")

@@ -70,7 +70,6 @@ class Calls:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name (positional ones get the names of the signature)."""
-        batch: dict[str, Any] = {}
         names = [
             name
             for name, parameter in self.signature.parameters.items()
@@ -81,12 +80,10 @@ class Calls:
                 f"{type(self.model).__name__}.forward takes {len(names)} positional arguments "
                 f"and was given {len(args)}: pass tensors by name"
             )
-        batch.update(zip(names, args, strict=False))
-        twice = set(batch) & set(kwargs)
-        if twice:
-            raise InputError(f"argument {sorted(twice)[0]!r} was given twice")
-        batch.update(kwargs)
-        return batch
+        positional = dict(zip(names, args, strict=False))
+        if twice := positional.keys() & kwargs.keys():
+            raise InputError(f"argument {min(twice)!r} was given twice")
+        return positional | kwargs
 
     def has_labels(self, batch: dict[str, Any]) -> bool:
         """Whether a call has labels."""

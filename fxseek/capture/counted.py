@@ -70,11 +70,10 @@ class Counted:
             _torch.mark_dynamic(positions, dim)
         self._given.update({_TOKENS: tokens, POSITIONS: positions})
         module = self.model.get_submodule(self.place.module)
-        hook = module.register_forward_pre_hook(self._hook, with_kwargs=True)
         try:
-            yield
+            with module.register_forward_pre_hook(self._hook, with_kwargs=True):
+                yield
         finally:
-            hook.remove()
             self._given.clear()
 
 

@@ -220,16 +220,15 @@ class Shards:
             )
 
     def _stand_in(self, module: nn.Module, name: str, parameter: Any, sharding: Sharding) -> _Known:
-        known = self._known.get(id(parameter))
-        trained = parameter.requires_grad
-        if known is None or known.sharding != sharding or known.stand_in.requires_grad != trained:
-            empty = torch.empty(sharding.shape, dtype=sharding.dtype, device=sharding.team.device)
-            empty.untyped_storage().resize_(0)
-            stand_in = packed_weight(module, name, empty)
-            if stand_in is None:
-                stand_in = nn.Parameter(empty, requires_grad=trained)
-            known = _Known(parameter, sharding, stand_in)
-        return known
+        known, trained = self._known.get(id(parameter)), parameter.requires_grad
+        if known and known.sharding == sharding and known.stand_in.requires_grad == trained:
+            return known
+        empty = torch.empty(sharding.shape, dtype=sharding.dtype, device=sharding.team.device)
+        empty.untyped_storage().resize_(0)
+        stand_in = packed_weight(module, name, empty)
+        if stand_in is None:
+            stand_in = nn.Parameter(empty, requires_grad=trained)
+        return _Known(parameter, sharding, stand_in)
 
     def mark(self, graph: fx.Graph) -> None:
         """Note on a captured graph which inputs are stand-ins."""
@@ -243,11 +242,8 @@ class Shards:
 
         Gradients of the shards go to the parameters.
         """
-        found = [self._standing.get(id(x)) for x in inputs]
-        return [
-            x if known is None else known.parameter.to_local()
-            for x, known in zip(inputs, found, strict=True)
-        ]
+        found = [(x, self._standing.get(id(x))) for x in inputs]
+        return [x if known is None else known.parameter.to_local() for x, known in found]
 
 
 def collectives_of(program: Program) -> int:
@@ -258,9 +254,7 @@ def collectives_of(program: Program) -> int:
         gathered += [[x.name for x in part.shardings] for part in parts]
     stages = [program.score.reads(), [item.node for item in program.gathered]]
     stages += [[] if program.head is None else program.head.stage.reads()]
-    for nodes in stages:
-        shardings = [sharding_of(node) for node in nodes]
-        gathered.append([x.name for x in shardings if x is not None])
+    gathered += [[x.name for node in nodes if (x := sharding_of(node))] for nodes in stages]
     inputs = program.graph.find_nodes(op="placeholder")
     trained = [x.name for node in inputs if (x := sharding_of(node)) and needs_grad(node)]
     return zlib.crc32(repr((gathered, trained)).encode())
@@ -274,10 +268,6 @@ def _shardings(
 ) -> Iterator[tuple[nn.Module, str, Sharding]]:
     """Each sharded parameter: its module, its name there, and how it is sharded."""
     owners = dict.fromkeys(_fsdp.sharded_modules(x for _, x in modules))
-    if not owners and not any(
-        _fsdp.is_sharded(x) for _, module in modules for x in module._parameters.values()
-    ):
-        return
     by_name = dict(modules)
     teams: dict[Any, Team] = {}
     found: dict[int, Sharding] = {}
@@ -285,14 +275,11 @@ def _shardings(
         for name, parameter in module._parameters.items():
             if not _fsdp.is_sharded(parameter):
                 continue
-            known = found.get(id(parameter))
-            if known is None:
+            if id(parameter) not in found:
                 full = f"{path}.{name}" if path else name
-                owner = _owner(path, by_name, owners)
-                packed = holds_packed(module, name)
-                known = _sharding(full, parameter, owner, teams, kind, packed=packed)
-                found[id(parameter)] = known
-            yield module, name, known
+                owner, packed = _owner(path, by_name, owners), holds_packed(module, name)
+                found[id(parameter)] = _sharding(full, parameter, owner, teams, kind, packed=packed)
+            yield module, name, found[id(parameter)]
 
 
 def _owner(path: str, modules: dict[str, nn.Module], owners: dict[Any, None]) -> nn.Module | None:

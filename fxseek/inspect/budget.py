@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
@@ -121,18 +122,10 @@ def _ladder(
 
 def _largest(peaks: Peaks, ways: Sequence[SeekConfig], budget: int) -> tuple[SeekConfig, int]:
     """The first of some ways that fits, or the last, which needs least; and its peak."""
-    low, high = 0, len(ways) - 1  # ways[high] fits, if any does
-    peak = peaks(ways[high])
-    if peak > budget:
-        return ways[high], peak
-    while low < high:
-        middle = (low + high) // 2
-        found = peaks(ways[middle])
-        if found <= budget:
-            high, peak = middle, found
-        else:
-            low = middle + 1
-    return ways[high], peak
+    at = last = len(ways) - 1  # which fits, if any does
+    if peaks(ways[last]) <= budget:
+        at = bisect.bisect_left(ways, True, hi=last, key=lambda way: peaks(way) <= budget)
+    return ways[at], peaks(ways[at])
 
 
 def _what_fits(model: nn.Module, lean: SeekConfig, peaks: Peaks, least: int) -> str:

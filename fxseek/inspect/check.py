@@ -19,9 +19,10 @@ from fxseek.capture.trl import traceable_log_probs
 from fxseek.errors import GradientMismatch, InputError
 from fxseek.inspect.compare import compare
 from fxseek.inspect.reference import Reference, masked_backprop
-from fxseek.inspect.state import devices_of, state_of, without_gradients
+from fxseek.inspect.state import as_before, state_of
 from fxseek.passes.facts import Facts, Rows, example, module_path, needs_grad, tensors_of, where
 from fxseek.passes.rules import Full, Plan, called, operation, wants_of
+from fxseek.program import Program
 from fxseek.reports.step import StepReport
 
 __all__ = ["GradientCheck", "check_gradients"]
@@ -103,19 +104,20 @@ def check_gradients(
         output = model(**batch)
         (loss or _own_loss)(output, batch).backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        last = step.recorder.last
-        assert last is not None
+        last, latest = step.recorder.last, step.recorder.latest
+        assert last is not None and latest is not None
+        program = latest.program
         for parameter in model.parameters():
             parameter.grad = None
         restore()
         if loss is None:
-            reference = _reference(model, step, last, batch)
+            reference = _reference(model, step, program, last, batch)
         else:
-            reference = _of_outside(model, step, last, batch, loss, fused=fused)
-    allowed = _tolerance(step) if tolerance is None else tolerance
+            reference = _of_outside(model, program, last, batch, loss, fused=fused)
+    allowed = _tolerance(program) if tolerance is None else tolerance
     worst = compare(found, reference.gradients)
     if not worst.error <= allowed:
-        _refuse_hidden_rows(step)
+        _refuse_hidden_rows(program)
         raise GradientMismatch(
             f"the gradient of {worst.name!r} differs from masked full backprop by "
             f"{worst.error:.3g} relative (allowed {allowed:.3g}). If the model draws random "
@@ -126,12 +128,10 @@ def check_gradients(
 
 
 def _reference(
-    model: nn.Module, step: SeekStep, last: StepReport, batch: dict[str, Any]
+    model: nn.Module, step: SeekStep, program: Program, last: StepReport, batch: dict[str, Any]
 ) -> Reference:
     """Masked full backprop of what the step selected."""
-    latest = step.recorder.latest
-    assert latest is not None
-    structure, virtual = latest.program.structure, latest.program.facts.sizes.virtual
+    structure, virtual = program.structure, program.facts.sizes.virtual
     tokens = None if step.counted.place is None else last.tokens
     loss = step.config.loss
     restricted = bool(structure.losses)
@@ -159,7 +159,7 @@ _PER_TOKEN = ("log_probs", "entropy")
 
 def _of_outside(
     model: nn.Module,
-    step: SeekStep,
+    program: Program,
     last: StepReport,
     batch: dict[str, Any],
     loss: Callable[[Any, Mapping[str, Any]], Tensor],
@@ -167,8 +167,6 @@ def _of_outside(
     fused: bool,
 ) -> Reference:
     """Masked full backprop of a loss outside; log-probabilities have their positions' weights."""
-    latest = step.recorder.latest
-    assert latest is not None
 
     def weighed(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
         mask = outputs.label_mask
@@ -181,7 +179,7 @@ def _of_outside(
                 x.register_hook(lambda gradient: gradient * weights.to(gradient.dtype))
         return loss(outputs, batch)
 
-    virtual = latest.program.facts.sizes.virtual
+    virtual = program.facts.sizes.virtual
     with traceable_log_probs():  # of the model's precision, where TRL's are of float32
         return masked_backprop(
             model, batch, last.selected, loss=weighed if fused else loss, virtual=virtual
@@ -286,17 +284,15 @@ class _SelectedCrossEntropy(TorchFunctionMode):
         return tensors and x.data_ptr() == other.data_ptr() and self._scaled(x) is not None
 
 
-def _refuse_hidden_rows(step: SeekStep) -> None:
+def _refuse_hidden_rows(program: Program) -> None:
     """Say where the reference can't cut a gradient that the step cuts.
 
     Raises:
         InputError: rows that a parameter makes reach an operation that reads all of them, and are
             the result of no module on the way.
     """
-    latest = step.recorder.latest
-    assert latest is not None
-    facts = latest.program.facts
-    for node in latest.program.graph.nodes:
+    facts = program.facts
+    for node in program.graph.nodes:
         plan = facts.plans.get(node)
         if not isinstance(plan, Plan) or not isinstance(plan.rows, Rows):
             continue
@@ -342,13 +338,11 @@ def _same_module(node: fx.Node, user: fx.Node) -> bool:
     return all(module in (user.meta.get("nn_module_stack") or ()) for module in innermost)
 
 
-def _tolerance(step: SeekStep) -> float:
+def _tolerance(program: Program) -> float:
     """By the lowest precision among the values that carry gradient."""
-    latest = step.recorder.latest
-    assert latest is not None
     dtypes = {
         tensor.dtype
-        for node in latest.program.graph.nodes
+        for node in program.graph.nodes
         for tensor in tensors_of(example(node))
         if tensor.requires_grad and tensor.dtype in _TOLERANCES
     }
@@ -361,10 +355,7 @@ def _put_back(model: nn.Module, step: SeekStep) -> Iterator[Callable[[], None]]:
     count, last = step.recorder.step, step.recorder.last
     restore = state_of(model)
     try:
-        with (
-            without_gradients(model.parameters()),
-            torch.random.fork_rng(devices=devices_of(model)),
-        ):
+        with as_before(model):
             yield restore
     finally:
         restore()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,15 +194,12 @@ def compare_memory(
     bars: list[MemoryBar] = []
     from tqdm.auto import tqdm  # of transformers
 
-    total = len(tunings) * len(batches) * len(ways)
-    with tqdm(total=total, desc="memory", unit="estimate", disable=not progress) as shown:
-        for batch in batches:
-            for tuning in tunings:
-                for way, given in ways:
-                    given = {"ratio": ratios[0], **options, **given}
-                    found = estimate(config_or_model, tokens, batch, tuning=tuning, **given)
-                    bars.append(MemoryBar(tuning, batch, way, found))
-                    shown.update()
+    cases = list(itertools.product(batches, tunings, ways))
+    with tqdm(cases, desc="memory", unit="estimate", disable=not progress) as shown:
+        for batch, tuning, (way, given) in shown:
+            given = {"ratio": ratios[0], **options, **given}
+            found = estimate(config_or_model, tokens, batch, tuning=tuning, **given)
+            bars.append(MemoryBar(tuning, batch, way, found))
     first = bars[0].estimate
     return MemoryComparison(tuple(bars), first.description.split(",")[0], tokens, first.device)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -146,7 +146,8 @@ def estimate(
         CaptureError, GraphError: as the training step would.
     """
     config = SeekConfig.make(ratio, **options)
-    _check(config, tokens, batch, tuning, optimizer, lora_rank, ordinary, device, shards)
+    sizes = {"tokens": tokens, "batch": batch, "lora_rank": lora_rank, "shards": shards}
+    _check(config, tuning, optimizer, ordinary, device, sizes)
     if shards > 1 and ordinary:
         raise ConfigError(
             f"shards={shards!r} with ordinary={ordinary!r}: FSDP2 without fxseek can't be "
@@ -236,25 +237,17 @@ def _estimated(config: SeekConfig, device: str) -> SeekConfig:
 
 def _check(
     config: SeekConfig,
-    tokens: int,
-    batch: int,
     tuning: str,
     optimizer: object,
-    rank: int,
     ordinary: object,
     device: str,
-    shards: int,
+    sizes: Mapping[str, object],
 ) -> None:
-    problems = [
-        f"{name}={value!r} must be an integer of at least {least}"
-        for name, value, least in (
-            ("tokens", tokens, 2),
-            ("batch", batch, 1),
-            ("lora_rank", rank, 1),
-            ("shards", shards, 1),
-        )
-        if isinstance(value, bool) or not isinstance(value, int) or value < least
-    ]
+    problems = []
+    for name, value in sizes.items():
+        least = 2 if name == "tokens" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            problems.append(f"{name}={value!r} must be an integer of at least {least}")
     if tuning not in TUNINGS:
         problems.append(f"tuning={tuning!r} must be one of {', '.join(map(repr, TUNINGS))}")
     if ordinary not in (False, True, "checkpointing"):

@@ -134,10 +134,6 @@ class _Found(BaseException):
     graph would write them into its attributes.
     """
 
-    def __init__(self, captured: Captured) -> None:
-        super().__init__()
-        self.captured = captured
-
 
 def explain(model: nn.Module, /, **batch: Any) -> Explanation:
     """Capture a training step for this batch and say what it would do; no step is run.
@@ -150,47 +146,15 @@ def explain(model: nn.Module, /, **batch: Any) -> Explanation:
         InputError: the model is not compiled by fxseek.
         CaptureError, GraphError: as the training step would.
     """
-    captured = capture(compiled_step(model), batch)
-    return _explain(captured.step, captured.inputs)
-
-
-def capture(step: SeekStep, batch: dict[str, Any]) -> Captured:
-    """The compiled training step for this batch; nothing is run."""
-
-    def wrap(step: Step, made: Made) -> Callable[..., Any]:
-        def stop(*inputs: Any) -> Any:
-            raise _Found(Captured(step, inputs, made))
-
-        return stop
-
-    trial = SeekStep(step.model, step.config_for(batch), run=wrap)
-    modes = {module: module.training for module in step.model.modules()}
-    try:
-        if not step.model.training:
-            step.model.train()
-        with torch.enable_grad():
-            trial(**batch)
-    except _Found as found:
-        return found.captured
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    raise InputError(
-        "nothing to explain: the model's output does not depend on any parameter that requires "
-        "grad, so a training step has nothing to do"
-    )
-
-
-def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
+    step, inputs, _ = capture(compiled_step(model), batch)
     program = step.program
     facts, score, structure = program.facts, program.score, program.structure
     gathered = {x for piece in program.learned for x in piece.inputs if isinstance(x, Gathered)}
     head = None if program.head is None else program.head.stage
     pieces = [] if score.gradient is None else score.gradient.pieces()
-    pieces = [piece for piece in pieces if piece is not head]
     stages = {
         "prefill": _counts(program.prefill.graph),
-        "score": sum((_counts(piece.graph) for piece in pieces), Counter()),
+        "score": sum((_counts(x.graph) for x in pieces if x is not head), Counter()),
         "gather": Counter({"gather_rows": len(gathered)}),
         "learn": sum((_counts(piece.graph) for piece in program.learned), Counter()),
     }
@@ -224,21 +188,42 @@ def _explain(step: Step, inputs: Sequence[Any]) -> Explanation:
         for piece in program.learned
         for node in piece.general
     )
-    tokens, (fewest, kept), batch, predicted, whole = _predict(step, inputs)
     return Explanation(
-        tokens=tokens,
-        kept=kept,
-        fewest_kept=fewest,
-        batch=batch,
+        **_predict(step, inputs),
         stages=stages,
         fallbacks=fallbacks,
         attentions=len(structure.attentions),
         block_input=_described(structure.block_input),
         notes=tuple(notes),
-        predicted_saved_bytes=predicted,
         ordinary_saved_bytes=_predict_ordinary(program, inputs),
-        whole_bytes=whole,
         program=step.module,
+    )
+
+
+def capture(step: SeekStep, batch: dict[str, Any]) -> Captured:
+    """The compiled training step for this batch; nothing is run."""
+
+    def wrap(step: Step, made: Made) -> Callable[..., Any]:
+        def stop(*inputs: Any) -> Any:
+            raise _Found(Captured(step, inputs, made))
+
+        return stop
+
+    trial = SeekStep(step.model, step.config_for(batch), run=wrap)
+    modes = {module: module.training for module in step.model.modules()}
+    try:
+        if not step.model.training:
+            step.model.train()
+        with torch.enable_grad():
+            trial(**batch)
+    except _Found as found:
+        return found.args[0]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    raise InputError(
+        "nothing to explain: the model's output does not depend on any parameter that requires "
+        "grad, so a training step has nothing to do"
     )
 
 
@@ -253,19 +238,13 @@ def _described(node: fx.Node | None) -> str:
 
 
 def _bytes_of(node: fx.Node) -> int:
-    total = 0
-    for item in (node, *node.all_input_nodes):
-        for tensor in tensors_of(example(item)):
-            if item.op != "placeholder":
-                total += tensor.element_size() * numel(tensor)
-    return total
+    nodes = [item for item in (node, *node.all_input_nodes) if item.op != "placeholder"]
+    tensors = [tensor for item in nodes for tensor in tensors_of(example(item))]
+    return sum(tensor.element_size() * numel(tensor) for tensor in tensors)
 
 
-def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], int, int, int]:
-    """tokens, the fewest and the most kept, batch, the bytes that the learn stage saves.
-
-    And those of values of all tokens that it reads. Found on fake tensors.
-    """
+def _predict(step: Step, inputs: Sequence[Any]) -> dict[str, int]:
+    """Of an `Explanation` the sizes, and the bytes of the step. Found on fake tensors."""
     config, counted = step.program.config, step.program.score.tokens
     mode, fakes = _torch.faked(inputs)
     env = step.env(fakes)
@@ -287,7 +266,14 @@ def _predict(step: Step, inputs: Sequence[Any]) -> tuple[int, tuple[int, int], i
         whole = sum(x.nbytes for node in step.program.whole for x in tensors_of(env.read(node)))
         step.module.get_submodule("gather")(env, selection)
         _, saved_bytes = step.module.get_submodule("learn")(env, selection)
-    return tokens, (fewest, kept), batch, saved_bytes, whole
+    return {
+        "tokens": tokens,
+        "kept": kept,
+        "fewest_kept": fewest,
+        "batch": batch,
+        "predicted_saved_bytes": saved_bytes,
+        "whole_bytes": whole,
+    }
 
 
 def _labels_of_rows(program: Program, inputs: Sequence[Any]) -> torch.Tensor | None:
@@ -296,9 +282,8 @@ def _labels_of_rows(program: Program, inputs: Sequence[Any]) -> torch.Tensor | N
     A causal model, which shifts its labels, may keep one less.
     """
     targets = program.score.targets
-    if not isinstance(program.config.parsed_ratio, Labelled):
-        return None
-    if targets is None or targets.target is None:
+    by_labels = isinstance(program.config.parsed_ratio, Labelled)
+    if not by_labels or targets is None or targets.target is None:
         return None
     for node, value in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
         if _torch.source_name(node) == "labels" and not value.is_meta and value.dim() == 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,41 @@ WORKSPACES: dict[Any, Callable[..., int]] = {
 """Bytes that kernels allocate inside, where they are not small beside their operands."""
 
 
+class _Call(NamedTuple):
+    """The arguments of `scaled_dot_product_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def half(self) -> bool:
+        return self.query.dtype in (torch.float16, torch.bfloat16)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a causal flag is for more keys than queries."""
+        return self.is_causal and self.query.shape[-2] < self.key.shape[-2]
+
+    @property
+    def needs_grad(self) -> bool:
+        operands = (self.query, self.key, self.value)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+
+    def additive(self) -> Tensor | None:
+        """The mask, a boolean one as the fused kernels want it; torch makes one in each call."""
+        mask = self.attn_mask
+        if mask is None or mask.dtype is not torch.bool:
+            return mask
+        zeros = torch.zeros_like(mask, dtype=self.query.dtype)
+        return zeros.masked_fill_(mask.logical_not(), -torch.inf)
+
+
 class Kernels(TorchFunctionMode):
     """`scaled_dot_product_attention` by the kernel that a device takes, on meta tensors.
 
@@ -45,7 +80,8 @@ class Kernels(TorchFunctionMode):
 
     def __init__(self, device: str) -> None:
         super().__init__()
-        self.attend = {"cuda": _attend_cuda, "hopper": _attend_hopper, "cpu": _attend_cpu}[device]
+        attend = {"cuda": _attend_cuda, "hopper": _attend_hopper, "cpu": _attend_cpu}[device]
+        self.attend = lambda *args, **kwargs: attend(_Call(*args, **kwargs))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -74,107 +110,63 @@ def _replacing_attention(attend: Callable[..., Tensor]) -> Iterator[None]:
         functional.scaled_dot_product_attention = own
 
 
-def _attend_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def _attend_cuda(call: _Call) -> Tensor:
     """Flash without a mask in half precision, else the memory-efficient kernel where it can.
 
     Flash wants values as wide as keys.
     """
-    half = query.dtype in (torch.float16, torch.bfloat16)
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = call
     grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     plain = query.dim() == 4 and query.dtype is not torch.float64
     even = query.shape[-1] == value.shape[-1]
-    if plain and half and even and attn_mask is None and query.shape[-1] <= 256:
+    if plain and call.half and even and attn_mask is None and query.shape[-1] <= 256:
         return torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, scale=scale
         )[0]
     if plain and not grouped:
-        mask = _additive(attn_mask, query)
+        mask = call.additive()
         if mask is not None:
             mask = _aligned(mask).expand(*query.shape[:-1], key.shape[-2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, mask, _needs_grad(query, key, value), dropout_p, is_causal,
-            scale=scale,
-        )[0]  # fmt: skip
+            query, key, value, mask, call.needs_grad, dropout_p, is_causal, scale=scale
+        )[0]
     return torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
 
 
-def _attend_hopper(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def _attend_hopper(call: _Call) -> Tensor:
     """Half precision by cuDNN: with a mask, and with keys and values for groups of heads.
 
     A causal flag for more keys than queries is aligned with the last key (`attend_aligned`).
     """
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    aligned = is_causal and query.shape[-2] < key.shape[-2]
-    fits = query.dim() == 4 and half and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-    if fits and aligned and not dropout_p:
+    query, key, value, _, dropout_p, is_causal, scale, _ = call
+    width = query.shape[-1]
+    fits = query.dim() == 4 and call.half and width <= 256 and width % 8 == 0
+    if fits and call.aligned and not dropout_p:
         return attend_in_blocks(query, key, value, scale, CUDNN)
-    if not fits or aligned:
-        return _attend_cuda(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    mask = _additive(attn_mask, query)
+    if not fits or call.aligned:
+        return _attend_cuda(call)
+    mask = call.additive()
     if mask is not None:
         mask = mask.expand(*query.shape[:-1], key.shape[-2])
     return torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, mask, _needs_grad(query, key, value), dropout_p, is_causal, scale=scale
+        query, key, value, mask, call.needs_grad, dropout_p, is_causal, scale=scale
     )[0]
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _attend_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def _attend_cpu(call: _Call) -> Tensor:
     """Whichever kernel torch takes for such tensors on the CPU."""
-    aligned = is_causal and query.shape[-2] < key.shape[-2]
-    if aligned and aligns_on_cpu(query, key, value, dropout_p):
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = call
+    if call.aligned and aligns_on_cpu(query, key, value, dropout_p):
         return attend_in_blocks(query, key, value, scale, ON_CPU)
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    chosen = _torch.sdpa_backend(
-        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **options
-    )
-    if chosen == SDPBackend.FLASH_ATTENTION:
+    if _torch.sdpa_backend(**call._asdict()) == SDPBackend.FLASH_ATTENTION:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query),
-            scale=scale,
-        )[0]  # fmt: skip
+            query, key, value, dropout_p, is_causal, attn_mask=call.additive(), scale=scale
+        )[0]
     return torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, **options
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
-
-
-def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A boolean mask as the fused kernels want it; torch makes one in each call."""
-    if mask is None or mask.dtype is not torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
 
 
 def _aligned(mask: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,13 @@ _COPYING = {
 """What makes keys and values of keys and values: rows replaced, heads repeated, a cast."""
 
 
+@dataclass(slots=True, eq=False)
 class _Block:
     """One storage: its bytes now, and its category, which may be corrected later."""
 
-    __slots__ = ("category", "nbytes", "reference")
-
-    def __init__(self, category: str) -> None:
-        self.category = category
-        self.nbytes = 0
-        self.reference: Any = None
+    category: str = "transients"
+    nbytes: int = 0
+    reference: Any = None
 
 
 class Tracker(TorchDispatchMode):
@@ -87,7 +86,8 @@ class Tracker(TorchDispatchMode):
         self.events: list[tuple[_Block, int]] = []
         self.stages: list[tuple[str, int]] = []
         self._live: dict[int, _Block] = {}
-        self._keeps_kind = False
+        self.keeps_kind = False
+        """Whether copies of keys and values count as keys and values."""
 
     # ---- what the caller says -----------------------------------------------------------
 
@@ -113,18 +113,9 @@ class Tracker(TorchDispatchMode):
 
     def passing(self, nbytes: int) -> None:
         """Bytes that come and go within one operation."""
-        block = _Block("transients")
+        block = _Block()
         self._resized(block, nbytes)
         self._resized(block, 0)
-
-    @contextlib.contextmanager
-    def kinds_kept(self) -> Iterator[None]:
-        """Copies of keys and values count as keys and values meanwhile."""
-        self._keeps_kind = True
-        try:
-            yield
-        finally:
-            self._keeps_kind = False
 
     # ---- what it sees --------------------------------------------------------------------
 
@@ -134,7 +125,7 @@ class Tracker(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             block = self._seen(out)
-            if self._keeps_kind and block is not None and func in _COPYING:
+            if self.keeps_kind and block is not None and func in _COPYING:
                 self._inherit(block, args)
         else:
             for item in tree_leaves(out):
@@ -160,7 +151,7 @@ class Tracker(TorchDispatchMode):
         key = _torch.storage_key(tensor)
         block = self._live.get(key)
         if block is None:
-            block = _Block("transients")
+            block = _Block()
             block.reference = weakref.ref(storage, lambda _: self._gone(key))
             self._live[key] = block
         self._resized(block, -(-storage.nbytes() // self.rounding) * self.rounding)
@@ -201,61 +192,49 @@ class StepMemory:
     stages: tuple[tuple[str, int], ...] = field(repr=False)
 
     @cached_property
-    def _summary(self) -> tuple[int, int, dict[str, int], dict[str, int], dict[str, int]]:
-        now = dict.fromkeys(CATEGORIES, 0)
-        largest, at_peak = dict(now), dict(now)
-        by_stage = {name: 0 for name, _ in self.stages}
-        total = peak = when = 0
-        starts = iter([*self.stages, ("", len(self.changes) + 1)])
-        stage, (following_stage, start) = "", next(starts)
-        for index, (category, change) in enumerate(self.changes):
-            while index >= start:
-                stage, (following_stage, start) = following_stage, next(starts)
-                by_stage[stage] = max(by_stage[stage], total)
-            now[category] += change
-            total += change
-            largest[category] = max(largest[category], now[category])
-            if stage:
-                by_stage[stage] = max(by_stage[stage], total)
-            if total > peak:
-                peak, when, at_peak = total, index, dict(now)
-        return peak, when, at_peak, largest, by_stage
+    def _totals(self) -> list[int]:
+        """All bytes before the changes and after each."""
+        return list(accumulate((change for _, change in self.changes), initial=0))
 
-    @property
+    @cached_property
     def peak_bytes(self) -> int:
         """The most bytes that were alive at once."""
-        return self._summary[0]
+        return max(self._totals)
 
     @property
     def peak_stage(self) -> str:
         """The stage in which that was."""
-        when = self._summary[1]
+        when = max(0, self._totals.index(self.peak_bytes) - 1)
         return next((name for name, start in reversed(self.stages) if start <= when), "before")
 
-    @property
+    @cached_property
     def at_peak(self) -> dict[str, int]:
         """Bytes of each category at the peak; they add up to `peak_bytes`."""
-        return self._summary[2]
+        found = dict.fromkeys(CATEGORIES, 0)
+        for category, change in self.changes[: self._totals.index(self.peak_bytes)]:
+            found[category] += change
+        return found
 
-    @property
+    @cached_property
     def largest(self) -> dict[str, int]:
         """The most bytes that each category had, each at its own time."""
-        return self._summary[3]
+        return {name: max([0, *values]) for name, values in self.over_time().items()}
 
-    @property
+    @cached_property
     def stage_peaks(self) -> dict[str, int]:
         """The most bytes that were alive at once in each stage."""
-        return self._summary[4]
+        found = {name: 0 for name, _ in self.stages}
+        for (name, start), (_, end) in pairwise([*self.stages, ("", len(self.changes))]):
+            if start < len(self.changes):
+                found[name] = max(found[name], *self._totals[start : end + 1])
+        return found
 
     def over_time(self) -> dict[str, list[int]]:
         """Bytes of each category after each change; all lists are as long as `changes`."""
-        series: dict[str, list[int]] = {name: [] for name in CATEGORIES}
-        now = dict.fromkeys(CATEGORIES, 0)
-        for category, change in self.changes:
-            now[category] += change
-            for name, values in series.items():
-                values.append(now[name])
-        return series
+        return {
+            name: list(accumulate(change * (category == name) for category, change in self.changes))
+            for name in CATEGORIES
+        }
 
     def _table(self) -> list[str]:
         lines = [f"  {'':22}{'at the peak':>12}{'at most':>12}"]
@@ -347,33 +326,26 @@ def following(step: Step, tracker: Tracker) -> Iterator[None]:
     constants = {item.node for item in step.program.gathered}
     inside = contextlib.ExitStack()
 
-    def begin(name: str) -> Any:
-        def hook(stage: nn.Module, arguments: tuple[Any, ...]) -> None:
-            tracker.stage(name)
-            if isinstance(stage, Learn):
-                env, selection = arguments
-                tracker.label((x for n, x in env.values.items() if n in kept), "K/V")
-                tracker.label((x for n, x in env.values.items() if n in constants), "constants")
-                tracker.label([*env.rows.values(), *vars(selection).values()], "constants")
-                inside.enter_context(tracker.kinds_kept())
-                inside.enter_context(saved_as_activations(tracker))
-
-        return hook
+    def begin(name: str, stage: nn.Module, arguments: tuple[Any, ...]) -> None:
+        tracker.stage(name)
+        if isinstance(stage, Learn):
+            env, selection = arguments
+            tracker.label((x for n, x in env.values.items() if n in kept), "K/V")
+            tracker.label((x for n, x in env.values.items() if n in constants), "constants")
+            tracker.label([*env.rows.values(), *vars(selection).values()], "constants")
+            tracker.keeps_kind = True
+            inside.callback(setattr, tracker, "keeps_kind", False)
+            inside.enter_context(saved_as_activations(tracker))
 
     def end(stage: nn.Module, *_: Any) -> None:
         if isinstance(stage, Learn):
             inside.close()
 
-    hooks = []
-    for name, stage in module.named_children():
-        hooks.append(stage.register_forward_pre_hook(begin(name)))
-        hooks.append(stage.register_forward_hook(end, always_call=True))
-    try:
+    with inside, contextlib.ExitStack() as hooks:
+        for name, stage in module.named_children():
+            hooks.enter_context(stage.register_forward_pre_hook(partial(begin, name)))
+            hooks.enter_context(stage.register_forward_hook(end, always_call=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        inside.close()
 
 
 def saved_as_activations(tracker: Tracker) -> contextlib.AbstractContextManager[Any]:

@@ -113,7 +113,7 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
         if type(layer) is not nn.Linear or layer is head:
             continue
         with torch.device("meta"):
-            new = Linear4bit(
+            new: Any = Linear4bit(
                 layer.in_features, layer.out_features, layer.bias is not None, dtype,
                 quant_type="nf4",
             )  # fmt: skip
@@ -128,13 +128,8 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
             offset=empty(1, torch.float32)[0], state2=inner,
         )  # fmt: skip
         packed = empty(-(-layer.weight.numel() // 2), torch.uint8).unsqueeze(1)
-        attributes: dict[str, Any] = {
-            "weight": Params4bit(packed, **{**kind, "quant_state": state, "module": new}),
-            "bias": layer.bias,
-            "quant_state": state,
-        }
-        for name, value in attributes.items():
-            setattr(new, name, value)
+        new.weight = Params4bit(packed, **{**kind, "quant_state": state, "module": new})
+        new.bias, new.quant_state = layer.bias, state
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
     for parameter in model.parameters():

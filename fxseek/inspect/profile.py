@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from fxseek.inspect.memory import (
     loss_of,
     module_tensors,
 )
-from fxseek.inspect.state import devices_of, without_gradients
-from fxseek.run.assemble import Step
+from fxseek.inspect.state import as_before
+from fxseek.run.assemble import Ran, Step
 
 __all__ = ["Profile", "profile"]
 
@@ -96,74 +96,49 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
     index = step.recorder.step
     ratio = step.config.ratio_at(index, step.recorder.progress)
     padding_mask = step.calls.padding_mask(batch)
-    run = _Run(model, compiled, (tuple(inputs), index, padding_mask, ratio))
+    run = partial(compiled.run, tuple(inputs), index, padding_mask, ratio)
     tensors = [x for x in batch.values() if isinstance(x, Tensor)]
     tracker = Tracker(tensors[0].device.type)
     tracker.hold(module_tensors(model), "parameters")
     tracker.hold((x for x in inputs if isinstance(x, nn.Parameter)), "parameters")
     tracker.hold(tensors, "constants")
-    with _as_before(model, inputs):
-        kept = run.followed(tracker)
-    with _as_before(model, inputs):
-        seconds, allocated = run.timed()  # warm by now
-    return Profile(
-        **tracker.result(),
-        seconds=seconds,
-        saved_bytes=run.saved_bytes,
-        allocated_bytes=allocated,
-        tokens=run.tokens,
-        kept=kept.shape[1],
-        batch=kept.shape[0],
-        device=tracker.device,
-    )
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.is_leaf]
+    with as_before(model, *leaves), tracker, following(compiled, tracker):
+        _followed(model, run, tracker)
+    with as_before(model, *leaves):
+        figures = _timed(compiled, run)  # warm by now
+    return Profile(**tracker.result(), **figures, device=tracker.device)
 
 
-class _Run:
-    """Runs of the one step that is measured."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        step: Step,
-        arguments: tuple[tuple[Any, ...], int, Tensor | None, float | None],
-    ) -> None:
-        self.model = model
-        self.step = step
-        self.arguments = arguments
-        self.tokens = 0
-        self.saved_bytes = 0
-
-    def timed(self) -> tuple[dict[str, float], int | None]:
-        """Seconds of each stage, and the allocator's peak in bytes."""
-        accelerator = torch.accelerator.is_available()
-        if accelerator:
-            torch.accelerator.reset_peak_memory_stats()
-        seconds: dict[str, float] = {}
-        with stage_seconds(self.step.module, seconds):
-            outputs, _, scores, self.saved_bytes = self.step.run(*self.arguments)
-        self.tokens = scores.valid.shape[1]
-        del scores
-        start = time.perf_counter()
-        loss_of(outputs).backward()
-        if accelerator:
-            torch.accelerator.synchronize()
-        seconds["backward"] = time.perf_counter() - start
-        return seconds, torch.accelerator.max_memory_allocated() if accelerator else None
-
-    def followed(self, tracker: Tracker) -> Tensor:
-        """Memory into the tracker; returns the positions that were kept."""
-        with tracker, following(self.step, tracker):
-            outputs, selection, *_ = self.step.run(*self.arguments)
-            tracker.stage("backward")
-            loss_of(outputs).backward()
-            tracker.label((p.grad for p in self.model.parameters()), "gradients")
-            tracker.stop()
-        return selection.kept
+def _followed(model: nn.Module, run: Callable[[], Ran], tracker: Tracker) -> None:
+    """Memory of the step into the tracker."""
+    ran = run()
+    tracker.stage("backward")
+    loss_of(ran.outputs).backward()
+    tracker.label((p.grad for p in model.parameters()), "gradients")
+    tracker.stop()
 
 
-@contextlib.contextmanager
-def _as_before(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """Gradients and random generators are put back; meanwhile there are no gradients."""
-    leaves = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
-    with without_gradients(leaves), torch.random.fork_rng(devices=devices_of(model)):
-        yield
+def _timed(compiled: Step, run: Callable[[], Ran]) -> dict[str, Any]:
+    """Of a `Profile` all but the memory over time and the device."""
+    accelerator = torch.accelerator.is_available()
+    if accelerator:
+        torch.accelerator.reset_peak_memory_stats()
+    seconds: dict[str, float] = {}
+    with stage_seconds(compiled.module, seconds):
+        outputs, selection, scores, saved_bytes = run()
+    tokens, (batch, kept) = scores.valid.shape[1], selection.kept.shape
+    del scores
+    start = time.perf_counter()
+    loss_of(outputs).backward()
+    if accelerator:
+        torch.accelerator.synchronize()
+    seconds["backward"] = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "saved_bytes": saved_bytes,
+        "allocated_bytes": torch.accelerator.max_memory_allocated() if accelerator else None,
+        "tokens": tokens,
+        "kept": kept,
+        "batch": batch,
+    }

@@ -22,7 +22,7 @@ from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
-from fxseek.inspect.state import devices_of, state_of, without_gradients
+from fxseek.inspect.state import as_before, state_of
 from fxseek.plots import figure_for
 from fxseek.ratios import Fixed
 from fxseek.run.saved import SavedBytes
@@ -317,11 +317,7 @@ def _measured(model: nn.Module, bar: Any) -> Iterator[_Measure]:
         model.train()
     restore = state_of(model)  # which has the mode too
     try:
-        with (
-            torch.enable_grad(),
-            without_gradients(model.parameters()),
-            torch.random.fork_rng(devices=devices_of(model)),
-        ):
+        with torch.enable_grad(), as_before(model):
             yield _Measure(model, restore, bar)
     finally:
         restore()
@@ -344,10 +340,8 @@ def _full(
         if in_parts:
             raise
         log.warning("fxseek: no memory for ordinary backprop: it is done in parts of %s", _PARTS)
-        in_parts = True
         parts = dataclasses.replace(every, learn_chunk=_PARTS, recompute="block", backend="eager")
-        measure.by(parts, batches[0])
-        taken = [measure.take(batch) for batch in batches]
+        return _full(parts, measure, batches)
     ordinary = _told(1.0, 1, taken, (1.0, 1.0, 0.0, 0.0))
     return [one.gradient for one in taken], ordinary, in_parts
 

@@ -22,9 +22,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,7 +131,8 @@ def masked_backprop(
         probed = None
         if tokens is None:
             probed = _run_recorded(inner, inputs, sizes, counting, virtual)
-        layout = _Layout(sizes, probed, {n for n, m in inner.named_modules() if _is_function(m)})
+        functions = {n for n, m in inner.named_modules() if next(m.parameters(), None) is None}
+        layout = _Layout(sizes, probed, functions)
         restore()
         with _hooked(inner, lambda name, call, x: layout.mask(name, call, x, selected)):
             outputs = _run(inner, inputs)
@@ -168,18 +171,15 @@ class _Layout:
 
     def mask(self, name: str, call: int, result: Any, selected: Tensor) -> Any:
         """``result`` of the module's ``call``-th call, with unselected positions detached."""
-        other = None
-        if self.probed is not None and (calls := self.probed[1].get(name)):
-            other = calls[call % len(calls)]  # a checkpointed block runs again in backward
-        index = -1
+        calls = [] if self.probed is None else self.probed[1].get(name, [])
+        # a checkpointed block runs again in backward
+        others = iter(calls[call % len(calls)] if calls else ())
 
         def masked(x: Tensor) -> Tensor:
-            nonlocal index
-            index += 1
+            other = next(others, None)
             if not (x.requires_grad and x.is_floating_point()):
                 return x
-            shape = other[index] if other is not None and index < len(other) else None
-            kind = self._kind(tuple(x.shape), shape)
+            kind = self._kind(tuple(x.shape), other)
             if kind is None or (kind == "packed" and name in self.functions):
                 return x
             size = [1] * x.ndim
@@ -206,13 +206,7 @@ class _Layout:
                 if (*shape[:1], shape[row], other[row]) != ours:
                     row = None  # heads before tokens are fine, anything else is not one token's
             packed = packed and changed == [0] and other[0] == batch * self.probed[0].tokens
-        elif row is not None and packed:
-            packed = False
         return row if row is not None else "packed" if packed else None
-
-
-def _is_function(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is None
 
 
 def _run_recorded(
@@ -259,23 +253,15 @@ def _run_recorded(
 @contextlib.contextmanager
 def _hooked(model: nn.Module, hook: Callable[[str, int, Any], Any]) -> Iterator[None]:
     """Passes every result of every module through ``hook(module name, call number, result)``."""
-    calls: dict[str, int] = defaultdict(int)
-    handles = []
+    calls: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
-    def on(name: str) -> Callable[..., Any]:
-        def forward_hook(module: nn.Module, args: Any, result: Any) -> Any:
-            calls[name] += 1
-            return hook(name, calls[name] - 1, result)
+    def forward_hook(name: str, module: nn.Module, args: Any, result: Any) -> Any:
+        return hook(name, next(calls[name]), result)
 
-        return forward_hook
-
-    try:
+    with contextlib.ExitStack() as handles:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_hook(on(name)))
+            handles.enter_context(module.register_forward_hook(partial(forward_hook, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -307,9 +293,7 @@ def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def _targets(labels: Tensor, shift: bool) -> Tensor:
     """What each position is to predict, ``[batch, tokens]``; -100 for nothing."""
-    if not shift:
-        return labels
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift else labels
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -333,8 +317,7 @@ def _selected_loss(
     items: Tensor | float | None,
 ) -> Tensor:
     """The weighted mean of the cross-entropy over kept positions that have a label."""
-    kept = kept.to(logits.device)
-    targets = targets.to(logits.device)
+    kept, targets = kept.to(logits.device), targets.to(logits.device)
     used = kept >= 0
     at = kept.clamp(min=0)
     # Only kept logits enter, so that no other position's NaN can reach the result.
@@ -364,14 +347,13 @@ def _finds_shift(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, vi
     coarse = logits.dtype in (torch.float16, torch.bfloat16)
     tolerance = 2e-2 if coarse else 1e-4
     distances: dict[bool, float] = {}
-    candidates: dict[bool, float] = {}
+    candidates = {True: math.nan, False: math.nan}
     for shift in (True, False):
         targets = _targets(labels, shift)
         count = (targets != IGNORED).sum()
         if count == 0:
             if own.isnan() or own == 0:
                 return shift  # no position has a label: either way nothing is learned
-            candidates[shift] = math.nan
             continue
         candidates[shift] = (_losses(logits.detach(), targets).sum() / count).item()
         distances[shift] = abs(candidates[shift] - own.item()) / max(abs(own.item()), 1e-12)
@@ -391,19 +373,15 @@ def _gradients(value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
     if not value.requires_grad or not parameters:
         return [torch.zeros_like(p) for p in parameters]
     if any(map(is_sharded, parameters)):  # FSDP2 hands gradients to `.grad` alone
-        found = _sharded_gradients(value, parameters)
+        with without_gradients(parameters):
+            value.backward()
+            found = [p.grad for p in parameters]
     else:
         found = torch.autograd.grad(value, parameters, allow_unused=True)
     return [
         torch.zeros_like(p) if g is None else g.detach()
         for p, g in zip(parameters, found, strict=True)
     ]
-
-
-def _sharded_gradients(value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-    with without_gradients(parameters):
-        value.backward()
-        return [p.grad for p in parameters]
 
 
 # ---- the model and its batch -----------------------------------------------------------------
@@ -418,8 +396,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Calls go to eager modules; what a forward changes is put back, also when the result asks."""
-    calls = [(module, compiled_call(module)) for module in model.modules()]
-    compiled = [(module, call) for module, call in calls if call is not None]
+    compiled = [(x, call) for x in model.modules() if (call := compiled_call(x)) is not None]
     restore = state_of(model)
     try:
         for module, _ in compiled:

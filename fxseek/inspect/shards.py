@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +56,6 @@ class _Pretended(Team):
         self.noted(wholes)
 
 
-class AsSharded(NamedTuple):
-    """What a process would hold, its step, and the step's inputs."""
-
-    held: nn.Module
-    step: Step
-    inputs: Sequence[Any]
-
-
 def as_sharded(
     captured: Captured,
     model: nn.Module,
@@ -71,8 +63,10 @@ def as_sharded(
     processes: int,
     ahead: bool,
     noted: Callable[[Sequence[Tensor]], None],
-) -> AsSharded:
-    """The step of a process that holds one of so many shards of each of a model's parameters.
+) -> tuple[nn.Module, Step, Sequence[Any]]:
+    """What a process would hold, one of so many shards of each of a model's parameters.
+
+    And its step, and the step's inputs.
 
     `ahead`: the next segment's parameters are gathered ahead of their use, as on a GPU; `noted` is
     told of whole parameters, and of those that are received ahead. Quantised weights stay whole, as
@@ -94,9 +88,9 @@ def as_sharded(
         held.register_parameter(str(index), own)
     for index, buffer in enumerate(model.buffers()):
         held.register_buffer(f"buffer_{index}", buffer)
-    graph = captured.graph
-    for node, value in zip(graph.find_nodes(op="placeholder"), captured.inputs, strict=True):
+    nodes = captured.graph.find_nodes(op="placeholder")
+    for node, value in zip(nodes, captured.inputs, strict=True):
         if id(value) in shards:
             mark_sharded(node, shards[id(value)][0])
     inputs = [shards[id(x)][1] if id(x) in shards else x for x in captured.inputs]
-    return AsSharded(held, captured.made(config), inputs)
+    return held, captured.made(config), inputs

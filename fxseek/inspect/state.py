@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["devices_of", "state_of", "without_gradients"]
+__all__ = ["as_before", "devices_of", "state_of", "without_gradients"]
 
 
 @contextlib.contextmanager
@@ -23,6 +23,19 @@ def without_gradients(leaves: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for leaf, gradient in before.items():
             leaf.grad = gradient
+
+
+@contextlib.contextmanager
+def as_before(model: nn.Module, *others: Tensor) -> Iterator[None]:
+    """Gradients and random generators are put back; meanwhile there are no gradients.
+
+    Gradients of the model's parameters, and of `others`.
+    """
+    with (
+        without_gradients([*model.parameters(), *others]),
+        torch.random.fork_rng(devices=devices_of(model)),
+    ):
+        yield
 
 
 def devices_of(model: nn.Module) -> list[int]:

@@ -14,8 +14,6 @@ import math
 from importlib import resources
 from typing import Any
 
-from torch import Tensor
-
 from fxseek.reports.tokens import Scale, Tokens
 
 __all__ = ["framed", "page_of"]
@@ -93,11 +91,9 @@ def _labels(tokens: Tokens, row: int) -> list[int | None] | None:
 
 def _states(tokens: Tokens, row: int) -> list[int]:
     """What each token is, a digit."""
-    labelled = tokens.valid[row] if tokens.labelled is None else tokens.labelled[row]
-    kinds = ((tokens.valid[row], _VALID), (labelled, _LABELLED), (tokens.selected[row], _SELECTED))
-    total = sum((kind.long() * bit for kind, bit in kinds), start=0)
-    assert isinstance(total, Tensor)
-    return total.tolist()
+    valid, selected = tokens.valid[row], tokens.selected[row]
+    labelled = valid if tokens.labelled is None else tokens.labelled[row]
+    return (valid * _VALID + labelled * _LABELLED + selected * _SELECTED).tolist()
 
 
 def _counts(tokens: Tokens, rows: int | slice) -> dict[str, int]:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fxseek.plots import figure_for
 from fxseek.reports.tokens import LEVELS, Scale, Tokens, check_place
 from fxseek.selecting import select_topk
@@ -50,6 +48,7 @@ def draw(tokens: Tokens, path: str | Path | None, row: int, first: int) -> None:
     size = (len(scales) * _COLUMNS * _WIDTH + 0.4, lines * _LINE + 1.5)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(scales), squeeze=False)[0]
+    chosen = set(tokens.selected[row].nonzero().flatten().tolist())
     leftwards = _leftwards("".join(words[i] for i in positions))
     for panel, scale in zip(panels, scales, strict=True):
         alone = _alone(tokens, scale, row)
@@ -59,7 +58,8 @@ def draw(tokens: Tokens, path: str | Path | None, row: int, first: int) -> None:
             level = int(scale.levels[row, i])
             _token(panel, tokens, (row, i), (start, line, width), text, level, scale, i in alone)
         panel.set(xlim=(-0.5, _COLUMNS + 0.5), ylim=(lines + 0.2, -0.2), xticks=[], yticks=[])
-        panel.set_title(_title(tokens, scale, row, alone))
+        both = len(alone & chosen)
+        panel.set_title(f"selected by {scale.name}: {len(alone)}, of which the step keeps {both}")
         _legend(panel, scale)
     of = "" if len(positions) == length else f", tokens {first} to {positions[-1]} of {length}"
     kept = tokens.kept_labelled(row)
@@ -89,11 +89,6 @@ def _alone(tokens: Tokens, scale: Scale, row: int) -> set[int]:
         spans=None if tokens.spans is None else tokens.spans[one],
     )
     return set(found.kept[0].tolist())
-
-
-def _title(tokens: Tokens, scale: Scale, row: int, alone: set[int]) -> str:
-    both = int(tokens.selected[row][torch.tensor(sorted(alone), dtype=torch.int64)].sum())
-    return f"selected by {scale.name}: {len(alone)}, of which the step keeps {both}"
 
 
 def _cells(text: str) -> int:

@@ -96,10 +96,7 @@ def legible(text: str) -> str:
     Of spaces, a single one between or before other characters stays. Invisible characters, and
     those that would turn the direction of the text, become their code, such as ``⟨200B⟩``.
     """
-    if text != " ":
-        text = re.sub(r" {2,}| $", lambda spaces: "·" * len(spaces[0]), text)
-    else:
-        text = "·"
+    text = re.sub(r" {2,}| $", lambda spaces: "·" * len(spaces[0]), text)
     joins = any(not _is_hidden(c) for c in text)  # joiners shape what is beside them
     shown = "".join(
         _SIGNS[c]

@@ -11,6 +11,7 @@ from torch import Tensor
 from fxseek import _torch
 from fxseek.errors import InputError
 from fxseek.reports.texts import check_tokenizer, texts_of
+from fxseek.selecting import ranking_of
 
 if TYPE_CHECKING:
     from fxseek.reports.step import StepReport
@@ -179,9 +180,7 @@ def _scale(name: str, values: Tensor, valid: Tensor, selected: Tensor) -> Scale:
 
 def _ranks(values: Tensor, valid: Tensor) -> Tensor:
     """From 1 for the best valid token of a row; equal ones by position, as they are selected."""
-    order = values.argsort(dim=-1, descending=True, stable=True)
-    first = valid.gather(-1, order).long().argsort(dim=-1, descending=True, stable=True)
-    order = order.gather(-1, first)
+    order = ranking_of(values, valid.long())
     places = torch.arange(1, values.shape[-1] + 1).expand_as(order)
     return torch.zeros_like(order).scatter(-1, order, places).masked_fill(~valid, 0)
 

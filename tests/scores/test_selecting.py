@@ -178,16 +178,6 @@ def test_supervised_only_takes_labels_first():
     assert topk(2, supervised="01011", supervised_only=True) == [3, 4]
     assert topk(4, supervised="01010", supervised_only=True) == [0, 1, 2, 3]
     assert topk(4, valid="01110", supervised="11000", supervised_only=True) == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="which positions have a label"):
-        topk(2, supervised_only=True)
-
-
-@pytest.mark.parametrize("k", [0, 6, -1])
-def test_impossible_counts(k: int):
-    with pytest.raises(ValueError, match="k must be 1 to 5"):
-        topk(k)
-    with pytest.raises(ValueError, match="k must be 1 to 5"):
-        select_sample(SCORES, k, valid=bools("11111"), supervised=None, generator=generator())
 
 
 @st.composite
@@ -397,19 +387,6 @@ def test_draws_come_from_the_generator_alone():
     second = select_sample(mass, 10, valid=valid, supervised=None, generator=source)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(first.kept, second.kept)
-
-
-@pytest.mark.parametrize("uniform", [0.0, -0.5, 1.5, math.nan])
-def test_the_uniform_share_must_leave_everyone_a_chance(uniform: float):
-    with pytest.raises(ConfigError, match="must be above 0"):
-        select_sample(
-            torch.ones(1, 3),
-            1,
-            valid=bools("111"),
-            supervised=None,
-            generator=generator(),
-            uniform=uniform,
-        )
 
 
 def test_rows_without_mass_or_labels():
