@@ -333,7 +333,7 @@ class SeekConfig:
         if not unknown:
             return cls(**values)
         probe = object.__new__(cls)  # whose other fields have their defaults, by the class
-        vars(probe).update(values)
+        vars(probe).update((x, values[x]) for x in cls.__dataclass_fields__ if x in values)
         raise ConfigError(listing(unknown + _problems(probe)))
 
 

@@ -86,8 +86,7 @@ class Tracker(TorchDispatchMode):
         self.events: list[tuple[_Block, int]] = []
         self.stages: list[tuple[str, int]] = []
         self._live: dict[int, _Block] = {}
-        self.keeps_kind = False
-        """Whether copies of keys and values count as keys and values."""
+        self._keeps_kind = False
 
     # ---- what the caller says -----------------------------------------------------------
 
@@ -117,6 +116,15 @@ class Tracker(TorchDispatchMode):
         self._resized(block, nbytes)
         self._resized(block, 0)
 
+    @contextlib.contextmanager
+    def kinds_kept(self) -> Iterator[None]:
+        """Copies of keys and values count as keys and values meanwhile."""
+        self._keeps_kind = True
+        try:
+            yield
+        finally:
+            self._keeps_kind = False
+
     # ---- what it sees --------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -125,7 +133,7 @@ class Tracker(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             block = self._seen(out)
-            if self.keeps_kind and block is not None and func in _COPYING:
+            if self._keeps_kind and block is not None and func in _COPYING:
                 self._inherit(block, args)
         else:
             for item in tree_leaves(out):
@@ -333,8 +341,7 @@ def following(step: Step, tracker: Tracker) -> Iterator[None]:
             tracker.label((x for n, x in env.values.items() if n in kept), "K/V")
             tracker.label((x for n, x in env.values.items() if n in constants), "constants")
             tracker.label([*env.rows.values(), *vars(selection).values()], "constants")
-            tracker.keeps_kind = True
-            inside.callback(setattr, tracker, "keeps_kind", False)
+            inside.enter_context(tracker.kinds_kept())
             inside.enter_context(saved_as_activations(tracker))
 
     def end(stage: nn.Module, *_: Any) -> None:

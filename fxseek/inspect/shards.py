@@ -64,9 +64,7 @@ def as_sharded(
     ahead: bool,
     noted: Callable[[Sequence[Tensor]], None],
 ) -> tuple[nn.Module, Step, Sequence[Any]]:
-    """What a process would hold, one of so many shards of each of a model's parameters.
-
-    And its step, and the step's inputs.
+    """What a process holds that has one of so many shards of each parameter, its step and inputs.
 
     `ahead`: the next segment's parameters are gathered ahead of their use, as on a GPU; `noted` is
     told of whole parameters, and of those that are received ahead. Quantised weights stay whole, as
