@@ -17,7 +17,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention, flash_sdp_e
 from torch.utils.checkpoint import checkpoint
 
 from fxseek.ops import masks
-from fxseek.ops.aligned import attend_aligned
+from fxseek.ops.aligned import attend_aligned, fold, unfold
 from fxseek.ops.masks import MaskRows
 from fxseek.ops.sweep import Cat, slices_of, sweep
 
@@ -174,10 +174,9 @@ def attend_all(
     """
     if isinstance(attn_mask, Tensor):
         attn_mask = MaskRows.of(attn_mask)
-    tokens = query.shape[-2]
     if attn_mask.causal(query.device):
         return attend(query, key, value, **{**options, "is_causal": True})
-    at = torch.arange(tokens, device=query.device)[None]
+    at = torch.arange(query.shape[-2], device=query.device)[None]
     return attend_in_chunks(attend, query, key, value, at, attn_mask, **options)
 
 
@@ -237,7 +236,7 @@ def attend_rows(
     if isinstance(mask, CausalRows):
         if mask.consecutive and mask.is_flag(query, key, value, dropout_p, enable_gqa):
             end = mask.consecutive.stop
-            key, value = (_up_to(x, end) for x in (key, value))
+            key, value = (x if x.shape[-2] == end else x[..., :end, :] for x in (key, value))
             options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
             return attend_last(query, key, value, **options)
         mask = mask.made(key.shape[-2])
@@ -262,11 +261,6 @@ def attend_rows(
         if mask.dtype not in (torch.bool, query.dtype):
             mask = mask.to(query.dtype)  # shared by layers of other precision
     return attention(query, key, value, attn_mask=mask, **options)
-
-
-def _up_to(x: Tensor, end: int) -> Tensor:
-    """The first `end` keys or values."""
-    return x if x.shape[-2] == end else x[..., :end, :]
 
 
 def _cut_to(mask: Tensor, key: Tensor) -> Tensor:
@@ -310,12 +304,12 @@ def shared_mask(
 
 def _folded(mask: Tensor, query: Tensor, kv_heads: int) -> Tensor:
     """A mask for queries of which each key head has its whole group."""
-    groups = (kv_heads, query.shape[1] // kv_heads)
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask.expand(-1, -1, query.shape[2], -1)
     if mask.shape[1] == 1:
-        return mask.unsqueeze(2).expand(-1, -1, groups[1], -1, -1).flatten(2, 3)
-    return mask.unflatten(1, groups).flatten(2, 3)
+        groups = query.shape[1] // kv_heads
+        return mask.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    return fold(mask, kv_heads)
 
 
 def attend_folded(
@@ -326,16 +320,9 @@ def attend_folded(
     Shapes: query [batch, heads, kept, width]; key, value [batch, kv_heads, keys, width]; attn_mask
     broadcastable to [batch, heads, kept, keys], or folded already → [batch, heads, kept, width].
     """
-    heads, kept = query.shape[1:3]
-    kv_heads = key.shape[1]
-    groups = (kv_heads, heads // kv_heads)
-    if attn_mask.dim() < 4 or attn_mask.shape[2] != groups[1] * kept:
+    (heads, kept), kv_heads = query.shape[1:3], key.shape[1]
+    groups = heads // kv_heads
+    if attn_mask.dim() < 4 or attn_mask.shape[2] != groups * kept:
         attn_mask = _folded(attn_mask, query, kv_heads)
-    found = attend(
-        query.unflatten(1, groups).flatten(2, 3),
-        key,
-        value,
-        attn_mask=attn_mask,
-        **options,
-    )
-    return found.unflatten(2, (groups[1], kept)).flatten(1, 2)
+    found = attend(fold(query, kv_heads), key, value, attn_mask=attn_mask, **options)
+    return unfold(found, groups)
