@@ -49,11 +49,9 @@ class Env:
     def unsharded(self, nodes: Iterable[fx.Node]) -> Iterator[None]:
         """Sharded parameters among these inputs are whole meanwhile, and without gradient."""
         found = {node: x for node in nodes if (x := sharding_of(node)) is not None}
-        sharded, shardings = list(found), list(found.values())
-        for bucket in in_buckets(shardings):
-            shards = [self.read(sharded[place]) for place in bucket]
-            given = begin([shardings[place] for place in bucket], shards).finish()
-            self.whole.update(zip([sharded[place] for place in bucket], given, strict=True))
+        for bucket in in_buckets(found):
+            given = begin(list(bucket.values()), [self.read(node) for node in bucket]).finish()
+            self.whole.update(zip(bucket, given, strict=True))
             del given
         try:
             yield

@@ -159,11 +159,7 @@ class ChunkedHead(nn.Module):
 def _unshards(inputs: Sequence[Input | None]) -> list[tuple[list[int], Unshard]]:
     """Where the sharded parameters are among the inputs, and what gathers them."""
     found = {i: x for i, item in enumerate(inputs) if item and (x := sharding_of(item)) is not None}
-    places, shardings = list(found), list(found.values())
-    return [
-        ([places[i] for i in bucket], Unshard([shardings[i] for i in bucket]))
-        for bucket in in_buckets(shardings)
-    ]
+    return [(list(bucket), Unshard(list(bucket.values()))) for bucket in in_buckets(found)]
 
 
 def _in_float16(rows: Tensor) -> bool:
