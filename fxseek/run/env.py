@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxseek.ops.shards import begin, in_buckets
-from fxseek.passes.ir import Gathered, Given, Input, Prefilled, Selected
+from fxseek.passes.ir import Gathered, Given, Input, Joined, Prefilled, Selected
 from fxseek.passes.unshard import sharding_of
 from fxseek.selecting import Selection
 
@@ -20,15 +20,15 @@ class Env:
     """What the pieces of a step read.
 
     `arguments`: the inputs of the captured graph; `places`: where each placeholder's is among them;
-    `values`: values of all tokens, which the prefill has made; `rows`: gathered rows of constants;
-    `whole`: parameters whose shards are gathered at the moment.
+    `values`: values of all tokens, which the prefill has made; `rows`: gathered rows of constants,
+    and values that parts share; `whole`: parameters whose shards are gathered at the moment.
     """
 
     def __init__(self, arguments: Sequence[Any], places: Mapping[fx.Node, int]) -> None:
         self.arguments = arguments
         self.places = places
         self.values: dict[fx.Node, Any] = {}
-        self.rows: dict[Gathered, Any] = {}
+        self.rows: dict[Gathered | Joined, Any] = {}
         self.whole: dict[fx.Node, Tensor] = {}
 
     def read(self, node: fx.Node) -> Any:
@@ -76,7 +76,7 @@ class Env:
         ]
 
     def take(self, inputs: Iterable[Input], selection: Selection) -> list[Any]:
-        """What the last piece of a step reads.
+        """What the last piece of a step, or of a part of it, reads.
 
         All other values are let go: nobody else keeps a layer's keys and values alive then.
         """
@@ -85,10 +85,8 @@ class Env:
             match item:
                 case Selected(part):
                     taken.append(getattr(selection, part))
-                case Gathered():
-                    taken.append(self.rows.pop(item))
-                case Prefilled(node):
-                    taken.append(self.values.pop(node))
+                case Gathered() | Joined():
+                    taken.append(self.rows[item])
                 case _:
                     taken.append(self.read(item.node))
         self.values.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -114,11 +114,18 @@ def _hooked(module: fx.GraphModule) -> Run:
 
 
 def _counted(module: fx.GraphModule) -> Run:
+    """Compiled autograd functions say what they hold."""
     boxed = Boxed(module)
 
     def run(arguments: list[Any], exclude: Known) -> tuple[Any, int]:
-        outputs = boxed(arguments)
-        return outputs, _saved_by_functions(outputs, exclude)
+        outputs, saved = boxed(arguments), SavedBytes(exclude)
+        held = [  # counted for as long as this lives; hooks would be traced into the graph
+            saved.count(tensor)
+            for node in functions_of(outputs)
+            for tensor in getattr(node, "saved_tensors", ()) or ()
+            if isinstance(tensor, Tensor)
+        ]
+        return outputs, saved.total if held else 0
 
     return run
 
@@ -153,12 +160,9 @@ def _compiled(module: fx.GraphModule, backend: str, recompute: str) -> Callable[
     """A function of the segment's inputs, compiled when it is first called."""
     _restore_functions(module)
     compiled = torch.compile(module, backend=BACKENDS[backend], dynamic=True, fullgraph=True)
-    keep_inputs = recompute == "block"
 
     def call(*arguments: Any) -> Any:
-        budget: AbstractContextManager[Any] = (
-            _torch.saving_inputs_only() if keep_inputs else nullcontext()
-        )
+        budget = _torch.saving_inputs_only() if recompute == "block" else nullcontext()
         with warnings.catch_warnings(), budget:
             # Dynamo reads .grad of every tensor it wraps, non-leaves too, when it captures
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
@@ -235,15 +239,3 @@ class _Applied(nn.Module):
     def forward(self, *operands: Any) -> Any:
         """Apply it."""
         return self.function.apply(*operands)
-
-
-def _saved_by_functions(outputs: Any, exclude: Known) -> int:
-    """Bytes that compiled autograd functions hold; hooks would be traced into the graph."""
-    saved = SavedBytes(exclude)
-    counted = [
-        saved.count(tensor)
-        for node in functions_of(outputs)
-        for tensor in getattr(node, "saved_tensors", ()) or ()
-        if isinstance(tensor, Tensor)
-    ]
-    return saved.total if counted else 0
