@@ -31,7 +31,6 @@ __all__ = [
     "attend_in_chunks",
     "attend_last",
     "attend_rows",
-    "causal_rows",
     "kernel",
     "shared_mask",
 ]
@@ -76,11 +75,6 @@ class CausalRows(NamedTuple):
             return False
         first = self.consecutive.start == 0
         return first or _takes_flag(query, key, value, dropout_p, enable_gqa)
-
-
-def causal_rows(kept: Tensor, consecutive: range | None) -> CausalRows:
-    """The causal mask's rows, for a graph."""
-    return CausalRows(kept, consecutive)
 
 
 Aligns = Callable[[Tensor, Tensor, Tensor, float], bool]
@@ -233,11 +227,11 @@ def attend_rows(
     of the causal mask (aligned at the top left, as torch's own flag is). Of consecutive queries
     these become the flag again, where a kernel takes it for them.
     """
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
     if isinstance(mask, CausalRows):
         if mask.consecutive and mask.is_flag(query, key, value, dropout_p, enable_gqa):
             end = mask.consecutive.stop
             key, value = (x if x.shape[-2] == end else x[..., :end, :] for x in (key, value))
-            options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
             return attend_last(query, key, value, **options)
         mask = mask.made(key.shape[-2])
     if is_causal:
@@ -248,12 +242,10 @@ def attend_rows(
             shape = [1] * query.dim()
             shape[batch_dim] = causal.shape[0]
             mask = causal.view(*shape[:-2], *causal.shape[-2:])
-    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
     attention: Callable[..., Tensor] = attend
     if mask is not None and _folds(query, enable_gqa):
         attention = attend_folded
-    else:
-        options["enable_gqa"] = enable_gqa
+        del options["enable_gqa"]
     if isinstance(mask, MaskRows):
         return attend_in_chunks(attention, query, key, value, kept, mask, **options)
     if mask is not None:

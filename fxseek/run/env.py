@@ -59,13 +59,9 @@ class Env:
             self.whole.clear()
 
     def constants(
-        self,
-        inputs: Iterable[Input],
-        given: Mapping[fx.Node, Any] | None = None,
-        selection: Selection | None = None,
+        self, inputs: Iterable[Input], given: Mapping[fx.Node, Any], selection: Selection | None
     ) -> list[Any]:
         """What a piece reads, without gradient but for the values that are `given`."""
-        given = {} if given is None else given
         return [
             getattr(selection, item.part)
             if isinstance(item, Selected)

@@ -68,16 +68,17 @@ class ChunkedHead(nn.Module):
         del values
         weights = given[self.weights_at]
         chunks = self.chunks(*weights.shape)
-        if self.once and not _in_float16(given[self.rows_at]):
-            total, labelled = self._once(given, chunks)
-            return mean_of_parts(total, labelled, self.mass(*full) if full else None)
         run = self.run_again if self.recompute or len(chunks) > 1 else self.run
 
         def part(chunk: slice) -> tuple[Tensor, Tensor]:
             return run(*(given if len(chunks) == 1 else self.sliced(given, chunk)))
 
-        total, labelled = sweep(chunks, part, (Sum(), Sum()), weights)
-        return mean_of_parts(total, labelled, self.mass(*full) if full else None)
+        if self.once and not _in_float16(given[self.rows_at]):
+            total, labelled = self._once(given, chunks)
+        else:
+            total, labelled = sweep(chunks, part, (Sum(), Sum()), weights)
+        mass = mass_of(*full, ignore_index=self.head.loss.ignore_index) if full else None
+        return mean_of_parts(total, labelled, mass)
 
     def _once(self, given: Sequence[Any], chunks: Sequence[slice]) -> tuple[Tensor, Tensor]:
         trained = [
@@ -86,10 +87,6 @@ class ChunkedHead(nn.Module):
         ]  # fmt: skip
         values = [given[i] for i in trained]
         return _Once.apply(self, given, chunks, trained, given[self.rows_at], *values)  # type: ignore[return-value]
-
-    def mass(self, *full: Any) -> Any:
-        """The mass of all positions: targets, class weights and scale are given."""
-        return mass_of(*full, ignore_index=self.head.loss.ignore_index)
 
     def slope(
         self, rows: Tensor, arguments: Sequence[Any], scratch: Scratch

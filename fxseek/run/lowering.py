@@ -192,7 +192,7 @@ def _restore_functions(module: fx.GraphModule) -> None:
         )
         name = f"applied_{node.name}"
         fixed = node.kwargs.get("non_differentiable_idx", ())
-        module.add_submodule(name, _Applied(forward, backward, fixed))
+        module.add_submodule(name, _applied(forward, backward, fixed))
         with module.graph.inserting_before(node):
             made = module.graph.call_module(name, node.args[2:])
         node.replace_all_uses_with(made)
@@ -210,32 +210,25 @@ def _traceable(body: Any) -> nn.Module:
     return body
 
 
-class _Applied(nn.Module):
+def _applied(forward: nn.Module, backward: nn.Module, fixed: Sequence[int]) -> _Called:
     """An autograd function of a graph ``operands → (results, saved)`` and a backward graph."""
 
-    def __init__(self, forward: nn.Module, backward: nn.Module, fixed: Sequence[int]) -> None:
-        super().__init__()
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *operands: Any) -> Any:
+            results, saved = forward(*operands)
+            ctx.tensors = [isinstance(x, Tensor) for x in saved]
+            ctx.save_for_backward(*[x for x in saved if isinstance(x, Tensor)])
+            ctx.numbers = [x for x in saved if not isinstance(x, Tensor)]
+            if fixed:
+                each = results if isinstance(results, (tuple, list)) else (results,)
+                ctx.mark_non_differentiable(*[each[index] for index in fixed])
+            return results
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *operands: Any) -> Any:
-                results, saved = forward(*operands)
-                ctx.tensors = [isinstance(x, Tensor) for x in saved]
-                ctx.save_for_backward(*[x for x in saved if isinstance(x, Tensor)])
-                ctx.numbers = [x for x in saved if not isinstance(x, Tensor)]
-                if fixed:
-                    each = results if isinstance(results, (tuple, list)) else (results,)
-                    ctx.mark_non_differentiable(*[each[index] for index in fixed])
-                return results
+        @staticmethod
+        def backward(ctx: Any, *slopes: Any) -> Any:
+            tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
+            saved = [next(tensors if tensor else numbers) for tensor in ctx.tensors]
+            return backward(*slopes, *saved)
 
-            @staticmethod
-            def backward(ctx: Any, *slopes: Any) -> Any:
-                tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
-                saved = [next(tensors if tensor else numbers) for tensor in ctx.tensors]
-                return backward(*slopes, *saved)
-
-        self.function = Function
-
-    def forward(self, *operands: Any) -> Any:
-        """Apply it."""
-        return self.function.apply(*operands)
+    return _Called(Function.apply)
