@@ -139,16 +139,11 @@ CUDNN = BlockKernels(_attend_cudnn, _slopes_cudnn)
 def _attend_on_cpu(query: Tensor, block: _Block, scale: float | None) -> list[Tensor]:
     """Without a flag, a group's queries become further queries of their key head."""
     kv_heads, groups = block.key.shape[1], query.shape[1] // block.key.shape[1]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if block.causal:
         key, value = (x.repeat_interleave(groups, 1) for x in block[:2])
-        return list(
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, True, scale=scale
-            )
-        )
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        fold(query, kv_heads), block.key, block.value, 0.0, False, scale=scale
-    )
+        return list(attend(query, key, value, 0.0, True, scale=scale))
+    found = attend(fold(query, kv_heads), block.key, block.value, 0.0, False, scale=scale)
     return [unfold(x, groups) for x in found]
 
 

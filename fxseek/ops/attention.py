@@ -135,9 +135,7 @@ def _takes_flag(
     aligns = _aligned.get(query.device.type)
     if aligns is None or not aligns(query, key, value, dropout_p):
         return False
-    if not query.is_cuda:
-        return True
-    return can_use_flash_attention(
+    return not query.is_cuda or can_use_flash_attention(
         SDPAParams(query, key, value, None, dropout_p, False, enable_gqa)
     )
 

@@ -107,8 +107,7 @@ class MaskRows:
         if bool(corners[..., 0, 1:].any()) or not bool(corners[..., 1, :].all()):
             return False
         same = torch.ones((), dtype=torch.bool, device=device)
-        for start in range(0, tokens, _COMPARED_ROWS):
-            chunk = columns[start : start + _COMPARED_ROWS]
+        for chunk in columns.split(_COMPARED_ROWS):
             same &= (self.rows(chunk[None]) == (columns <= chunk[:, None])).all()
         return bool(same)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
+import traceback
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
@@ -63,10 +64,8 @@ def with_source_lines(module: fx.GraphModule) -> Callable[..., Any]:
 
 def _assigned(trace: TracebackType | None, code: Any) -> str | None:
     """The name that the failing line of generated code assigns to."""
-    while trace is not None:
-        if trace.tb_frame.f_code is code:
-            line = linecache.getline(code.co_filename, trace.tb_lineno)
-            found = re.match(r"\s*(\w+)", line)
+    for frame, line in traceback.walk_tb(trace):
+        if frame.f_code is code:
+            found = re.match(r"\s*(\w+)", linecache.getline(code.co_filename, line))
             return found[1] if found else None
-        trace = trace.tb_next
     return None

@@ -73,20 +73,18 @@ class ChunkedHead(nn.Module):
         def part(chunk: slice) -> tuple[Tensor, Tensor]:
             return run(*(given if len(chunks) == 1 else self.sliced(given, chunk)))
 
-        if self.once and not _in_float16(given[self.rows_at]):
-            total, labelled = self._once(given, chunks)
+        rows = given[self.rows_at]
+        if self.once and not _in_float16(rows):
+            trained = [
+                i for i, x in enumerate(given)
+                if i != self.rows_at and isinstance(x, Tensor) and x.requires_grad
+            ]  # fmt: skip
+            values = [given[i] for i in trained]
+            total, labelled = _Once.apply(self, given, chunks, trained, rows, *values)  # type: ignore[misc]
         else:
             total, labelled = sweep(chunks, part, (Sum(), Sum()), weights)
         mass = mass_of(*full, ignore_index=self.head.loss.ignore_index) if full else None
         return mean_of_parts(total, labelled, mass)
-
-    def _once(self, given: Sequence[Any], chunks: Sequence[slice]) -> tuple[Tensor, Tensor]:
-        trained = [
-            i for i, x in enumerate(given)
-            if i != self.rows_at and isinstance(x, Tensor) and x.requires_grad
-        ]  # fmt: skip
-        values = [given[i] for i in trained]
-        return _Once.apply(self, given, chunks, trained, given[self.rows_at], *values)  # type: ignore[return-value]
 
     def slope(
         self, rows: Tensor, arguments: Sequence[Any], scratch: Scratch
@@ -113,7 +111,10 @@ class ChunkedHead(nn.Module):
             torch.autograd.backward([edge], [slope])
             leaves = (x for x in arguments if isinstance(x, Tensor) and x.is_leaf)
             scratch.leave_to(x.grad for x in leaves if x.grad is not None)
-            return total.to(_loss_dtype(slope)), labelled
+            dtype = slope.dtype
+            if autocast_dtype(slope.device.type) is not None:  # `cross_entropy` is in float32 then
+                dtype = torch.promote_types(dtype, torch.float32)
+            return total.to(dtype), labelled
         with torch.enable_grad():
             total, labelled = self.run(*arguments)
         total.backward()
@@ -162,13 +163,6 @@ def _unshards(inputs: Sequence[Input | None]) -> list[tuple[list[int], Unshard]]
 def _in_float16(rows: Tensor) -> bool:
     """Whether gradients must be made with the loss's scale in them, or they leave the range."""
     return (autocast_dtype(rows.device.type) or rows.dtype) == torch.float16
-
-
-def _loss_dtype(logits: Tensor) -> torch.dtype:
-    """What `cross_entropy` makes of such logits: under autocast float32."""
-    if autocast_dtype(logits.device.type) is not None:
-        return torch.promote_types(logits.dtype, torch.float32)
-    return logits.dtype
 
 
 class _Once(torch.autograd.Function):

@@ -73,8 +73,7 @@ def lower(module: fx.GraphModule, schedule: Schedule, config: SeekConfig) -> Run
         return Selectively(module, schedule.regions)
     if schedule.segments is None:
         return _hooked(module)
-    place = schedule.segments.__getitem__
-    module = split_module(module, module, place, keep_original_order=True)
+    module = split_module(module, module, schedule.segments.__getitem__, keep_original_order=True)
     alike: dict[Any, Callable[..., Any]] = {}
     for name, part in list(module.named_children()):
         assert isinstance(part, fx.GraphModule)
