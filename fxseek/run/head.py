@@ -80,7 +80,7 @@ class ChunkedHead(nn.Module):
                 if i != self.rows_at and isinstance(x, Tensor) and x.requires_grad
             ]  # fmt: skip
             values = [given[i] for i in trained]
-            total, labelled = _Once.apply(self, given, chunks, trained, rows, *values)  # type: ignore[misc]
+            total, labelled = _Once.apply(self, given, chunks, trained, rows, *values)
         else:
             total, labelled = sweep(chunks, part, (Sum(), Sum()), weights)
         mass = mass_of(*full, ignore_index=self.head.loss.ignore_index) if full else None

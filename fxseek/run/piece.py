@@ -95,8 +95,8 @@ class SweptRegion:
         given = {chunk.start: x for chunk, x in zip(chunks, split, strict=True)}
 
         def run(chunk: slice) -> tuple[Tensor, ...]:
-            entry = {node: given[chunk.start]}
-            return checkpoint(self.rows, env, positions[:, chunk], entry, use_reentrant=False)  # type: ignore[return-value]
+            own = {node: given[chunk.start]}
+            return checkpoint(self.rows, env, positions[:, chunk], own, use_reentrant=False)  # type: ignore[return-value]
 
         found = sweep(chunks, run, [Cat(rows[result].row) for result in results], entry)
         return dict(zip(results, found, strict=True))
