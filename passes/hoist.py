@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from fxseek import _torch
-from fxseek.ops.attention import attend_rows, causal_rows, shared_mask
+from fxseek.ops.attention import CausalRows, attend_rows, shared_mask
 from fxseek.ops.rows import gather_rows
 from fxseek.passes.facts import example
 from fxseek.passes.ir import (
@@ -95,7 +95,7 @@ def mask_by_flags(stage: Piece) -> Piece:
 
     After::
 
-        mask = causal_rows(kept, consecutive)
+        mask = CausalRows(kept, consecutive)
         o1 = attend_rows(q1, k1, v1, kept, mask=mask); o2 = attend_rows(..., mask=mask)
     """
     attentions = stage.graph.find_nodes(op="call_function", target=attend_rows)
@@ -108,7 +108,7 @@ def mask_by_flags(stage: Piece) -> Piece:
     with stage.graph.inserting_after(kept):
         consecutive = placeholder_of(stage.graph, Selected("consecutive"))
     with stage.graph.inserting_before(next(x for x in stage.graph.nodes if x.op != "placeholder")):
-        mask = stage.graph.call_function(causal_rows, (kept, consecutive))
+        mask = stage.graph.call_function(CausalRows, (kept, consecutive))
     for node in flagged:
         node.update_kwarg("is_causal", False)
         node.update_kwarg("mask", mask)
@@ -151,7 +151,7 @@ def share_masks(stage: Piece) -> Piece:
             continue
         item = given.get(mask)
         boolean = isinstance(item, Gathered) and example(item.node).dtype == torch.bool
-        if not boolean and mask.target is not causal_rows:
+        if not boolean and mask.target is not CausalRows:
             continue
         grouped = node.kwargs.get("enable_gqa", False)
         options = {"dropout_p": node.kwargs.get("dropout_p", 0.0), "enable_gqa": grouped}

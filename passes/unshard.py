@@ -63,12 +63,10 @@ def unshard(piece: Piece, place: dict[fx.Node, int]) -> Piece:
     parts, chain = dict(piece.parts), Chain()
     calls: list[fx.Node] = []
     for segment, read in readers.items():
-        nodes = list(read)
-        for bucket in in_buckets(shardings[node] for node in nodes):
-            own = {nodes[at]: read[nodes[at]] for at in bucket}
+        for bucket in in_buckets({node: shardings[node] for node in read}):
             name = f"unshard_{len(parts)}"
-            parts[name] = Unshard([shardings[node] for node in own], chain)
-            call, *values = _gather(piece.graph, name, own)
+            parts[name] = Unshard(list(bucket.values()), chain)
+            call, *values = _gather(piece.graph, name, {node: read[node] for node in bucket})
             calls.append(call)
             place.update(dict.fromkeys((call, *values), segment))
     for call, following in pairwise(calls):

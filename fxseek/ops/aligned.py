@@ -19,7 +19,15 @@ from torch import Tensor
 
 from fxseek import _torch
 
-__all__ = ["CUDNN", "ON_CPU", "BlockKernels", "attend_aligned", "attend_in_blocks"]
+__all__ = [
+    "CUDNN",
+    "ON_CPU",
+    "BlockKernels",
+    "attend_aligned",
+    "attend_in_blocks",
+    "fold",
+    "unfold",
+]
 
 
 def attend_aligned(
@@ -131,17 +139,12 @@ CUDNN = BlockKernels(_attend_cudnn, _slopes_cudnn)
 def _attend_on_cpu(query: Tensor, block: _Block, scale: float | None) -> list[Tensor]:
     """Without a flag, a group's queries become further queries of their key head."""
     kv_heads, groups = block.key.shape[1], query.shape[1] // block.key.shape[1]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if block.causal:
         key, value = (x.repeat_interleave(groups, 1) for x in block[:2])
-        return list(
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, True, scale=scale
-            )
-        )
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _fold(query, kv_heads), block.key, block.value, 0.0, False, scale=scale
-    )
-    return [_unfold(x, groups) for x in found]
+        return list(attend(query, key, value, 0.0, True, scale=scale))
+    found = attend(fold(query, kv_heads), block.key, block.value, 0.0, False, scale=scale)
+    return [unfold(x, groups) for x in found]
 
 
 def _slopes_on_cpu(
@@ -154,19 +157,20 @@ def _slopes_on_cpu(
         queries, *rest = backward(slope, query, key, value, *merged, 0.0, True, scale=scale)
         keys, values = (x.unflatten(1, (kv_heads, groups)).sum(2) for x in rest)
         return queries, keys, values
-    slope, query, out, logs = (_fold(x, kv_heads) for x in (slope, query, *merged))
+    slope, query, out, logs = (fold(x, kv_heads) for x in (slope, query, *merged))
     queries, keys, values = backward(
         slope, query, block.key, block.value, out, logs, 0.0, False, scale=scale
     )
-    return _unfold(queries, groups), keys, values
+    return unfold(queries, groups), keys, values
 
 
-def _fold(x: Tensor, kv_heads: int) -> Tensor:
+def fold(x: Tensor, kv_heads: int) -> Tensor:
     """[batch, heads, rows, ...] → [batch, kv_heads, heads / kv_heads · rows, ...]."""
     return x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
 
 
-def _unfold(x: Tensor, groups: int) -> Tensor:
+def unfold(x: Tensor, groups: int) -> Tensor:
+    """[batch, kv_heads, groups · rows, ...] → [batch, kv_heads · groups, rows, ...]."""
     return x.unflatten(2, (groups, -1)).flatten(1, 2)
 
 

@@ -17,7 +17,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention, flash_sdp_e
 from torch.utils.checkpoint import checkpoint
 
 from fxseek.ops import masks
-from fxseek.ops.aligned import attend_aligned
+from fxseek.ops.aligned import attend_aligned, fold, unfold
 from fxseek.ops.masks import MaskRows
 from fxseek.ops.sweep import Cat, slices_of, sweep
 
@@ -31,7 +31,6 @@ __all__ = [
     "attend_in_chunks",
     "attend_last",
     "attend_rows",
-    "causal_rows",
     "kernel",
     "shared_mask",
 ]
@@ -76,11 +75,6 @@ class CausalRows(NamedTuple):
             return False
         first = self.consecutive.start == 0
         return first or _takes_flag(query, key, value, dropout_p, enable_gqa)
-
-
-def causal_rows(kept: Tensor, consecutive: range | None) -> CausalRows:
-    """The causal mask's rows, for a graph."""
-    return CausalRows(kept, consecutive)
 
 
 Aligns = Callable[[Tensor, Tensor, Tensor, float], bool]
@@ -141,9 +135,7 @@ def _takes_flag(
     aligns = _aligned.get(query.device.type)
     if aligns is None or not aligns(query, key, value, dropout_p):
         return False
-    if not query.is_cuda:
-        return True
-    return can_use_flash_attention(
+    return not query.is_cuda or can_use_flash_attention(
         SDPAParams(query, key, value, None, dropout_p, False, enable_gqa)
     )
 
@@ -174,10 +166,9 @@ def attend_all(
     """
     if isinstance(attn_mask, Tensor):
         attn_mask = MaskRows.of(attn_mask)
-    tokens = query.shape[-2]
     if attn_mask.causal(query.device):
         return attend(query, key, value, **{**options, "is_causal": True})
-    at = torch.arange(tokens, device=query.device)[None]
+    at = torch.arange(query.shape[-2], device=query.device)[None]
     return attend_in_chunks(attend, query, key, value, at, attn_mask, **options)
 
 
@@ -234,11 +225,11 @@ def attend_rows(
     of the causal mask (aligned at the top left, as torch's own flag is). Of consecutive queries
     these become the flag again, where a kernel takes it for them.
     """
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
     if isinstance(mask, CausalRows):
         if mask.consecutive and mask.is_flag(query, key, value, dropout_p, enable_gqa):
             end = mask.consecutive.stop
-            key, value = (_up_to(x, end) for x in (key, value))
-            options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+            key, value = (x if x.shape[-2] == end else x[..., :end, :] for x in (key, value))
             return attend_last(query, key, value, **options)
         mask = mask.made(key.shape[-2])
     if is_causal:
@@ -249,12 +240,10 @@ def attend_rows(
             shape = [1] * query.dim()
             shape[batch_dim] = causal.shape[0]
             mask = causal.view(*shape[:-2], *causal.shape[-2:])
-    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
     attention: Callable[..., Tensor] = attend
     if mask is not None and _folds(query, enable_gqa):
         attention = attend_folded
-    else:
-        options["enable_gqa"] = enable_gqa
+        del options["enable_gqa"]
     if isinstance(mask, MaskRows):
         return attend_in_chunks(attention, query, key, value, kept, mask, **options)
     if mask is not None:
@@ -262,11 +251,6 @@ def attend_rows(
         if mask.dtype not in (torch.bool, query.dtype):
             mask = mask.to(query.dtype)  # shared by layers of other precision
     return attention(query, key, value, attn_mask=mask, **options)
-
-
-def _up_to(x: Tensor, end: int) -> Tensor:
-    """The first `end` keys or values."""
-    return x if x.shape[-2] == end else x[..., :end, :]
 
 
 def _cut_to(mask: Tensor, key: Tensor) -> Tensor:
@@ -310,12 +294,12 @@ def shared_mask(
 
 def _folded(mask: Tensor, query: Tensor, kv_heads: int) -> Tensor:
     """A mask for queries of which each key head has its whole group."""
-    groups = (kv_heads, query.shape[1] // kv_heads)
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask.expand(-1, -1, query.shape[2], -1)
     if mask.shape[1] == 1:
-        return mask.unsqueeze(2).expand(-1, -1, groups[1], -1, -1).flatten(2, 3)
-    return mask.unflatten(1, groups).flatten(2, 3)
+        groups = query.shape[1] // kv_heads
+        return mask.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    return fold(mask, kv_heads)
 
 
 def attend_folded(
@@ -326,16 +310,9 @@ def attend_folded(
     Shapes: query [batch, heads, kept, width]; key, value [batch, kv_heads, keys, width]; attn_mask
     broadcastable to [batch, heads, kept, keys], or folded already → [batch, heads, kept, width].
     """
-    heads, kept = query.shape[1:3]
-    kv_heads = key.shape[1]
-    groups = (kv_heads, heads // kv_heads)
-    if attn_mask.dim() < 4 or attn_mask.shape[2] != groups[1] * kept:
+    (heads, kept), kv_heads = query.shape[1:3], key.shape[1]
+    groups = heads // kv_heads
+    if attn_mask.dim() < 4 or attn_mask.shape[2] != groups * kept:
         attn_mask = _folded(attn_mask, query, kv_heads)
-    found = attend(
-        query.unflatten(1, groups).flatten(2, 3),
-        key,
-        value,
-        attn_mask=attn_mask,
-        **options,
-    )
-    return found.unflatten(2, (groups[1], kept)).flatten(1, 2)
+    found = attend(fold(query, kv_heads), key, value, attn_mask=attn_mask, **options)
+    return unfold(found, groups)

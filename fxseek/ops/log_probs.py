@@ -172,7 +172,7 @@ class _Memory:
 
 def _like(logits: Tensor, scratch: Scratch | None) -> Tensor | None:
     """Where to make a tensor of this shape; None for memory of its own."""
-    return None if scratch is None else scratch.like(logits, logits.dtype)
+    return None if scratch is None else scratch.empty(logits, logits.shape, logits.dtype)
 
 
 class _Statistics(torch.autograd.Function):

@@ -133,12 +133,8 @@ class Scratch:
     def __init__(self) -> None:
         self.memory: Tensor | None = None
 
-    def like(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor of this shape, of any values, in the place of the one before."""
-        return self.empty(x, x.shape, dtype)
-
     def empty(self, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The same of another shape, on the device of `x`."""
+        """A tensor of any values, in the place of the one before, on the device of `x`."""
         memory, count = self.memory, math.prod(shape)
         if memory is None or memory.numel() < count or memory.dtype != dtype:
             self.memory = memory = x.new_empty(count, dtype=dtype)
@@ -175,7 +171,7 @@ def cross_entropy_slope(
     without = (target == ignore_index) | (share == 0)
     index = target.masked_fill(without, 0).long().unsqueeze(classes)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    out = None if scratch is None else scratch.like(logits, dtype)
+    out = None if scratch is None else scratch.empty(logits, logits.shape, dtype)
     slope = torch.log_softmax(logits, classes, dtype=dtype, out=out)
     losses = slope.gather(classes, index).squeeze(classes).neg_()
     if label_smoothing:

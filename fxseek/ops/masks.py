@@ -56,7 +56,8 @@ class MaskRows:
         self._leaves = leaves
         self._square = square
         self._versions = _torch.versions(leaves)
-        self._causal: bool | None = None
+        self.known_causal: bool | None = None
+        """What `causal` has found."""
 
     @classmethod
     def of(cls, mask: Tensor) -> MaskRows:
@@ -92,14 +93,9 @@ class MaskRows:
 
         A fake tensor has no values to look at: it stands for rows without padding.
         """
-        if self._causal is None:
-            self._causal = self._square and self._is_causal(device)
-        return self._causal
-
-    @property
-    def known_causal(self) -> bool:
-        """Whether `causal` has found so."""
-        return bool(self._causal)
+        if self.known_causal is None:
+            self.known_causal = self._square and self._is_causal(device)
+        return self.known_causal
 
     def _is_causal(self, device: torch.device) -> bool:
         first = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -111,8 +107,7 @@ class MaskRows:
         if bool(corners[..., 0, 1:].any()) or not bool(corners[..., 1, :].all()):
             return False
         same = torch.ones((), dtype=torch.bool, device=device)
-        for start in range(0, tokens, _COMPARED_ROWS):
-            chunk = columns[start : start + _COMPARED_ROWS]
+        for chunk in columns.split(_COMPARED_ROWS):
             same &= (self.rows(chunk[None]) == (columns <= chunk[:, None])).all()
         return bool(same)
 
@@ -158,7 +153,8 @@ class Mask(NamedTuple):
     @property
     def known_causal(self) -> bool:
         """Whether every entry is known to be the causal mask's."""
-        return isinstance(self.value, MaskRows) and not self.inverted and self.value.known_causal
+        causal = isinstance(self.value, MaskRows) and self.value.known_causal
+        return bool(causal) and not self.inverted
 
     def reads(self, queries: Tensor) -> Tensor:
         """Which keys the queries at these positions may read: Bool[..., rows, keys]."""

@@ -7,6 +7,7 @@ stream of their own, and the neighbours of what is taken are fetched ahead of th
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 
@@ -94,13 +95,9 @@ class HostTensor:
         self._fetched = (tensor, event)
 
 
-_SIDE: dict[torch.device, torch.Stream] = {}
-
-
+@functools.cache
 def _side_stream(device: torch.device) -> torch.Stream:
-    if device not in _SIDE:
-        _SIDE[device] = torch.Stream(device)
-    return _SIDE[device]
+    return torch.Stream(device)
 
 
 def to_host(tensor: Tensor) -> HostTensor:

@@ -101,7 +101,6 @@ class Joint:
         With them goes what later parts have left.
         """
         part, at = self.part, self.at
-        batch = len(part.kept)
         own = gather_rows(slope, part.kept[:, slots], at)
         if self.waiting is not None:
             waited = _slots(self.waiting, at, slots).to(own)
@@ -110,7 +109,7 @@ class Joint:
         if left_out is not None:
             own = own.masked_fill(placed(left_out, own, at), 0.0)
         if slots.start > 0:
-            self._add(gather_rows(slope, part.kept[:, : slots.start], at), batch, slots.start)
+            self._add(gather_rows(slope, part.kept[:, : slots.start], at), slots.start)
         self._check(slope, at, slots)
         return own
 
@@ -123,9 +122,9 @@ class Joint:
         self._check(slope, at, slots)
         return only_rows(slope, self.part.kept[:, slots_read], at, self.part.left_out(slots_read))
 
-    def _add(self, earlier: Tensor, batch: int, count: int) -> None:
+    def _add(self, earlier: Tensor, count: int) -> None:
         if self.at.packed:
-            earlier = earlier.unflatten(self.at.row, (batch, -1))
+            earlier = earlier.unflatten(self.at.row, (len(self.part.kept), -1))
         if self.waiting is None:
             least = torch.float32 if self.wide else earlier.dtype
             dtype = torch.promote_types(earlier.dtype, least)

@@ -63,9 +63,12 @@ class Rows(NamedTuple):
         return (self.row,) if self.batch is None else (self.row, self.batch)
 
 
-def _packed_index(kept: Tensor, length: int) -> Tensor:
+def _index(x: Tensor, kept: Tensor, at: Rows) -> Tensor:
+    """Where the selected rows are in a value without a dimension of the batch."""
+    if not at.packed:
+        return kept[0]
     batch = kept.shape[0]
-    start = torch.arange(batch, device=kept.device).unsqueeze(1) * (length // batch)
+    start = torch.arange(batch, device=kept.device).unsqueeze(1) * (x.shape[at.row] // batch)
     return (kept + start).reshape(-1)
 
 
@@ -74,11 +77,9 @@ def gather_rows(x: Tensor, kept: Tensor, at: Rows) -> Tensor:
 
     A batch dimension of size 1 (a value that all rows of a batch share) is expanded first.
     """
-    row, batch, packed, heads = at
-    if packed:
-        return x.index_select(row, _packed_index(kept, x.shape[row]))
+    row, batch, _, heads = at
     if batch is None:
-        return x.index_select(row, kept[0])
+        return x.index_select(row, _index(x, kept, at))
     kept = _repeated(kept, heads)
     rows = kept.shape[0]
     if x.shape[batch] == 1 and rows > 1:
@@ -108,14 +109,12 @@ def scatter_rows(
     Shapes: base [..., tokens, ...], rows [..., kept, ...], filled Bool [batch, kept] →
     [..., tokens, ...].
     """
-    row, batch, packed, heads = at
-    kept = _repeated(kept, heads)
+    row, batch, _, heads = at
     if filled is not None:
         rows = torch.where(placed(filled, rows, at), rows.detach(), rows)
-    if packed:
-        return base.index_copy(row, _packed_index(kept, base.shape[row]), rows)
     if batch is None:
-        return base.index_copy(row, kept[0], rows)
+        return base.index_copy(row, _index(base, kept, at), rows)
+    kept = _repeated(kept, heads)
     which = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
     moved = base.movedim((batch, row), (0, 1))
     whole = moved.index_put((which, kept), rows.movedim((batch, row), (0, 1)))
@@ -221,13 +220,11 @@ def owned(value: Any) -> Any:
 
 def put_rows_(base: Tensor, rows: Tensor, kept: Tensor, at: Rows) -> None:
     """Write rows into a full value in place; shapes as `scatter_rows` has them. No gradient."""
-    row, batch, packed, heads = at
-    kept = _repeated(kept, heads)
-    if packed:
-        base.index_copy_(row, _packed_index(kept, base.shape[row]), rows)
-    elif batch is None:
-        base.index_copy_(row, kept[0], rows)
+    row, batch, _, heads = at
+    if batch is None:
+        base.index_copy_(row, _index(base, kept, at), rows)
     else:
+        kept = _repeated(kept, heads)
         which = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
         base.movedim((batch, row), (0, 1))[which, kept] = rows.movedim((batch, row), (0, 1))
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from fxseek import _torch
 from fxseek.ops.team import Team, steps_begun, tell
 
 __all__ = ["Chain", "Gathering", "Sharding", "Unshard", "begin", "in_buckets"]
+
+_K = TypeVar("_K")
 
 _ALIGNED = 16
 """Bytes at whose multiples a shard begins in a buffer: no number is longer."""
@@ -63,11 +65,11 @@ class Sharding:
         return self.shape.numel() * self.dtype.itemsize
 
 
-def in_buckets(shardings: Iterable[Sharding]) -> list[list[int]]:
-    """The places of those that one collective serves; in order."""
-    buckets: dict[Team, list[int]] = {}
-    for place, sharding in enumerate(shardings):
-        buckets.setdefault(sharding.team, []).append(place)
+def in_buckets(shardings: Mapping[_K, Sharding]) -> list[dict[_K, Sharding]]:
+    """Those that one collective serves; in order."""
+    buckets: dict[Team, dict[_K, Sharding]] = {}
+    for key, sharding in shardings.items():
+        buckets.setdefault(sharding.team, {})[key] = sharding
     return list(buckets.values())
 
 

@@ -50,13 +50,13 @@ class Collector(Protocol):
         """What the parts make."""
 
 
-def few(chunks: Sequence[_T], like: Tensor | None) -> Iterable[tuple[_T, int]]:
+def few(chunks: Sequence[_T], like: Tensor) -> Iterable[tuple[_T, int]]:
     """The chunks to run, and how many each stands for: one, where `like` has values.
 
     Without them the second stands for all but the first and the last: the others do the same
     over again, and a step of a million tokens has millions.
     """
-    if like is None or _torch.has_values(like) or len(chunks) <= 3:
+    if _torch.has_values(like) or len(chunks) <= 3:
         return [(chunk, 1) for chunk in chunks]
     return [(chunks[0], 1), (chunks[1], len(chunks) - 2), (chunks[-1], 1)]
 

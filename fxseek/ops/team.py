@@ -95,20 +95,18 @@ class Team:
 # ---- errors --------------------------------------------------------------------------------------
 
 
-class _Steps:
-    """`begun`: how many steps of sharded models; the same number in all processes."""
-
-    begun = 0
+_begun = 0
 
 
 def step_begins() -> None:
     """All processes begin a step."""
-    _Steps.begun += 1
+    global _begun
+    _begun += 1
 
 
 def steps_begun() -> int:
-    """How many steps of sharded models have begun."""
-    return _Steps.begun
+    """How many steps of sharded models have begun; the same number in all processes."""
+    return _begun
 
 
 def as_message(error: BaseException) -> str:
@@ -171,7 +169,7 @@ def _told() -> FxseekError | None:
 
 
 def _key() -> str:
-    return f"fxseek: error of step {_Steps.begun}"
+    return f"fxseek: error of step {_begun}"
 
 
 def _store() -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxseek.program import Passes, Program, places_of
 from fxseek.run.env import Env
 from fxseek.run.head import ChunkedHead
-from fxseek.run.lowering import Run, lower
+from fxseek.run.lowering import lower
 from fxseek.run.parts import LearnInParts
 from fxseek.run.piece import module_of
 from fxseek.run.score import Score, Scores
@@ -72,27 +72,24 @@ def assemble(program: Program) -> Step:
     return Passes("build")(_assemble, program)
 
 
-def _learn(program: Program, module: fx.GraphModule, run: Run) -> Learn:
-    parts, config = program.parts, program.config
-    if isinstance(parts, str):
-        return Learn(program.learn, module, run)
-    body = lower(module_of(parts.body, "Body"), parts.schedule, config)
-    return LearnInParts(parts, config, body, program.learn, module, run)
-
-
 def _assemble(program: Program) -> Step:
-    config = program.config
-    once = not isinstance(program.parts, str)
+    config, parts = program.config, program.parts
+    once = not isinstance(parts, str)
     head = None if program.head is None else ChunkedHead(program.head, config, once=once)
     modules = {} if head is None else {"head": head}
-    learn = module_of(program.learn, "Learn", **modules)
+    module = module_of(program.learn, "Learn", **modules)
+    run = lower(module, program.schedule, config)
+    if isinstance(parts, str):
+        learn = Learn(program.learn, module, run)
+    else:
+        body = lower(module_of(parts.body, "Body"), parts.schedule, config)
+        learn = LearnInParts(parts, config, body, program.learn, module, run)
     root = nn.Module()
     root.add_module("prefill", Prefill(program.prefill, program.whole, program.on_host))
     root.add_module("score", Score(program.score, config, head))
     root.add_module("select", Select(config))
     root.add_module("gather", Gather(program.gathered, program.masks))
-    run = lower(learn, program.schedule, config)
-    root.add_module("learn", _learn(program, learn, run))
+    root.add_module("learn", learn)
     graph = fx.Graph()
     given = ("env", "index", "padding_mask", "ratio")
     env, index, padding_mask, ratio = map(graph.placeholder, given)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +23,7 @@ class Boxed:
 
     def __init__(self, module: fx.GraphModule) -> None:
         graph = fx.Graph()
-        copies = unpack_list(graph, module.graph)
+        copies = unpack_list(graph, module.graph.find_nodes(op="placeholder"))
         for node in module.graph.nodes:
             if node.op != "placeholder":
                 copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -33,14 +34,12 @@ class Boxed:
         return self.run(values)
 
 
-def unpack_list(graph: fx.Graph, source: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Let a new graph take the placeholders of another one in a list, and empty it."""
+def unpack_list(graph: fx.Graph, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Let a new graph take the values of another one's nodes in a list, and empty it."""
     values = graph.placeholder("values")
     graph.call_method("reverse", (values,))
     return {
-        node: graph.create_node("call_method", "pop", (values,), name=node.name)
-        for node in source.nodes
-        if node.op == "placeholder"
+        node: graph.create_node("call_method", "pop", (values,), name=node.name) for node in nodes
     }
 
 
@@ -65,10 +64,8 @@ def with_source_lines(module: fx.GraphModule) -> Callable[..., Any]:
 
 def _assigned(trace: TracebackType | None, code: Any) -> str | None:
     """The name that the failing line of generated code assigns to."""
-    while trace is not None:
-        if trace.tb_frame.f_code is code:
-            line = linecache.getline(code.co_filename, trace.tb_lineno)
-            found = re.match(r"\s*(\w+)", line)
+    for frame, line in traceback.walk_tb(trace):
+        if frame.f_code is code:
+            found = re.match(r"\s*(\w+)", linecache.getline(code.co_filename, line))
             return found[1] if found else None
-        trace = trace.tb_next
     return None

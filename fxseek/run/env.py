@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxseek.ops.shards import begin, in_buckets
-from fxseek.passes.ir import Gathered, Given, Input, Prefilled, Selected
+from fxseek.passes.ir import Gathered, Given, Input, Joined, Prefilled, Selected
 from fxseek.passes.unshard import sharding_of
 from fxseek.selecting import Selection
 
@@ -20,15 +20,15 @@ class Env:
     """What the pieces of a step read.
 
     `arguments`: the inputs of the captured graph; `places`: where each placeholder's is among them;
-    `values`: values of all tokens, which the prefill has made; `rows`: gathered rows of constants;
-    `whole`: parameters whose shards are gathered at the moment.
+    `values`: values of all tokens, which the prefill has made; `rows`: gathered rows of constants,
+    and values that parts share; `whole`: parameters whose shards are gathered at the moment.
     """
 
     def __init__(self, arguments: Sequence[Any], places: Mapping[fx.Node, int]) -> None:
         self.arguments = arguments
         self.places = places
         self.values: dict[fx.Node, Any] = {}
-        self.rows: dict[Gathered, Any] = {}
+        self.rows: dict[Gathered | Joined, Any] = {}
         self.whole: dict[fx.Node, Tensor] = {}
 
     def read(self, node: fx.Node) -> Any:
@@ -49,11 +49,9 @@ class Env:
     def unsharded(self, nodes: Iterable[fx.Node]) -> Iterator[None]:
         """Sharded parameters among these inputs are whole meanwhile, and without gradient."""
         found = {node: x for node in nodes if (x := sharding_of(node)) is not None}
-        sharded, shardings = list(found), list(found.values())
-        for bucket in in_buckets(shardings):
-            shards = [self.read(sharded[place]) for place in bucket]
-            given = begin([shardings[place] for place in bucket], shards).finish()
-            self.whole.update(zip([sharded[place] for place in bucket], given, strict=True))
+        for bucket in in_buckets(found):
+            given = begin(list(bucket.values()), [self.read(node) for node in bucket]).finish()
+            self.whole.update(zip(bucket, given, strict=True))
             del given
         try:
             yield
@@ -61,13 +59,9 @@ class Env:
             self.whole.clear()
 
     def constants(
-        self,
-        inputs: Iterable[Input],
-        given: Mapping[fx.Node, Any] | None = None,
-        selection: Selection | None = None,
+        self, inputs: Iterable[Input], given: Mapping[fx.Node, Any], selection: Selection | None
     ) -> list[Any]:
         """What a piece reads, without gradient but for the values that are `given`."""
-        given = {} if given is None else given
         return [
             getattr(selection, item.part)
             if isinstance(item, Selected)
@@ -78,7 +72,7 @@ class Env:
         ]
 
     def take(self, inputs: Iterable[Input], selection: Selection) -> list[Any]:
-        """What the last piece of a step reads.
+        """What the last piece of a step, or of a part of it, reads.
 
         All other values are let go: nobody else keeps a layer's keys and values alive then.
         """
@@ -87,10 +81,8 @@ class Env:
             match item:
                 case Selected(part):
                     taken.append(getattr(selection, part))
-                case Gathered():
-                    taken.append(self.rows.pop(item))
-                case Prefilled(node):
-                    taken.append(self.values.pop(node))
+                case Gathered() | Joined():
+                    taken.append(self.rows[item])
                 case _:
                     taken.append(self.read(item.node))
         self.values.clear()

@@ -68,28 +68,23 @@ class ChunkedHead(nn.Module):
         del values
         weights = given[self.weights_at]
         chunks = self.chunks(*weights.shape)
-        if self.once and not _in_float16(given[self.rows_at]):
-            total, labelled = self._once(given, chunks)
-            return mean_of_parts(total, labelled, self.mass(*full) if full else None)
         run = self.run_again if self.recompute or len(chunks) > 1 else self.run
 
         def part(chunk: slice) -> tuple[Tensor, Tensor]:
             return run(*(given if len(chunks) == 1 else self.sliced(given, chunk)))
 
-        total, labelled = sweep(chunks, part, (Sum(), Sum()), weights)
-        return mean_of_parts(total, labelled, self.mass(*full) if full else None)
-
-    def _once(self, given: Sequence[Any], chunks: Sequence[slice]) -> tuple[Tensor, Tensor]:
-        trained = [
-            i for i, x in enumerate(given)
-            if i != self.rows_at and isinstance(x, Tensor) and x.requires_grad
-        ]  # fmt: skip
-        values = [given[i] for i in trained]
-        return _Once.apply(self, given, chunks, trained, given[self.rows_at], *values)  # type: ignore[return-value]
-
-    def mass(self, *full: Any) -> Any:
-        """The mass of all positions: targets, class weights and scale are given."""
-        return mass_of(*full, ignore_index=self.head.loss.ignore_index)
+        rows = given[self.rows_at]
+        if self.once and not _in_float16(rows):
+            trained = [
+                i for i, x in enumerate(given)
+                if i != self.rows_at and isinstance(x, Tensor) and x.requires_grad
+            ]  # fmt: skip
+            values = [given[i] for i in trained]
+            total, labelled = _Once.apply(self, given, chunks, trained, rows, *values)
+        else:
+            total, labelled = sweep(chunks, part, (Sum(), Sum()), weights)
+        mass = mass_of(*full, ignore_index=self.head.loss.ignore_index) if full else None
+        return mean_of_parts(total, labelled, mass)
 
     def slope(
         self, rows: Tensor, arguments: Sequence[Any], scratch: Scratch
@@ -116,7 +111,10 @@ class ChunkedHead(nn.Module):
             torch.autograd.backward([edge], [slope])
             leaves = (x for x in arguments if isinstance(x, Tensor) and x.is_leaf)
             scratch.leave_to(x.grad for x in leaves if x.grad is not None)
-            return total.to(_loss_dtype(slope)), labelled
+            dtype = slope.dtype
+            if autocast_dtype(slope.device.type) is not None:  # `cross_entropy` is in float32 then
+                dtype = torch.promote_types(dtype, torch.float32)
+            return total.to(dtype), labelled
         with torch.enable_grad():
             total, labelled = self.run(*arguments)
         total.backward()
@@ -159,23 +157,12 @@ class ChunkedHead(nn.Module):
 def _unshards(inputs: Sequence[Input | None]) -> list[tuple[list[int], Unshard]]:
     """Where the sharded parameters are among the inputs, and what gathers them."""
     found = {i: x for i, item in enumerate(inputs) if item and (x := sharding_of(item)) is not None}
-    places, shardings = list(found), list(found.values())
-    return [
-        ([places[i] for i in bucket], Unshard([shardings[i] for i in bucket]))
-        for bucket in in_buckets(shardings)
-    ]
+    return [(list(bucket), Unshard(list(bucket.values()))) for bucket in in_buckets(found)]
 
 
 def _in_float16(rows: Tensor) -> bool:
     """Whether gradients must be made with the loss's scale in them, or they leave the range."""
     return (autocast_dtype(rows.device.type) or rows.dtype) == torch.float16
-
-
-def _loss_dtype(logits: Tensor) -> torch.dtype:
-    """What `cross_entropy` makes of such logits: under autocast float32."""
-    if autocast_dtype(logits.device.type) is not None:
-        return torch.promote_types(logits.dtype, torch.float32)
-    return logits.dtype
 
 
 class _Once(torch.autograd.Function):

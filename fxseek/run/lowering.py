@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -73,8 +73,7 @@ def lower(module: fx.GraphModule, schedule: Schedule, config: SeekConfig) -> Run
         return Selectively(module, schedule.regions)
     if schedule.segments is None:
         return _hooked(module)
-    place = schedule.segments.__getitem__
-    module = split_module(module, module, place, keep_original_order=True)
+    module = split_module(module, module, schedule.segments.__getitem__, keep_original_order=True)
     alike: dict[Any, Callable[..., Any]] = {}
     for name, part in list(module.named_children()):
         assert isinstance(part, fx.GraphModule)
@@ -114,11 +113,18 @@ def _hooked(module: fx.GraphModule) -> Run:
 
 
 def _counted(module: fx.GraphModule) -> Run:
+    """Compiled autograd functions say what they hold."""
     boxed = Boxed(module)
 
     def run(arguments: list[Any], exclude: Known) -> tuple[Any, int]:
-        outputs = boxed(arguments)
-        return outputs, _saved_by_functions(outputs, exclude)
+        outputs, saved = boxed(arguments), SavedBytes(exclude)
+        held = [  # counted for as long as this lives; hooks would be traced into the graph
+            saved.count(tensor)
+            for node in functions_of(outputs)
+            for tensor in getattr(node, "saved_tensors", ()) or ()
+            if isinstance(tensor, Tensor)
+        ]
+        return outputs, saved.total if held else 0
 
     return run
 
@@ -153,12 +159,9 @@ def _compiled(module: fx.GraphModule, backend: str, recompute: str) -> Callable[
     """A function of the segment's inputs, compiled when it is first called."""
     _restore_functions(module)
     compiled = torch.compile(module, backend=BACKENDS[backend], dynamic=True, fullgraph=True)
-    keep_inputs = recompute == "block"
 
     def call(*arguments: Any) -> Any:
-        budget: AbstractContextManager[Any] = (
-            _torch.saving_inputs_only() if keep_inputs else nullcontext()
-        )
+        budget = _torch.saving_inputs_only() if recompute == "block" else nullcontext()
         with warnings.catch_warnings(), budget:
             # Dynamo reads .grad of every tensor it wraps, non-leaves too, when it captures
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
@@ -188,7 +191,7 @@ def _restore_functions(module: fx.GraphModule) -> None:
         )
         name = f"applied_{node.name}"
         fixed = node.kwargs.get("non_differentiable_idx", ())
-        module.add_submodule(name, _Applied(forward, backward, fixed))
+        module.add_submodule(name, _applied(forward, backward, fixed))
         with module.graph.inserting_before(node):
             made = module.graph.call_module(name, node.args[2:])
         node.replace_all_uses_with(made)
@@ -206,44 +209,25 @@ def _traceable(body: Any) -> nn.Module:
     return body
 
 
-class _Applied(nn.Module):
+def _applied(forward: nn.Module, backward: nn.Module, fixed: Sequence[int]) -> _Called:
     """An autograd function of a graph ``operands → (results, saved)`` and a backward graph."""
 
-    def __init__(self, forward: nn.Module, backward: nn.Module, fixed: Sequence[int]) -> None:
-        super().__init__()
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *operands: Any) -> Any:
+            results, saved = forward(*operands)
+            ctx.tensors = [isinstance(x, Tensor) for x in saved]
+            ctx.save_for_backward(*[x for x in saved if isinstance(x, Tensor)])
+            ctx.numbers = [x for x in saved if not isinstance(x, Tensor)]
+            if fixed:
+                each = results if isinstance(results, (tuple, list)) else (results,)
+                ctx.mark_non_differentiable(*[each[index] for index in fixed])
+            return results
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *operands: Any) -> Any:
-                results, saved = forward(*operands)
-                ctx.tensors = [isinstance(x, Tensor) for x in saved]
-                ctx.save_for_backward(*[x for x in saved if isinstance(x, Tensor)])
-                ctx.numbers = [x for x in saved if not isinstance(x, Tensor)]
-                if fixed:
-                    each = results if isinstance(results, (tuple, list)) else (results,)
-                    ctx.mark_non_differentiable(*[each[index] for index in fixed])
-                return results
+        @staticmethod
+        def backward(ctx: Any, *slopes: Any) -> Any:
+            tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
+            saved = [next(tensors if tensor else numbers) for tensor in ctx.tensors]
+            return backward(*slopes, *saved)
 
-            @staticmethod
-            def backward(ctx: Any, *slopes: Any) -> Any:
-                tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
-                saved = [next(tensors if tensor else numbers) for tensor in ctx.tensors]
-                return backward(*slopes, *saved)
-
-        self.function = Function
-
-    def forward(self, *operands: Any) -> Any:
-        """Apply it."""
-        return self.function.apply(*operands)
-
-
-def _saved_by_functions(outputs: Any, exclude: Known) -> int:
-    """Bytes that compiled autograd functions hold; hooks would be traced into the graph."""
-    saved = SavedBytes(exclude)
-    counted = [
-        saved.count(tensor)
-        for node in functions_of(outputs)
-        for tensor in getattr(node, "saved_tensors", ()) or ()
-        if isinstance(tensor, Tensor)
-    ]
-    return saved.total if counted else 0
+    return _Called(Function.apply)

@@ -7,10 +7,9 @@ When backward brings their gradient, each part is run forward and backward, the 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from fxseek.ops.rows import gather_rows
 from fxseek.ops.sweep import CatRows, few, rows_of_chunk, slices_of, sweep
 from fxseek.ops.team import telling
 from fxseek.passes.causality import Hides
-from fxseek.passes.ir import Gathered, Joined, Piece, Selected
+from fxseek.passes.ir import Gathered, Joined, Piece
 from fxseek.passes.parts import Parts
 from fxseek.passes.unshard import sharding_of
 from fxseek.run.env import Env
@@ -169,7 +168,7 @@ class _Step:
 
         def run(slots: slice) -> tuple[Tensor]:
             self.random[slots.start] = _RandomStates(kept)
-            part.begin(slots, self._keys_at(slots))
+            part.begin(slots, self.keys[self.slots.index(slots)])
             return (self._run(self.values, joints, part, known),)
 
         with torch.no_grad():
@@ -193,7 +192,12 @@ class _Step:
             InputError: a constant was written to since the forward.
             GraphError: a part has sent gradient to tokens whose part had run.
         """
-        self._check_versions()
+        if _torch.versions(self.values[node] for node in self.constants) != self.versions:
+            raise InputError(
+                "an input of the model, a buffer or a frozen parameter was written to in place "
+                "between forward and backward, which reads it again. Write to a copy, or call "
+                "backward first."
+            )
         values = {**self.values, **saved}
         for node in trained:
             values[node] = values[node].detach().requires_grad_()
@@ -208,7 +212,7 @@ class _Step:
         batch, exit_at = len(self.selection.kept), self.learn.parts.rows
         for index, _ in few(range(len(self.slots))[::-1], slope):
             slots = self.slots[index]
-            part.begin(slots, self._keys_at(slots))
+            part.begin(slots, self.keys[index])
             states = self.random.get(slots.start)
             with nullcontext() if states is None else states.again():
                 with torch.enable_grad(), self.precision():
@@ -227,18 +231,7 @@ class _Step:
             values[node].grad = None  # the only owner hands it on without a copy
         return found
 
-    def _check_versions(self) -> None:
-        if _torch.versions(self.values[node] for node in self.constants) != self.versions:
-            raise InputError(
-                "an input of the model, a buffer or a frozen parameter was written to in place "
-                "between forward and backward, which reads it again. Write to a copy, or call "
-                "backward first."
-            )
-
-    def _keys_at(self, slots: slice) -> int | None:
-        return self.keys[self.slots.index(slots)]
-
-    def _joints(self, values: Mapping[fx.Node, Any], part: Part) -> dict[Joined, Joint]:
+    def _joints(self, values: Mapping[fx.Node, Any], part: Part) -> dict[Gathered | Joined, Joint]:
         learn, cuts = self.learn, self.learn.parts.mixing.cuts
         return {
             item: Joint(values[item.node], item.rows, part, cuts=item.node in cuts, wide=learn.wide)
@@ -246,7 +239,7 @@ class _Step:
         }
 
     def _run(
-        self, values: Mapping[fx.Node, Any], joints: Mapping[Joined, Joint], part: Part,
+        self, values: Mapping[fx.Node, Any], joints: Mapping[Gathered | Joined, Joint], part: Part,
         known: Known,
     ) -> Tensor:  # fmt: skip
         """The exits of a part."""
@@ -260,18 +253,8 @@ class _Step:
             joint.rewind()
         with torch.no_grad():
             learn.gather(env, selection)
-        arguments = [
-            joints[item]
-            if isinstance(item, Joined)
-            else getattr(selection, item.part)
-            if isinstance(item, Selected)
-            else env.rows[item]
-            if isinstance(item, Gathered)
-            else values[item.node]
-            for item in learn.parts.body.inputs
-        ]
-        del env
-        (exits,), _ = learn.body(arguments, known)
+        env.rows.update(joints)
+        (exits,), _ = learn.body(env.take(learn.parts.body.inputs, selection), known)
         return exits
 
 
@@ -305,7 +288,7 @@ class _RandomStates:
         self.host = torch.get_rng_state()
         self.devices, self.states = get_device_states(like)
 
-    @contextlib.contextmanager
+    @contextmanager
     def again(self) -> Iterator[None]:
         """Draw the same; the generators are as before afterwards."""
         kind = torch.accelerator.current_accelerator()

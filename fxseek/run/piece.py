@@ -55,10 +55,7 @@ class Runner:
         self.run = Boxed(module_of(piece, name))
 
     def __call__(
-        self,
-        env: Env,
-        given: Mapping[fx.Node, Any] | None = None,
-        selection: Selection | None = None,
+        self, env: Env, given: Mapping[fx.Node, Any], selection: Selection | None = None
     ) -> tuple[Any, ...]:
         """The piece's results, as its graph's output has them."""
         return tuple(self.run(env.constants(self.piece.inputs, given, selection)))
@@ -97,12 +94,9 @@ class SweptRegion:
         split = entry.split([chunk.stop - chunk.start for chunk in chunks], rows[node].row)
         given = {chunk.start: x for chunk, x in zip(chunks, split, strict=True)}
 
-        def part(kept: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-            return self.rows(env, kept, {node: x})
-
         def run(chunk: slice) -> tuple[Tensor, ...]:
-            x = given[chunk.start]
-            return checkpoint(part, positions[:, chunk], x, use_reentrant=False)  # type: ignore[return-value]
+            own = {node: given[chunk.start]}
+            return checkpoint(self.rows, env, positions[:, chunk], own, use_reentrant=False)  # type: ignore[return-value]
 
         found = sweep(chunks, run, [Cat(rows[result].row) for result in results], entry)
         return dict(zip(results, found, strict=True))

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -77,36 +78,28 @@ class Remake:
         return dict(zip(made, self._functions[made](values), strict=True))
 
     def _function(self, made: Sequence[fx.Node]) -> Callable[[list[Any]], tuple[Any, ...]]:
-        graph, places = fx.Graph(), fx.Graph()
-        place = {node: places.placeholder(node.name) for node in self.read}
-        taken = unpack_list(graph, places)
-        copies = {node: taken[place[node]] for node in self.read}
+        graph = fx.Graph()
+        copies = unpack_list(graph, self.read)
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[node] for node in made))
         return fx.GraphModule(torch.nn.Module(), graph, class_name="Remake").forward
 
 
+@dataclass(eq=False)
 class Recipe:
     """Makes the saved tensors of a region when backward asks for them."""
 
-    def __init__(
-        self,
-        remake: Remake,
-        sources: Sequence[Callable[[], Any]],
-        layouts: dict[fx.Node, Layout],
-        precision: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
-        self.remake = remake
-        self.sources = sources
-        self.layouts = layouts
-        self.precision = precision
-        self.notes: weakref.WeakSet[Note] = weakref.WeakSet()
-        self.made: dict[fx.Node, Tensor] = {}
-        self.waiting: dict[fx.Node, set[int]] = {}
-        # Two threads may go back through one graph; a source may be asked for by running the
-        # step again, as a checkpoint around the model does, which goes back through it too.
-        self.lock = threading.RLock()
+    remake: Remake
+    sources: Sequence[Callable[[], Any]]
+    layouts: dict[fx.Node, Layout]
+    precision: Callable[[], AbstractContextManager[Any]]
+    notes: weakref.WeakSet[Note] = field(default_factory=weakref.WeakSet)
+    made: dict[fx.Node, Tensor] = field(default_factory=dict)
+    waiting: dict[fx.Node, set[int]] = field(default_factory=dict)
+    # Two threads may go back through one graph; a source may be asked for by running the
+    # step again, as a checkpoint around the model does, which goes back through it too.
+    lock: AbstractContextManager[Any] = field(default_factory=threading.RLock)
 
     def tensor(self, note: Note) -> Tensor:
         """The saved tensor, made with all others of the region where it is the first."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -116,11 +115,6 @@ class SavedBytes:
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         hooks, self._hooks = self._hooks, None  # they hold this object
-        hooks.__exit__(kind, value, trace)
+        hooks.__exit__(*error)

@@ -99,12 +99,11 @@ class Score(nn.Module):
         parts: dict[str, Tensor] = {}
         full_loss = None
         with env.unsharded(self.plan.reads()):
-            begun = None if self.gradient is None else self.gradient.begin(env, valid.shape[0])
+            made = {} if self.gradient is None else self.gradient.begin(env, valid.shape[0])
             if self.context is not None:
-                made = {} if begun is None else begun.made
                 parts["context"] = self.context.sums(env, made, valid, self.config.most_chunk_bytes)
-            if self.gradient is not None and begun is not None:
-                parts["gradient"], found = self.gradient.finish(env, begun, valid, supervised)
+            if self.gradient is not None:
+                parts["gradient"], found = self.gradient.finish(env, made, valid, supervised)
                 full_loss = found if self.plan.of_loss else None
         at = self.plan.hidden
         given = ScoreInputs(
@@ -211,14 +210,6 @@ def _read(env: Env, made: dict[fx.Node, Tensor], node: fx.Node) -> Any:
 # ---- gradient ------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Begun:
-    """The forward of the last block: its input, a leaf, and all that was made of it."""
-
-    hidden: Tensor
-    made: dict[fx.Node, Tensor]
-
-
 class _Slope:
     """The gradient of the full-token loss at the input of the last block."""
 
@@ -239,8 +230,8 @@ class _Slope:
             case EndsInMap():
                 self.end = _MapEnd(gradient.end, config.most_chunk_bytes, plan.targets)
 
-    def begin(self, env: Env, batch: int) -> _Begun:
-        """Run the block."""
+    def begin(self, env: Env, batch: int) -> dict[fx.Node, Tensor]:
+        """Run the block: its input, a leaf, and all that is made of it."""
         start = self.plan.start.node
         hidden = env.constant(start).requires_grad_()
         given = {start: hidden}
@@ -248,20 +239,21 @@ class _Slope:
             if self.lead is not None:
                 given.update(self.lead.all(env, hidden, batch))
             found = self.block(env, given)
-        return _Begun(hidden, given | dict(zip(self.plan.block.outputs, found, strict=True)))
+        return given | dict(zip(self.plan.block.outputs, found, strict=True))
 
     def finish(
-        self, env: Env, begun: _Begun, valid: Tensor, supervised: Tensor | None
+        self, env: Env, made: dict[fx.Node, Tensor], valid: Tensor, supervised: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The magnitude of the gradient at each token, and the full-token loss."""
-        ends = {node: begun.made[node] for node in self.end.cuts}
-        begun.made.clear()
+        ends = {node: made[node] for node in self.end.cuts}
+        hidden = made[self.plan.start.node]
+        made.clear()
         cotangents, loss = self.end.cotangents(env, ends, valid, supervised)
         pairs = [
             (y, dy) for y, dy in zip(ends.values(), cotangents, strict=True) if y.requires_grad
         ]
         del ends, cotangents
-        (slope,) = torch.autograd.grad([y for y, _ in pairs], begun.hidden, [dy for _, dy in pairs])
+        (slope,) = torch.autograd.grad([y for y, _ in pairs], hidden, [dy for _, dy in pairs])
         slope = _batch_major(slope, self.plan.start.rows, valid)
         return gradient_magnitude(slope, self.norm), loss
 
@@ -319,11 +311,10 @@ class _HeadEnd:
         kept = _labelled_first(supervised)
         weights = supervised.gather(1, kept).to(torch.float32)
         total = divisor(_mass(env, self.targets, valid))
-        length = kept.shape[1]
-        chunks: list[slice] = []
-        if kept.numel():
-            size = self.size
-            chunks = self.head.chunks(*kept.shape) if size is None else chunks_of(length, size)
+        if self.size is None:
+            chunks = self.head.chunks(*kept.shape)
+        else:
+            chunks = chunks_of(kept.shape[1], self.size)
 
         def run(chunk: slice) -> tuple[Tensor | None, ...]:
             places = kept[:, chunk]

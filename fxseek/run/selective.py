@@ -103,20 +103,8 @@ class _Running:
 
     def reads(self, made: Set[fx.Node], kept: Set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
         """What making nodes reads, sources and those of the region that are `kept`; what runs."""
-        read: set[fx.Node] = set()
-        nodes: set[fx.Node] = set()
-        queue = list(made)
-        while queue:
-            node = queue.pop()
-            if node in nodes:
-                continue
-            nodes.add(node)
-            for operand in node.all_input_nodes:
-                if operand in kept or operand not in self.inside:
-                    read.add(operand)
-                else:
-                    queue.append(operand)
-        return read, nodes
+        nodes = ancestors(made, lambda node: node in self.inside and node not in kept)
+        return {x for node in nodes for x in node.all_input_nodes} - nodes, nodes
 
 
 class _Selective(SavedBytes):
@@ -162,11 +150,6 @@ class _Selective(SavedBytes):
         # Autograd holds these hooks until it has asked for the last tensor, and then nobody.
         self.regions, self._unclear = (), None
         self._owners.clear()
-
-    @property
-    def hooked(self) -> bool:
-        """Whether the caller has hooks of his own."""
-        return self._outer is not None
 
     def _hold(self, tensor: Tensor) -> Held:
         self._keep(tensor)
@@ -255,7 +238,7 @@ class _Selective(SavedBytes):
 
         Decided once for each set of nodes, except where the caller has hooks, which have a say.
         """
-        if self.hooked:
+        if self._outer is not None:
             return self._least(running, owners)
         choices = running.watched.choices
         if owners not in choices:
@@ -291,7 +274,7 @@ class _Selective(SavedBytes):
 
     def _restores(self, running: _Running, read: set[fx.Node]) -> bool:
         """Whether hooks of the caller, which may copy, give back what lies in memory as it did."""
-        if not self.hooked:
+        if self._outer is None:
             return True
         sources = (x for node in read for x in tensors_of(running.sources.get(node)))
         layouts = [Layout.of(x) for x in sources]
@@ -353,7 +336,7 @@ def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callab
     """
     graph = fx.Graph()
     hooks = graph.placeholder("hooks")
-    copies = unpack_list(graph, module.graph)
+    copies = unpack_list(graph, module.graph.find_nodes(op="placeholder"))
     region_of = {node: region for region, watched in enumerate(regions) for node in watched.nodes}
     owners = {node for watched in regions for node in watched.owners}
     ending: dict[fx.Node, list[int]] = {}

@@ -142,12 +142,10 @@ class Select(nn.Module):
         """The largest number that a row keeps, and that of each where they may differ."""
         valid, virtual = scores.valid, scores.virtual
         k = selecting.count_kept(ratio, valid.shape[1] - virtual) + virtual
-        counts = None
+        k, counts = max(k, self._least(scores)), None
         if scores.padded or each:
             counts = selecting.count_kept_of_rows(ratio, valid[:, virtual:]) + virtual
-        if scores.required is not None:
-            k = max(k, self._least(scores))
-            counts = None if counts is None else self._at_least_required(counts, scores)
+            counts = self._at_least_required(counts, scores)
         return k, counts
 
     def _by_mass(self, scores: Scores, spans: Tensor | None) -> tuple[int, Tensor | None]:
@@ -211,8 +209,7 @@ class Gather(nn.Module):
                 if isinstance(value, MaskRows):
                     env.rows[item] = self._mask(item, value, selection)
                     continue
-                for _ in range(item.unsqueezed):
-                    value = value.unsqueeze(0)
+                value = value[(None,) * item.unsqueezed]
                 env.rows[item] = gather_rows(value, kept, item.rows)
 
     def _mask(self, item: Gathered, mask: MaskRows, selection: Selection) -> Any:

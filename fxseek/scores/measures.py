@@ -71,7 +71,9 @@ def attention_column_sums(
     query = (query.to(dtype) * scale).unflatten(1, (kv_heads, groups))
     transposed = key.to(dtype).transpose(-1, -2)
     whole = mask[(None,) * (4 - mask.dim())] if isinstance(mask, Tensor) else None
-    masked_below = _masked_below(whole, dtype)
+    masked_below = -math.inf  # the highest logit from which on a row counts as masked altogether
+    if whole is not None and whole.is_floating_point():
+        masked_below = max(torch.finfo(whole.dtype).min, torch.finfo(dtype).min) / 2
 
     entry_bytes = dtype.itemsize
     if mask is not None and (whole is None or whole.dtype == torch.bool):
@@ -89,9 +91,9 @@ def attention_column_sums(
             logits = logits.unflatten(2, part.shape[2:4]).flatten(1, 2)
             if isinstance(mask, MaskRows):
                 given = mask.part(rows, query.device)
-                _apply_mask(logits, _mask_part(given, b, h, groups, slice(None), reach))
+                _apply_mask(logits, given, b, h, groups, slice(None), reach)
             elif whole is not None:
-                _apply_mask(logits, _mask_part(whole, b, h, groups, rows, reach))
+                _apply_mask(logits, whole, b, h, groups, rows, reach)
             if is_causal:
                 logits.masked_fill_(index[:reach] > index[rows, None], -math.inf)
 
@@ -115,7 +117,7 @@ def _chunks(
     tokens: int,
     keys: int,
     entries: int,
-    like: Tensor | None = None,
+    like: Tensor,
 ) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of (batch, key heads, queries): at most ``entries`` of the map, or one row."""
     wanted = min(tokens, _FEWEST_ROWS)
@@ -131,29 +133,21 @@ def _chunks(
                 yield b, h, rows
 
 
-def _mask_part(mask: Tensor, b: slice, h: slice, groups: int, rows: slice, reach: int) -> Tensor:
-    """The part of a four-dimensional mask that a chunk reads; dimensions of 1 stay as they are."""
+def _apply_mask(
+    logits: Tensor, mask: Tensor, b: slice, h: slice, groups: int, rows: slice, reach: int
+) -> None:
+    """By the part of a four-dimensional mask that a chunk reads; dimensions of 1 stay."""
     every = slice(None)
-    return mask[
+    mask = mask[
         every if mask.shape[0] == 1 else b,
         every if mask.shape[1] == 1 else slice(h.start * groups, h.stop * groups),
         every if mask.shape[2] == 1 else rows,
         every if mask.shape[3] == 1 else slice(reach),
     ]
-
-
-def _apply_mask(logits: Tensor, mask: Tensor) -> None:
     if mask.dtype == torch.bool:
         logits.masked_fill_(~mask, -math.inf)
     else:
         logits.add_(mask)
-
-
-def _masked_below(mask: Tensor | None, dtype: torch.dtype) -> float:
-    """The highest logit of a row from which on the row counts as masked altogether."""
-    if mask is None or not mask.dtype.is_floating_point:
-        return -math.inf
-    return max(torch.finfo(mask.dtype).min, torch.finfo(dtype).min) / 2
 
 
 def wide(tensor: Tensor) -> torch.dtype:
@@ -162,16 +156,14 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def accumulate_columns(rows: Tensor, query_valid: Tensor | None = None) -> Tensor:
+def accumulate_columns(rows: Tensor, query_valid: Tensor) -> Tensor:
     """The context score of attention probabilities that exist already, or of some rows of them.
 
     Shapes: rows [batch, heads, some tokens, keys]; query_valid Bool [batch, some tokens], False
     for rows that count for nothing (they may hold NaN). Returns [batch, keys], float32 or
     float64: add up the results of all rows.
     """
-    received = rows.sum(1, dtype=wide(rows))
-    if query_valid is not None:
-        received = received.masked_fill(~query_valid[:, :, None], 0.0)
+    received = rows.sum(1, dtype=wide(rows)).masked_fill(~query_valid[:, :, None], 0.0)
     return received.sum(1) / rows.shape[1]
 
 
@@ -187,7 +179,5 @@ def gradient_magnitude(gradient: Tensor, norm: str = "l1") -> Tensor:
     dtype = wide(gradient)
     if norm == "sum":
         return gradient.sum(-1, dtype=dtype)
-    if norm not in ("l1", "l2"):
-        raise ValueError(f"the norm is {norm!r}; it must be 'l1', 'l2' or 'sum'")
-    order = 1 if norm == "l1" else 2
+    order = {"l1": 1, "l2": 2}[norm]
     return torch.linalg.vector_norm(gradient, ord=order, dim=-1, dtype=dtype)

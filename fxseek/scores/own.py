@@ -34,8 +34,7 @@ class Own(Scorer):
         """The function's, checked."""
         with torch.no_grad():
             scores = self.function(given)
-        valid = given.valid
-        return check_scores(scores, *valid.shape, valid=valid).to(valid.device)
+        return check_scores(scores, given.valid).to(given.valid.device)
 
     def mass(self, scores: Tensor, parts: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         """The scores themselves."""
@@ -43,17 +42,18 @@ class Own(Scorer):
 
 
 @torch.no_grad()
-def check_scores(scores: object, batch: int, tokens: int, *, valid: Tensor | None = None) -> Tensor:
+def check_scores(scores: object, valid: Tensor) -> Tensor:
     """A score function's result as [batch, tokens] float32 or float64, or what is wrong with it.
 
     Integers and booleans are converted. ``-inf`` means "keep anything else first"; NaN and ``+inf``
-    are refused. With ``valid`` only valid positions are judged, the others become ``-inf``.
+    are refused. Only valid positions are judged, the others become ``-inf``.
 
     Waits for the device once.
 
     Raises:
         ScoreError: not a tensor, not real numbers, another shape, NaN or ``+inf``.
     """
+    batch, tokens = valid.shape
     if not isinstance(scores, Tensor):
         raise ScoreError(
             f"the score function returned {type(scores).__name__}; expected a float tensor of "
@@ -70,9 +70,7 @@ def check_scores(scores: object, batch: int, tokens: int, *, valid: Tensor | Non
             f"the score function returned shape {list(scores.shape)}; expected [batch, tokens] = "
             f"[{batch}, {tokens}]. {_shape_remedy(tuple(scores.shape), batch, tokens)}"
         )
-    scores = scores.detach().to(wide(scores))
-    if valid is not None:
-        scores = scores.masked_fill(~valid, -math.inf)
+    scores = scores.detach().to(wide(scores)).masked_fill(~valid, -math.inf)
     wrong = scores.isnan() | (scores == math.inf)
     if bool(wrong.any()):
         row, token = wrong.nonzero()[0].tolist()

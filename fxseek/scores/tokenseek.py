@@ -100,10 +100,9 @@ def combine(
         total = alpha * of_context(_log(context), valid) + beta * of_gradient(gradient, valid)
     elif context is not None:
         total = _log(context)
-    elif gradient is not None:
-        total = _minmax(gradient, valid)
     else:
-        raise ValueError("nothing to combine: both the context and the gradient are None")
+        assert gradient is not None
+        total = _minmax(gradient, valid)
     return total.masked_fill(~valid, -math.inf)
 
 
@@ -151,9 +150,7 @@ NORMALISATIONS: dict[str, tuple[_Scale, _Scale]] = {
 
 
 @torch.no_grad()
-def mass(
-    context: Tensor | None, gradient: Tensor | None, scores: Tensor | None, valid: Tensor
-) -> Tensor:
+def mass(context: Tensor | None, gradient: Tensor | None, scores: Tensor, valid: Tensor) -> Tensor:
     """What ``select="sample"`` draws by, and what a ratio such as ``"mass:0.9"`` adds up.
 
     Nonnegative, and never less where the score is better.
@@ -172,16 +169,12 @@ def mass(
             their order), or use ``select="topk"`` and a number as ratio.
     """
     if context is not None and gradient is not None:
-        if scores is None:
-            raise ValueError("with a context and a gradient the mass is made of their scores")
         scores = scores.to(wide(scores)).masked_fill(~valid, -math.inf)
         highest = scores.amax(-1, keepdim=True)
         drawn_by = (scores - highest.clamp_min(torch.finfo(scores.dtype).min)).exp()
-    elif context is not None or gradient is not None:
-        part = context if context is not None else gradient
-        assert part is not None
+    elif (part := gradient if context is None else context) is not None:
         drawn_by = part.to(wide(part)).clamp_min(0.0)
-    elif scores is not None:
+    else:
         drawn_by = scores.to(wide(scores))
         drawn_by = drawn_by.masked_fill(drawn_by == -math.inf, 0.0)
         negative = (drawn_by < 0) & valid
@@ -194,6 +187,4 @@ def mass(
                 f"nonnegative scores (scores.exp() keeps their order), or use select='topk' "
                 f"and a number as ratio, such as 0.1."
             )
-    else:
-        raise ValueError("no scores to make a mass of")
     return drawn_by.masked_fill(~valid, 0.0)
