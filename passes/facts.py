@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.ops.rows import Rows
@@ -110,6 +111,32 @@ class Sizes:
 def example(node: fx.Node) -> Any:
     """The example value that Dynamo recorded (fake tensors, numbers, tuples of them)."""
     return node.meta.get("example_value")
+
+
+def value_of(call: fx.Node) -> Any:
+    """What a call makes of the example values of its operands."""
+    args, kwargs = map_arg((call.args, call.kwargs), example)  # type: ignore[misc]
+    target: Any = call.target
+    function = getattr(type(args[0]), target) if call.op == "call_method" else target
+    with torch.enable_grad():  # whether it carries gradient is the graph's to say
+        return function(*args, **kwargs)
+
+
+def made_call(
+    graph: fx.Graph,
+    origin: fx.Node,
+    target: Any,
+    /,
+    *args: Any,
+    example_value: Any = None,
+    **kwargs: Any,
+) -> fx.Node:
+    """A new call for code of `origin`, with its example value: that given, or what it makes."""
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    made = graph.create_node(kind, target, args, kwargs)
+    value = value_of(made) if example_value is None else example_value
+    made.meta = {**origin.meta, "example_value": value}
+    return made
 
 
 def is_tensor(node: Any) -> bool:

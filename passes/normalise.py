@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.fx.node import map_arg
 
 from fxseek._torch import size_expression
 from fxseek.passes.facts import example, is_tensor
@@ -62,26 +61,14 @@ _FIRST = ("input", "tensors")
 
 
 def normalise(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` in which each registered operation is one call_function."""
-    copy = fx.Graph(owning_module=graph.owning_module)
-    new_of: dict[fx.Node, fx.Node] = {}
+    """The graph in which each registered operation is one call_function."""
     for node in graph.nodes:
         spelled = _spell(node)
-        if spelled is None:
-            new_of[node] = copy.node_copy(node, new_of.__getitem__)
-        else:
-            target, args, kwargs = spelled
-            made = copy.create_node(
-                "call_function",
-                target,
-                map_arg(args, new_of.__getitem__),
-                map_arg(kwargs, new_of.__getitem__),
-                name=node.name,
-            )
-            made.meta = dict(node.meta)
-            new_of[node] = made
-        _undo_repeat(new_of[node])
-    return copy
+        if spelled is not None:
+            node.op = "call_function"
+            node.target, node.args, node.kwargs = spelled
+        _undo_repeat(node)
+    return graph
 
 
 def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
