@@ -304,27 +304,34 @@ def ancestors(
     nodes: Iterable[fx.Node], through: Callable[[fx.Node], bool] | None = None
 ) -> set[fx.Node]:
     """The nodes and all that they are computed from; those alone that `through` holds for."""
+    return set(walk_up(nodes, through))
+
+
+def walk_up(
+    nodes: Iterable[fx.Node], through: Callable[[fx.Node], bool] | None = None
+) -> Iterator[fx.Node]:
+    """The `ancestors`, one by one: of what a node reads, the last goes first."""
     return _reached(nodes, lambda node: node.all_input_nodes, through)
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes and all that is computed from them."""
-    return _reached(nodes, lambda node: node.users, None)
+    return set(_reached(nodes, lambda node: node.users, None))
 
 
 def _reached(
     nodes: Iterable[fx.Node],
     step: Callable[[fx.Node], Iterable[fx.Node]],
     through: Callable[[fx.Node], bool] | None,
-) -> set[fx.Node]:
+) -> Iterator[fx.Node]:
     found: set[fx.Node] = set()
     queue = list(nodes)
     while queue:
         node = queue.pop()
         if node not in found and (through is None or through(node)):
             found.add(node)
+            yield node
             queue.extend(step(node))
-    return found
 
 
 def numel(x: torch.Tensor) -> int:
