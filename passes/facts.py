@@ -144,6 +144,21 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(example(node), torch.Tensor)
 
 
+def written_out(index: Any, rank: int) -> list[Any] | None:
+    """What a subscript of a value holds for each dimension, and the None that add some.
+
+    Answers None where it holds more than the value has dimensions.
+    """
+    items = list(index) if isinstance(index, tuple) else [index]
+    missing = rank - sum(item is not None and item is not ... for item in items)
+    if missing < 0 or items.count(...) > 1:
+        return None
+    if ... not in items:
+        items.append(...)
+    at = items.index(...)
+    return [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
+
+
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in a (nested) example value."""
     if isinstance(value, torch.Tensor):

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxseek._torch import size_expression
-from fxseek.passes.facts import example, is_tensor, made_call
+from fxseek.passes.facts import example, is_tensor, made_call, written_out
 from fxseek.passes.writes import copied, set_item
 
 __all__ = ["join_writes"]
@@ -73,17 +73,14 @@ def _slice(write: fx.Node) -> tuple[int, int, int, fx.Node] | None:
     if not is_tensor(base) or not is_tensor(value) or not isinstance(index, tuple):
         return None
     whole = example(base)  # type: ignore[arg-type]
-    if index.count(Ellipsis) == 1:
-        at = index.index(Ellipsis)
-        free = [slice(None)] * (whole.dim() - len(index) + 1)
-        index = (*index[:at], *free, *index[at + 1 :])
-    if not all(isinstance(item, slice) for item in index) or len(index) > whole.dim():
+    items = written_out(index, whole.dim())
+    if items is None or not all(isinstance(item, slice) for item in items):
         return None
-    cut = [dim for dim, item in enumerate(index) if item != slice(None)]
+    cut = [dim for dim, item in enumerate(items) if item != slice(None)]
     if len(cut) != 1:
         return None
     (dim,) = cut
-    own: Any = index[dim]
+    own = items[dim]
     bounds = (own.start or 0, whole.shape[dim] if own.stop is None else own.stop)
     if own.step not in (None, 1) or not all(type(bound) is int and bound >= 0 for bound in bounds):
         return None

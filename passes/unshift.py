@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxseek._torch import size_expression
-from fxseek.passes.facts import Sizes, example, is_tensor, made_call
+from fxseek.passes.facts import Sizes, example, is_tensor, made_call, written_out
 from fxseek.passes.rules import argument, operation
 from fxseek.passes.rules.loss import TokenLoss
 
@@ -137,12 +137,7 @@ def cuts(node: fx.Node, *, last: bool) -> bool:
     before, after = example(source), example(node)
     if before.dim() != after.dim():
         return False
-    index: Any = node.args[1]
-    items = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        items[at : at + 1] = [slice(None)] * (before.dim() - len(items) + 1)
-    items += [slice(None)] * (before.dim() - len(items))
+    items = written_out(node.args[1], before.dim()) or [None]
     if not all(isinstance(item, slice) and item.step in (None, 1) for item in items):
         return False
     for dim, item in enumerate(items):
