@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import sympy
@@ -356,20 +357,20 @@ class _Ditch:
             return self.lengths[expression]
         if isinstance(expression, sympy.Symbol):
             made: Any = self._symbol(expression)
-        elif isinstance(expression, (sympy.Mul, sympy.Add, sympy.Pow)) and (
-            not isinstance(expression, sympy.Pow) or expression.exp.is_Integer
-        ):
-            parts: Any = expression.args
-            if isinstance(expression, sympy.Pow):
-                parts = [expression.base] * int(expression.exp)  # type: ignore[call-overload]
-            combine = operator.add if isinstance(expression, sympy.Add) else operator.mul
-            made = self._length(parts[0])
-            for part in parts[1:]:
-                made = self.graph.call_function(combine, (made, self._length(part)))
+        elif isinstance(expression, (sympy.Mul, sympy.Add)):
+            combine = operator.mul if isinstance(expression, sympy.Mul) else operator.add
+            made = self._combined(combine, expression.args)
+        elif isinstance(expression, sympy.Pow) and expression.exp.is_Integer:
+            made = self._combined(operator.mul, [expression.base] * int(expression.exp))  # type: ignore[call-overload]
         else:
             raise GraphError(f"the size {expression} cannot be computed from the inputs")
         self.lengths[expression] = made
         return made
+
+    def _combined(self, combine: Callable[..., Any], parts: Iterable[Any]) -> Any:
+        """The lengths that are the parts of another one, added up or multiplied."""
+        made = map(self._length, parts)
+        return reduce(lambda a, b: self.graph.call_function(combine, (a, b)), made)
 
     def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
         if symbol == KEPT:

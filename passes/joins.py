@@ -35,6 +35,7 @@ def join_writes(graph: fx.Graph) -> fx.Graph:
             with graph.inserting_before(node):
                 made = made_call(graph, node, torch.cat, *found, example_value=example(node))
             node.replace_all_uses_with(made)
+            graph.erase_node(node)
     return graph
 
 

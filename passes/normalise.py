@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,11 +105,8 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
     if node.op == "call_method":
         method = str(node.target)
         function = getattr(torch, method, None)
-        if (
-            method not in _VARIADIC
-            and method not in _OTHER_ORDER
-            and isinstance(function, types.BuiltinFunctionType)
-        ):
+        as_method = method in _VARIADIC | _OTHER_ORDER
+        if not as_method and isinstance(function, types.BuiltinFunctionType):
             return function, args, kwargs
         return getattr(torch.Tensor, method), args, kwargs
     if args != node.args or kwargs != node.kwargs:
@@ -177,19 +174,17 @@ def _before_repeat(node: Any) -> fx.Node | None:
     source = inserted.args[0]
     if not is_tensor(source):
         return None
-    a, b, c = example(source), example(inserted), example(wide)
-    added = (*a.shape[:2], 1, *a.shape[2:])
-    if a.dim() != 4 or not _same_sizes(tuple(b.shape), added):
+    shape, times = example(source).shape, example(wide).shape[2]
+    if len(shape) != 4 or (kind == "getitem" and not _inserts_third(inserted.args[1])):
         return None
-    widened = (*a.shape[:2], c.shape[2], *a.shape[2:])
-    merged = (a.shape[0], a.shape[1] * c.shape[2], *a.shape[2:])
-    if not _same_sizes(tuple(c.shape), widened):
-        return None
-    if not _same_sizes(tuple(example(node).shape), merged):
-        return None
-    if kind == "getitem" and not _inserts_third(inserted.args[1]):
-        return None
-    return source
+    batch, heads, *rest = shape
+    expected = {
+        inserted: (batch, heads, 1, *rest),
+        wide: (batch, heads, times, *rest),
+        node: (batch, heads * times, *rest),
+    }
+    fits = all(_same_sizes(example(x).shape, sizes) for x, sizes in expected.items())
+    return source if fits else None
 
 
 def _inserts_third(index: Any) -> bool:
@@ -202,7 +197,5 @@ def _inserts_third(index: Any) -> bool:
     )
 
 
-def _same_sizes(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(
-        size_expression(x) == size_expression(y) for x, y in zip(a, b, strict=True)
-    )
+def _same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return [*map(size_expression, a)] == [*map(size_expression, b)]
