@@ -184,7 +184,8 @@ def build(
         learn, masks = masked_once(then, learn, config)
     if config.kv == "offload":
         learn, on_host = then(take_from_host, learn)
-        on_host += joined(parts)
+        body = parts.body.inputs if isinstance(parts, Parts) else []  # in the order of their use
+        on_host += [item.node for item in body if isinstance(item, Joined)]
     plan = then(schedule, learn, structure, config)
 
     score = then(plan_scores, graph, facts, structure, config, head)
@@ -326,13 +327,6 @@ def refuse_written_shards(functional: Functional) -> None:
                 "embedding with max_norm does, and FSDP2 has sharded it: leave that out, or keep "
                 "the parameter whole by fully_shard(..., ignored_params={...})"
             )
-
-
-def joined(parts: Parts | str) -> list[fx.Node]:
-    """The values of all tokens that parts share, in the order in which they are read."""
-    if isinstance(parts, str):
-        return []
-    return [item.node for item in parts.body.inputs if isinstance(item, Joined)]
 
 
 def prefilled(learn: Piece, parts: Parts | str, score: ScorePlan) -> list[fx.Node]:

@@ -152,12 +152,9 @@ def _is_layer(node: fx.Node) -> bool:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """A linear layer without a bias."""
-    return (
-        operation(node) == "linear"
-        and _is_tensor(argument(node, 1, "weight"))
-        and argument(node, 2, "bias") is None
-    )
+    """A linear layer without a bias, and without adapters."""
+    linear = operation(node) == "linear" and _is_layer(node)
+    return linear and argument(node, 2, "bias") is None
 
 
 def _layer(node: fx.Node) -> tuple[Any, Any, Any, tuple[Any, ...]]:

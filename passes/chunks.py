@@ -18,6 +18,7 @@ inner values, of which an MLP's are the largest of a forward, exist for one chun
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -30,15 +31,13 @@ from fxseek.passes.tokens import per_token
 
 def chunk_tokens(prefill: Piece, source: fx.Graph, facts: Facts, size: int) -> Piece:
     """Let a prefill run its per-token regions on `size` tokens at a time."""
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in prefill.graph.nodes:
-        captured = origin(node)
-        if captured is not None:
-            copies[captured] = node
+    made = ((origin(node), node) for node in prefill.graph.nodes)
+    copies = {captured: node for captured, node in made if captured is not None}
     for region in _regions(source, facts, set(copies)):
         piece = _outlined(region, source, facts, copies)
         if piece is not None:
-            _call(prefill, region, Swept(piece, _rows_of(piece, facts), size), copies)
+            rows: Any = {node: facts.rows[node] for node in (*piece.given(), *piece.outputs)}
+            _call(prefill, region, Swept(piece, rows, size), copies)
     return prefill
 
 
@@ -99,11 +98,6 @@ def _outlined(
     except GraphError:
         return None
     return piece if piece.runs_on_rows() else None
-
-
-def _rows_of(piece: Piece, facts: Facts) -> dict[fx.Node, Rows]:
-    rows = {node: facts.rows.get(node) for node in (*piece.given(), *piece.outputs)}
-    return {node: x for node, x in rows.items() if isinstance(x, Rows)}
 
 
 def _call(

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import sympy
@@ -44,7 +45,6 @@ from fxseek.passes.facts import (
     leaves_autocast,
     needs_grad,
     numel,
-    switches_mode,
     tensors_of,
 )
 from fxseek.passes.ir import (
@@ -57,7 +57,7 @@ from fxseek.passes.ir import (
     input_of,
     placeholder_of,
 )
-from fxseek.passes.modes import regions, without_grad
+from fxseek.passes.modes import erase_unread, regions, without_grad
 from fxseek.passes.rules import Full, Kept, Length, Plan, RowsOf, find_rule
 from fxseek.passes.tokens import Element, follows_choices
 
@@ -127,20 +127,9 @@ class _Ditch:
         results = [self._output(kind, node) for kind, node in outputs]
         self.graph.output(tuple(results))
         self.graph.erase_node(self.anchor)
-        for node in reversed(list(self.graph.nodes)):
-            if not node.users and node.op != "output" and not switches_mode(node):
-                self.graph.erase_node(node)
-        alive = set(self.graph.nodes)
-        inputs = [(key, node) for key, node in self.inputs.items() if node in alive]
-        order = {node: index for index, node in enumerate(self.graph.nodes)}
-        inputs.sort(key=lambda item: order[item[1]])
-        return Piece(
-            self.graph,
-            [key for key, _ in inputs],
-            [node for _, node in outputs],
-            self.general,
-            {node: made for node, made in self.compact.items() if made in alive},
-        )
+        erase_unread(self.graph)
+        piece = Piece(self.graph, [], [node for _, node in outputs], self.general, self.compact)
+        return piece.edited({node: item for item, node in self.inputs.items()})
 
     def _needed(self, outputs: Iterable[fx.Node]) -> set[fx.Node]:
         """What is replayed that the outputs are made of; constants come as they are."""
@@ -257,13 +246,11 @@ class _Ditch:
             if self._only_layout(node):
                 return self._copy(node)
             return self._scatter(node, rows)
-        if node.op == "placeholder":
-            return self._input(input_of(node))
-        if not is_tensor(node) and not list(tensors_of(example(node))):
-            return self._copy(node)  # a size
-        if self._recomputable(node):
-            return self._copy(node)
-        return self._input(Prefilled(node))
+        if node.op != "placeholder":
+            size = not is_tensor(node) and not list(tensors_of(example(node)))
+            if size or self._recomputable(node):
+                return self._copy(node)
+        return self._input(input_of(node))
 
     def _recomputable(self, node: fx.Node) -> bool:
         """Constants without tokens (casts and transposes of frozen weights) are made anew.
@@ -372,20 +359,18 @@ class _Ditch:
             made: Any = self._symbol(expression)
         elif isinstance(expression, (sympy.Mul, sympy.Add)):
             combine = operator.mul if isinstance(expression, sympy.Mul) else operator.add
-            made = self._length(expression.args[0])  # type: ignore[arg-type]
-            for part in expression.args[1:]:
-                made = self.graph.call_function(combine, (made, self._length(part)))  # type: ignore[arg-type]
+            made = self._combined(combine, expression.args)
         elif isinstance(expression, sympy.Pow) and expression.exp.is_Integer:
-            made = self._length(expression.base)  # type: ignore[arg-type]
-            for _ in range(int(expression.exp) - 1):
-                made = self.graph.call_function(
-                    operator.mul,
-                    (made, self._length(expression.base)),  # type: ignore[arg-type]
-                )
+            made = self._combined(operator.mul, [expression.base] * int(expression.exp))  # type: ignore[call-overload]
         else:
             raise GraphError(f"the size {expression} cannot be computed from the inputs")
         self.lengths[expression] = made
         return made
+
+    def _combined(self, combine: Callable[..., Any], parts: Iterable[Any]) -> Any:
+        """The lengths that are the parts of another one, added up or multiplied."""
+        made = map(self._length, parts)
+        return reduce(lambda a, b: self.graph.call_function(combine, (a, b)), made)
 
     def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
         if symbol == KEPT:

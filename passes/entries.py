@@ -207,7 +207,8 @@ def _read(groups: list[_Parts], row: int, batched: bool) -> Entries | None:
     """The entries of a value whose dimensions consist of these parts."""
     at = next(i for i, (kind, _) in enumerate(groups[row]) if kind == _TOKENS)
     front, inner = groups[row][:at], _number(groups[row][at + 1 :])
-    batch, packed, heads = None, False, 1
+    batch, packed = None, False
+    heads: int | None = 1
     if _has(front, _BATCH):
         packed = front[-1][0] == _BATCH
         front = front[:-1]
@@ -217,12 +218,9 @@ def _read(groups: list[_Parts], row: int, batched: bool) -> Entries | None:
         batch = next((dim for dim, group in enumerate(groups) if _has(group, _BATCH)), None)
         if batch is None or groups[batch][0][0] != _BATCH:
             return None
-        found = _number(groups[batch][1:])
-        if found is None:
-            return None
-        heads = found
+        heads = _number(groups[batch][1:])
     outer = _number(front)
-    if inner is None or outer is None:
+    if inner is None or outer is None or heads is None:
         return None
     return Entries(Rows(row, batch, packed, heads), inner, outer)
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from fxseek.passes.facts import hooks_gradient, leaves_autocast, switches_grad
-from fxseek.passes.ir import Input, Piece, Prefilled, input_of, placeholder_of
+from fxseek.passes.facts import ancestors, hooks_gradient, leaves_autocast, switches_grad
+from fxseek.passes.ir import Input, Piece, input_of, placeholder_of
 from fxseek.passes.modes import regions
 
 
@@ -30,39 +30,25 @@ def extract(
     runs without grad as a whole must not have them.
     """
     stops = set(given)
-    needed: set[fx.Node] = set()
-    queue = list(outputs)
-    while queue:
-        node = queue.pop()
-        if node in needed:
-            continue
-        needed.add(node)
-        if node not in stops:
-            queue.extend(node.all_input_nodes)
+    made = ancestors(outputs, lambda node: node not in stops and node.op != "placeholder")
+    taken = {x for node in made for x in node.all_input_nodes}.union(outputs) - made
     in_regions = regions(source)
-    inside = {
-        region
-        for node in needed
-        if node.op != "placeholder" and node not in stops
-        for region in in_regions.get(node, ())
-    }
+    inside = {region for node in made for region in in_regions.get(node, ())}
     graph = fx.Graph(owning_module=source.owning_module)
     new_of: dict[fx.Node, fx.Node] = {}
     inputs: list[Input] = []
     for node in source.nodes:
-        if node not in needed or (node.op != "placeholder" and node not in stops):
-            continue
-        item = input_of(node) if node.op == "placeholder" else Prefilled(node)
-        new_of[node] = placeholder_of(graph, item)
-        new_of[node].meta |= node.meta
-        inputs.append(item)
+        if node in taken:
+            inputs.append(input_of(node))
+            new_of[node] = placeholder_of(graph, inputs[-1])
+            new_of[node].meta |= node.meta
     for node in source.nodes:
         if switches_grad(node):
             if grad_modes:
                 graph.node_copy(node)
             continue
         closes = leaves_autocast(node) and node.args[0] in inside
-        if node in new_of or not (node in needed or node in inside or closes):
+        if node in taken or not (node in made or node in inside or closes):
             continue
         if hooks_gradient(node) and not grad_modes:
             new_of[node] = new_of[node.args[0]]  # type: ignore[index]

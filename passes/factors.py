@@ -16,13 +16,13 @@ Backward would keep the adapted weights of each layer, however few tokens are se
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_arg
 
-from fxseek.passes.facts import example, is_tensor
+from fxseek.passes.facts import example, is_tensor, made_call
 from fxseek.passes.rules import argument, operation
 
 __all__ = ["split_factors"]
@@ -31,20 +31,14 @@ _GROUPED = ("grouped_mm", "transformers::grouped_mm_fallback")
 
 
 def split_factors(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` where weights and what adapters add to them are multiplied apart."""
-    copy = fx.Graph(owning_module=graph.owning_module)
-    new_of: dict[fx.Node, fx.Node] = {}
-    copy.graph_copy(graph, new_of)
-    output = graph.output_node()
-    copied = copy.output(map_arg(output.args[0], new_of.__getitem__))
-    copied.meta = dict(output.meta)
-    for node in list(copy.nodes):
+    """The graph where weights and what adapters add to them are multiplied apart."""
+    for node in list(graph.nodes):
         if operation(node) == "baddbmm" and _adapts(node):
             products = _products(node)
             if products is not None and all(map(_fits, products)):
                 for product in products:
                     _split(product, node)
-    return copy
+    return graph
 
 
 def _adapts(node: fx.Node) -> bool:
@@ -98,14 +92,7 @@ def _split(product: fx.Node, adapted: fx.Node) -> None:
     right: Any = product.args[1]
     weight, up, down = adapted.args
     kind: Any = product.target
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = graph.call_function(target, args, kwargs)
-        values, options = map_arg(args, example), map_arg(kwargs, example)
-        with torch.enable_grad():  # whether it carries gradient is the graph's to say
-            made.meta = {**product.meta, "example_value": target(*values, **options)}
-        return made
-
+    call = partial(made_call, graph, product)
     with graph.inserting_before(product):
         first, second = up, down
         if right is not adapted:

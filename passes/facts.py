@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.ops.rows import Rows
@@ -112,9 +113,50 @@ def example(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def value_of(call: fx.Node) -> Any:
+    """What a call makes of the example values of its operands."""
+    args, kwargs = map_arg((call.args, call.kwargs), example)  # type: ignore[misc]
+    target: Any = call.target
+    function = getattr(type(args[0]), target) if call.op == "call_method" else target
+    with torch.enable_grad():  # whether it carries gradient is the graph's to say
+        return function(*args, **kwargs)
+
+
+def made_call(
+    graph: fx.Graph,
+    origin: fx.Node,
+    target: Any,
+    /,
+    *args: Any,
+    example_value: Any = None,
+    **kwargs: Any,
+) -> fx.Node:
+    """A new call for code of `origin`, with its example value: that given, or what it makes."""
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    made = graph.create_node(kind, target, args, kwargs)
+    value = value_of(made) if example_value is None else example_value
+    made.meta = {**origin.meta, "example_value": value}
+    return made
+
+
 def is_tensor(node: Any) -> bool:
     """Whether a node's value is one tensor."""
     return isinstance(node, fx.Node) and isinstance(example(node), torch.Tensor)
+
+
+def written_out(index: Any, rank: int) -> list[Any] | None:
+    """What a subscript of a value holds for each dimension, and the None that add some.
+
+    Answers None where it holds more than the value has dimensions.
+    """
+    items = list(index) if isinstance(index, tuple) else [index]
+    missing = rank - sum(item is not None and item is not ... for item in items)
+    if missing < 0 or items.count(...) > 1:
+        return None
+    if ... not in items:
+        items.append(...)
+    at = items.index(...)
+    return [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
@@ -277,27 +319,34 @@ def ancestors(
     nodes: Iterable[fx.Node], through: Callable[[fx.Node], bool] | None = None
 ) -> set[fx.Node]:
     """The nodes and all that they are computed from; those alone that `through` holds for."""
+    return set(walk_up(nodes, through))
+
+
+def walk_up(
+    nodes: Iterable[fx.Node], through: Callable[[fx.Node], bool] | None = None
+) -> Iterator[fx.Node]:
+    """The `ancestors`, one by one: of what a node reads, the last goes first."""
     return _reached(nodes, lambda node: node.all_input_nodes, through)
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes and all that is computed from them."""
-    return _reached(nodes, lambda node: node.users, None)
+    return set(_reached(nodes, lambda node: node.users, None))
 
 
 def _reached(
     nodes: Iterable[fx.Node],
     step: Callable[[fx.Node], Iterable[fx.Node]],
     through: Callable[[fx.Node], bool] | None,
-) -> set[fx.Node]:
+) -> Iterator[fx.Node]:
     found: set[fx.Node] = set()
     queue = list(nodes)
     while queue:
         node = queue.pop()
         if node not in found and (through is None or through(node)):
             found.add(node)
+            yield node
             queue.extend(step(node))
-    return found
 
 
 def numel(x: torch.Tensor) -> int:

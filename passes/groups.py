@@ -22,32 +22,28 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.fx.node import map_arg
 
 from fxseek.ops.experts import count_keys
-from fxseek.passes.facts import example, is_tensor, tensors_of
+from fxseek.passes.facts import example, is_tensor, made_call, tensors_of, value_of
 from fxseek.passes.rules import argument, operation
 
 __all__ = ["join_groups"]
 
 
 def join_groups(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` with products in groups."""
-    copy = fx.Graph(owning_module=graph.owning_module)
-    new_of: dict[fx.Node, fx.Node] = {}
+    """The graph with products in groups."""
     changed: set[fx.Node] = set()
-    for node in graph.nodes:
-        found = _product(new_of[x] for x in node.all_input_nodes) if _joins(node) else None
-        new_of[node] = copy.node_copy(node, new_of.__getitem__)
-        if found is not None:
-            made = copy.call_function(torch.ops.fxseek.grouped_linear, found)
-            made.meta = {**node.meta, "example_value": _run(made)}
-            new_of[node] = made
-            changed.add(made)
-        elif any(x in changed for x in new_of[node].all_input_nodes) and _unknown(new_of[node]):
-            new_of[node].meta["example_value"] = _run(new_of[node])
-            changed.add(new_of[node])
-    return copy
+    for node in list(graph.nodes):
+        with graph.inserting_before(node):
+            found = _product(node.all_input_nodes) if _joins(node) else None
+            if found is not None:
+                made = made_call(graph, node, torch.ops.fxseek.grouped_linear, *found)
+                node.replace_all_uses_with(made)
+                changed.add(made)
+        if found is None and not changed.isdisjoint(node.all_input_nodes) and _unknown(node):
+            node.meta["example_value"] = value_of(node)
+            changed.add(node)
+    return graph
 
 
 def _joins(node: fx.Node) -> bool:
@@ -116,10 +112,7 @@ def _of_choices(counts: fx.Node) -> fx.Node | None:
         return None
     if getattr(zeros.target, "__name__", zeros.target) not in ("zeros", "new_zeros", "zeros_like"):
         return None
-    graph = counts.graph
-    made = graph.call_function(count_keys, (chosen, example(counts).shape[0]))
-    made.meta = {**counts.meta, "example_value": _run(made)}
-    return made
+    return made_call(counts.graph, counts, count_keys, chosen, example(counts).shape[0])
 
 
 _SCATTER = ("input", "dim", "index", "value")
@@ -128,11 +121,3 @@ _SCATTER = ("input", "dim", "index", "value")
 def _unknown(node: fx.Node) -> bool:
     """Whether a size of the value is one that only a run tells."""
     return any(free_unbacked_symbols(x.shape) for x in tensors_of(example(node)))
-
-
-def _run(node: fx.Node) -> Any:
-    """The example value of a call."""
-    args, kwargs = map_arg(node.args, example), map_arg(node.kwargs, example)
-    assert callable(node.target)
-    with torch.enable_grad():  # whether it carries gradient is the graph's to say
-        return node.target(*args, **kwargs)

@@ -26,7 +26,7 @@ from fxseek import _torch
 from fxseek.ops.loss import cross_entropy_parts, selected_cross_entropy
 from fxseek.passes.ditch import ditch
 from fxseek.passes.facts import Facts, Rows, ancestors, descendants, example
-from fxseek.passes.ir import Given, Input, Piece, Prefilled, input_of, placeholder_of
+from fxseek.passes.ir import Given, Input, Piece, input_of, placeholder_of
 from fxseek.passes.rules import argument
 from fxseek.passes.rules.loss import TokenLoss
 from fxseek.passes.structure import Structure
@@ -75,13 +75,9 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
         entry,
         rows,
         found,
-        tuple(None if node is None else _whole(node) for node in found.full),
+        tuple(None if node is None else input_of(node) for node in found.full),
         logit_bytes(found.logits),
     )
-
-
-def _whole(node: fx.Node) -> Input:
-    return input_of(node) if node.op == "placeholder" else Prefilled(node)
 
 
 def to_parts(stage: Piece) -> Piece:

@@ -33,6 +33,7 @@ from fxseek.passes.ir import (
     origin,
     placeholder_of,
 )
+from fxseek.passes.modes import erase_unread
 from fxseek.passes.rules import argument
 
 
@@ -66,9 +67,7 @@ def hoist_gathers(stage: Piece) -> Piece:
             made[key].meta = dict(node.meta)
         node.replace_all_uses_with(made[key])
         graph.erase_node(node)
-    for node in reversed(list(graph.nodes)):
-        if node.target is torch.unsqueeze and not node.users:
-            graph.erase_node(node)
+    erase_unread(graph)
     return stage.edited(given | {node: key for key, node in made.items()})
 
 
@@ -117,17 +116,17 @@ def mask_by_flags(stage: Piece) -> Piece:
 
 def _batched(attention: fx.Node) -> bool:
     """Whether the operands are [batch, heads, tokens, width], with as many keys as queries."""
+    query, key = _shapes(attention)
+    queries, keys = (_torch.size_expression(shape[-2]) for shape in (query, key))
+    return attention.kwargs.get("batch_dim") == 0 and len(query) == 4 and queries == keys
+
+
+def _shapes(attention: fx.Node) -> list[torch.Size]:
+    """The sizes of queries and keys, as captured, of an attention of the learn stage."""
     captured = origin(attention)
     assert captured is not None
-    query, key = (example(argument(captured, i, name)) for i, name in enumerate(("query", "key")))
-    batch_dim: Any = attention.kwargs.get("batch_dim")
-    alike = len(query.shape) == 4 and _size(query) == _size(key)
-    return batch_dim == 0 and alike
-
-
-def _size(operand: torch.Tensor) -> Any:
-    """How many tokens an operand of an attention has."""
-    return _torch.size_expression(operand.shape[-2])
+    operands = (argument(captured, i, name) for i, name in enumerate(("query", "key")))
+    return [example(x).shape for x in operands]
 
 
 def share_masks(stage: Piece) -> Piece:
@@ -155,17 +154,10 @@ def share_masks(stage: Piece) -> Piece:
             continue
         grouped = node.kwargs.get("enable_gqa", False)
         options = {"dropout_p": node.kwargs.get("dropout_p", 0.0), "enable_gqa": grouped}
-        key = (mask, *options.values(), _heads(node) if grouped else None)
+        heads = tuple(shape[-3] for shape in _shapes(node)) if grouped else None
+        key = (mask, *options.values(), heads)
         if key not in made:
             with stage.graph.inserting_before(node):
                 made[key] = stage.graph.call_function(shared_mask, (mask, *node.args[:3]), options)
         node.update_kwarg("mask", made[key])
     return stage
-
-
-def _heads(attention: fx.Node) -> tuple[int | torch.SymInt, ...]:
-    """How many heads queries and keys of an attention of the learn stage have."""
-    captured = origin(attention)
-    assert captured is not None
-    operands = (argument(captured, 0, "query"), argument(captured, 1, "key"))
-    return tuple(example(x).shape[-3] for x in operands if isinstance(x, fx.Node))

@@ -84,8 +84,10 @@ class Selected:
 Input = Argument | Parameter | Prefilled | Given | Gathered | Joined | Selected
 
 
-def input_of(node: fx.Node) -> Argument | Parameter:
-    """What a placeholder of the captured graph is."""
+def input_of(node: fx.Node) -> Argument | Parameter | Prefilled:
+    """What a stage takes for a captured node: an input of the graph, or what the prefill makes."""
+    if node.op != "placeholder":
+        return Prefilled(node)
     return Parameter(node) if _torch.is_module_state(node) else Argument(node)
 
 

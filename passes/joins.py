@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxseek._torch import size_expression
-from fxseek.passes.facts import example, is_tensor
+from fxseek.passes.facts import example, is_tensor, made_call, written_out
 from fxseek.passes.writes import copied, set_item
 
 __all__ = ["join_writes"]
@@ -28,22 +28,18 @@ _EMPTY = ("new_empty", "empty", "empty_like", "new_zeros", "zeros", "zeros_like"
 
 
 def join_writes(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` in which no new tensor is written slice by slice."""
-    copy = fx.Graph(owning_module=graph.owning_module)
-    new_of: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
+    """The graph in which no new tensor is written slice by slice."""
+    for node in list(graph.nodes):
         found = _pieces(node)
-        if found is None:
-            new_of[node] = copy.node_copy(node, new_of.__getitem__)
-            continue
-        pieces, dim = found
-        made = copy.call_function(torch.cat, (tuple(new_of[piece] for piece in pieces), dim))
-        made.meta = dict(node.meta)
-        new_of[node] = made
-    return copy
+        if found is not None:
+            with graph.inserting_before(node):
+                made = made_call(graph, node, torch.cat, *found, example_value=example(node))
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)
+    return graph
 
 
-def _pieces(node: fx.Node) -> tuple[list[fx.Node], int] | None:
+def _pieces(node: fx.Node) -> tuple[tuple[fx.Node, ...], int] | None:
     """What the slices of a new tensor hold, in order, and their dimension, if these are all."""
     written: dict[int, tuple[int, fx.Node]] = {}
     dims: set[int] = set()
@@ -69,7 +65,7 @@ def _pieces(node: fx.Node) -> tuple[list[fx.Node], int] | None:
             return None
         at = stop
         pieces.append(value)
-    return (pieces, dim) if at == example(base).shape[dim] else None
+    return (tuple(pieces), dim) if at == example(base).shape[dim] else None
 
 
 def _slice(write: fx.Node) -> tuple[int, int, int, fx.Node] | None:
@@ -78,17 +74,14 @@ def _slice(write: fx.Node) -> tuple[int, int, int, fx.Node] | None:
     if not is_tensor(base) or not is_tensor(value) or not isinstance(index, tuple):
         return None
     whole = example(base)  # type: ignore[arg-type]
-    if index.count(Ellipsis) == 1:
-        at = index.index(Ellipsis)
-        free = [slice(None)] * (whole.dim() - len(index) + 1)
-        index = (*index[:at], *free, *index[at + 1 :])
-    if not all(isinstance(item, slice) for item in index) or len(index) > whole.dim():
+    items = written_out(index, whole.dim())
+    if items is None or not all(isinstance(item, slice) for item in items):
         return None
-    cut = [dim for dim, item in enumerate(index) if item != slice(None)]
+    cut = [dim for dim, item in enumerate(items) if item != slice(None)]
     if len(cut) != 1:
         return None
     (dim,) = cut
-    own: Any = index[dim]
+    own = items[dim]
     bounds = (own.start or 0, whole.shape[dim] if own.stop is None else own.stop)
     if own.step not in (None, 1) or not all(type(bound) is int and bound >= 0 for bound in bounds):
         return None

@@ -25,9 +25,9 @@ from torch import fx
 
 from fxseek.ops.rows import Rows, every_token, pass_kept, scatter_rows
 from fxseek.passes.ditch import ditch
-from fxseek.passes.facts import Facts, example, is_tensor, numel, switches_mode, tensors_of
+from fxseek.passes.facts import Facts, example, is_tensor, numel, tensors_of
 from fxseek.passes.ir import Gathered, Given, Input, Piece, Prefilled, Selected, placeholder_of
-from fxseek.passes.modes import regions
+from fxseek.passes.modes import erase_unread, regions
 from fxseek.passes.rules import find_rule
 from fxseek.passes.tokens import per_token
 
@@ -141,9 +141,7 @@ class _Stage:
 
     def done(self) -> Piece:
         """The stage without what nothing reads any more."""
-        for node in reversed(list(self.graph.nodes)):
-            if not node.users and node.op != "output" and not switches_mode(node):
-                self.graph.erase_node(node)
+        erase_unread(self.graph)
         self.graph.lint()
         return self.learn.edited(self.items)
 

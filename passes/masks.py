@@ -29,14 +29,14 @@ from torch.fx.node import map_arg
 from fxseek.ops.attention import attend_all
 from fxseek.ops.masks import MaskMaker, queries_of
 from fxseek.ops.rows import Rows
-from fxseek.passes.facts import Sizes, example, is_tensor, switches_mode
+from fxseek.passes.facts import Sizes, example, is_tensor
 from fxseek.passes.head import Head
 from fxseek.passes.ir import Gathered, Piece, Prefilled, origin
+from fxseek.passes.modes import erase_unread
 from fxseek.passes.rules import find_rule, operation
 from fxseek.passes.rules.pointwise import binary, convert, unary
 from fxseek.passes.score_plan import ScorePlan, SpelledMap
 
-_CALLS = ("call_function", "call_method", "call_module")
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
 
 
@@ -74,9 +74,7 @@ def use_mask_rows(stage: Piece, sizes: Sizes, whole: Iterable[fx.Node] = ()) -> 
         made.meta["origin"] = captured = origin(mask)
         for user in (*users, *(() if captured in keep else (output,))):
             user.replace_input_with(mask, made)
-    for node in reversed(list(stage.graph.nodes)):  # lint knows no modules of a stage to be
-        if not node.users and node.op in _CALLS and not switches_mode(node):
-            stage.graph.erase_node(node)
+    erase_unread(stage.graph)
     return stage
 
 

@@ -1,12 +1,19 @@
-"""Modes: which nodes lie in autocast regions, and which run without grad."""
+"""Modes: which nodes lie in autocast regions, which run without grad, and what nothing reads."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from fxseek.passes.facts import enters_autocast, leaves_autocast, switches_grad
+from fxseek.passes.facts import enters_autocast, leaves_autocast, switches_grad, switches_mode
 
-__all__ = ["regions", "without_grad"]
+__all__ = ["erase_unread", "regions", "without_grad"]
+
+
+def erase_unread(graph: fx.Graph) -> None:
+    """Erase what nothing reads, but for inputs and for what decides how other nodes are run."""
+    for node in reversed(list(graph.nodes)):  # torch's own way needs modules that are yet to come
+        if not node.users and node.op not in ("placeholder", "output") and not switches_mode(node):
+            graph.erase_node(node)
 
 
 def regions(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.fx.node import map_arg
 
 from fxseek._torch import size_expression
 from fxseek.passes.facts import example, is_tensor
@@ -62,26 +61,14 @@ _FIRST = ("input", "tensors")
 
 
 def normalise(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` in which each registered operation is one call_function."""
-    copy = fx.Graph(owning_module=graph.owning_module)
-    new_of: dict[fx.Node, fx.Node] = {}
+    """The graph in which each registered operation is one call_function."""
     for node in graph.nodes:
         spelled = _spell(node)
-        if spelled is None:
-            new_of[node] = copy.node_copy(node, new_of.__getitem__)
-        else:
-            target, args, kwargs = spelled
-            made = copy.create_node(
-                "call_function",
-                target,
-                map_arg(args, new_of.__getitem__),
-                map_arg(kwargs, new_of.__getitem__),
-                name=node.name,
-            )
-            made.meta = dict(node.meta)
-            new_of[node] = made
-        _undo_repeat(new_of[node])
-    return copy
+        if spelled is not None:
+            node.op = "call_function"
+            node.target, node.args, node.kwargs = spelled
+        _undo_repeat(node)
+    return graph
 
 
 def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
@@ -118,11 +105,8 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
     if node.op == "call_method":
         method = str(node.target)
         function = getattr(torch, method, None)
-        if (
-            method not in _VARIADIC
-            and method not in _OTHER_ORDER
-            and isinstance(function, types.BuiltinFunctionType)
-        ):
+        as_method = method in _VARIADIC | _OTHER_ORDER
+        if not as_method and isinstance(function, types.BuiltinFunctionType):
             return function, args, kwargs
         return getattr(torch.Tensor, method), args, kwargs
     if args != node.args or kwargs != node.kwargs:
@@ -190,19 +174,17 @@ def _before_repeat(node: Any) -> fx.Node | None:
     source = inserted.args[0]
     if not is_tensor(source):
         return None
-    a, b, c = example(source), example(inserted), example(wide)
-    added = (*a.shape[:2], 1, *a.shape[2:])
-    if a.dim() != 4 or not _same_sizes(tuple(b.shape), added):
+    shape, times = example(source).shape, example(wide).shape[2]
+    if len(shape) != 4 or (kind == "getitem" and not _inserts_third(inserted.args[1])):
         return None
-    widened = (*a.shape[:2], c.shape[2], *a.shape[2:])
-    merged = (a.shape[0], a.shape[1] * c.shape[2], *a.shape[2:])
-    if not _same_sizes(tuple(c.shape), widened):
-        return None
-    if not _same_sizes(tuple(example(node).shape), merged):
-        return None
-    if kind == "getitem" and not _inserts_third(inserted.args[1]):
-        return None
-    return source
+    batch, heads, *rest = shape
+    expected = {
+        inserted: (batch, heads, 1, *rest),
+        wide: (batch, heads, times, *rest),
+        node: (batch, heads * times, *rest),
+    }
+    fits = all(_same_sizes(example(x).shape, sizes) for x, sizes in expected.items())
+    return source if fits else None
 
 
 def _inserts_third(index: Any) -> bool:
@@ -215,7 +197,5 @@ def _inserts_third(index: Any) -> bool:
     )
 
 
-def _same_sizes(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(
-        size_expression(x) == size_expression(y) for x, y in zip(a, b, strict=True)
-    )
+def _same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return [*map(size_expression, a)] == [*map(size_expression, b)]

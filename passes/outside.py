@@ -33,10 +33,19 @@ from torch import fx
 
 from fxseek.errors import GraphError
 from fxseek.ops.log_probs import IGNORED, STATISTICS, by_weight, token_statistics
-from fxseek.passes.facts import Facts, Rows, Sizes, example, is_tensor, needs_grad, where
+from fxseek.passes.facts import (
+    Facts,
+    Rows,
+    Sizes,
+    example,
+    is_tensor,
+    made_call,
+    needs_grad,
+    where,
+)
 from fxseek.passes.ir import Gathered, Piece, placeholder_of
-from fxseek.passes.rules import argument, operation
-from fxseek.passes.unshift import cuts, made_call, next_labels, sliced
+from fxseek.passes.rules import argument
+from fxseek.passes.unshift import cuts, next_labels, sliced
 
 _ARGUMENTS = (
     "hidden", "weight", "bias", "labels", "temperature", "softcap", "scale", "wanted",
@@ -54,22 +63,17 @@ class Outside:
 def find_outside(
     graph: fx.Graph, sizes: Sizes, chunk_bytes: int
 ) -> tuple[fx.Graph, Outside | None]:
-    """A copy of `graph`, and what is known of a loss outside; None where the graph has its own.
+    """The graph, and what is known of a loss outside; None where the graph has its own.
 
     Raises:
         GraphError: the statistics are not those of all tokens in order.
     """
-    copy = fx.Graph(owning_module=graph.owning_module)
-    new_of: dict[fx.Node, fx.Node] = {}
     found: Outside | None = None
-    for node in graph.nodes:
-        made = copy.node_copy(node, new_of.__getitem__)
-        if operation(node) == "token_statistics":
-            made, found = _of_all_tokens(copy, made, sizes, chunk_bytes)
-        new_of[node] = made
-    if found is None and (total := _sum_of_rewards(copy, sizes)) is not None:
+    for node in graph.find_nodes(op="call_function", target=token_statistics):
+        found = _of_all_tokens(graph, node, sizes, chunk_bytes)
+    if found is None and (total := _sum_of_rewards(graph, sizes)) is not None:
         found = Outside(total, None)
-    return copy, found
+    return graph, found
 
 
 def refuse_unweighted(facts: Facts, outside: Outside | None) -> None:
@@ -128,10 +132,8 @@ def _sum_of_rewards(graph: fx.Graph, sizes: Sizes) -> fx.Node | None:
         return made_call(graph, rewards, torch.sum, rewards)
 
 
-def _of_all_tokens(
-    graph: fx.Graph, node: fx.Node, sizes: Sizes, chunk_bytes: int
-) -> tuple[fx.Node, Outside]:
-    """What stands for the statistics of flattened tokens."""
+def _of_all_tokens(graph: fx.Graph, node: fx.Node, sizes: Sizes, chunk_bytes: int) -> Outside:
+    """Make the statistics of flattened tokens follow from those of all tokens."""
     hidden, weight, bias, labels, temperature, softcap, scale, wanted = (
         argument(node, at, name) for at, name in enumerate(_ARGUMENTS)
     )
@@ -154,7 +156,7 @@ def _of_all_tokens(
     with graph.inserting_before(node):
         for dtype in casts:
             rows = make(torch.Tensor.to, rows, dtype)
-        target = make(next_labels, target, IGNORED, value=example(target))
+        target = make(next_labels, target, IGNORED, example_value=example(target))
         found = make(token_statistics, rows, weight, bias, target, *how, wanted, chunk_bytes)
         found = make(by_weight, found, target)
         cut = make(operator.getitem, found, (slice(None), slice(None, -1)))
@@ -176,7 +178,7 @@ def _of_all_tokens(
         loss = make(F.cross_entropy, flat_logits, make(torch.reshape, target, (-1,)))
     node.replace_all_uses_with(flat)
     graph.erase_node(node)
-    return flat, Outside(loss, found)
+    return Outside(loss, found)
 
 
 __all__ = ["Outside", "find_outside", "refuse_unweighted", "reuse_values"]

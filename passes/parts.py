@@ -28,7 +28,7 @@ from fxseek.ops.attention import attend_rows
 from fxseek.ops.parts import join_rows, pass_joint
 from fxseek.ops.rows import Rows, pass_kept, scatter_rows
 from fxseek.passes.causality import Mixing
-from fxseek.passes.facts import Facts, ancestors, descendants, where
+from fxseek.passes.facts import Facts, ancestors, descendants, walk_up, where
 from fxseek.passes.head import Head
 from fxseek.passes.ir import Gathered, Input, Joined, Piece, placeholder_of
 from fxseek.passes.latents import is_expanded
@@ -101,16 +101,10 @@ def find_obstacle(
     if cut.entry not in carrying:
         return "nothing is trained before the end of the last attention"
     after = descendants([cut.end])
-    queue = [node for _, node in outputs.wanted]
-    seen = {cut.end}
-    while queue:
-        node = queue.pop()
-        if node in seen or node.op == "placeholder":
-            continue
-        seen.add(node)
+    wanted = [node for _, node in outputs.wanted]
+    for node in walk_up(wanted, lambda x: x is not cut.end and x.op != "placeholder"):
         if node in carrying and node not in after and _has_tokens(node, carrying, facts):
             return f"{called(node)} at {where(node)} carries gradient past the loss"
-        queue.extend(node.all_input_nodes)
     return ""
 
 

@@ -18,7 +18,7 @@ their sum with the scale divided by their number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxseek.ops.loss import scaled_cross_entropy
-from fxseek.passes.facts import Sizes, example, is_tensor, needs_grad
+from fxseek.passes.facts import Sizes, example, is_tensor, made_call, needs_grad
 from fxseek.passes.rules import argument, operation
 from fxseek.passes.rules.loss import TokenLoss
 
@@ -35,41 +35,33 @@ _MOVES = ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous
 
 
 def scale_terms(graph: fx.Graph, sizes: Sizes) -> fx.Graph:
-    """A copy of `graph` whose sums and means of scaled cross-entropies are one operation each."""
-    copy = fx.Graph(owning_module=graph.owning_module)
-    new_of: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        made = copy.node_copy(node, new_of.__getitem__)
+    """The graph, whose sums and means of scaled cross-entropies are one operation each."""
+    for node in list(graph.nodes):
         if operation(node) in ("sum", "mean"):
-            made = _scaled_sum(copy, made, sizes) or made
-        new_of[node] = made
-    return copy
+            _scale_sum(graph, node, sizes)
+    return graph
 
 
-def _scaled_sum(graph: fx.Graph, total: fx.Node, sizes: Sizes) -> fx.Node | None:
-    """The loss that stands for a sum (or a mean), or None where it is none of a cross-entropy."""
+def _scale_sum(graph: fx.Graph, total: fx.Node, sizes: Sizes) -> None:
+    """Put a loss in the place of a sum (or a mean), where it is one of a cross-entropy."""
     terms = argument(total, 0, "input")
     if not is_tensor(total) or example(total).dim() != 0 or not is_tensor(terms):
-        return None
+        return
     if argument(total, 3, "dtype") is not None or "dtype" in total.kwargs or not needs_grad(total):
-        return None
+        return
     chain: list[tuple[fx.Node, fx.Node]] = []
     at: fx.Node = terms
     while operation(at) != "cross_entropy":
         before = _scaled_by_constants(at, sizes)
         if before is None:
-            return None
+            return
         chain.append((before, at))
         at = before
     loss = TokenLoss.of(at)
     if loss is None or loss.reduction != "none":
-        return None
-
-    def make(function: Callable[..., Any], like: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
-        node = graph.call_function(function, args, kwargs)
-        node.meta = {**total.meta, "example_value": example(like)}
-        return _constant(node)
-
+        return
+    make = partial(made_call, graph, total)
+    constants = example(at).detach()
     rest = {
         "weight": loss.class_weights,
         "ignore_index": loss.ignore_index,
@@ -82,21 +74,21 @@ def _scaled_sum(graph: fx.Graph, total: fx.Node, sizes: Sizes) -> fx.Node | None
         else:
             like: Any = loss.target
             if loss.probabilities:  # those of one class
-                like = make(torch.select, at, like, 0 if example(like).dim() == 1 else 1, 0)
-            ones = make(torch.ones_like, at, like, dtype=example(at).dtype)
+                dim = 0 if example(like).dim() == 1 else 1
+                like = make(torch.select, like, dim, 0, example_value=constants)
+            ones = make(torch.ones_like, like, dtype=constants.dtype, example_value=constants)
             scale = ones
             for before, node in reversed(chain):
                 scale = _again(graph, node, before, scale)
             if operation(total) == "mean":
-                scale = make(_divided_by_its_size, scale, scale)
+                scale = make(_divided_by_its_size, scale, example_value=example(scale))
             if sizes.shape(example(scale)) != sizes.shape(example(ones)):
-                scale = make(torch.Tensor.reshape_as, ones, scale, ones)
+                scale = make(torch.Tensor.reshape_as, scale, ones, example_value=constants)
             rest["scale"] = scale
             made = graph.call_function(scaled_cross_entropy, (loss.logits, loss.target), rest)
     made.meta = dict(total.meta)
     total.replace_all_uses_with(made)
     graph.erase_node(total)
-    return made
 
 
 def _divided_by_its_size(scale: torch.Tensor) -> torch.Tensor:
@@ -104,15 +96,10 @@ def _divided_by_its_size(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _again(graph: fx.Graph, node: fx.Node, before: fx.Node, operand: fx.Node) -> fx.Node:
-    """A copy of `node` that reads `operand` in the place of `before`."""
+    """A copy of `node` that reads a constant, `operand`, in the place of `before`."""
     made = graph.node_copy(node, lambda x: operand if x is before else x)
-    return _constant(made)
-
-
-def _constant(node: fx.Node) -> fx.Node:
-    """The node, whose example value was that of another of its kind, without gradient."""
-    node.meta = {**node.meta, "example_value": example(node).detach()}
-    return node
+    made.meta["example_value"] = example(node).detach()
+    return made
 
 
 def _scaled_by_constants(node: fx.Node, sizes: Sizes) -> fx.Node | None:

@@ -28,7 +28,6 @@ from fxseek.passes.modes import without_grad
 from fxseek.passes.rules import Call, operation
 from fxseek.passes.rules.loss import TokenLoss
 from fxseek.passes.score_plan import (
-    AttentionMap,
     EndsInHead,
     EndsInLoss,
     EndsInMap,
@@ -87,7 +86,10 @@ def plan_scores(
             'Use score="random" or a callable.'
         )
     if "context" in scorer.parts:
-        plan = replace(plan, context=_map(graph, facts, structure.attentions[-1]))
+        last = structure.attentions[-1]
+        fused = operation(last) == "scaled_dot_product_attention"
+        context = _fused(facts, last) if fused else _spelled_out(graph, facts, last)
+        plan = replace(plan, context=context)
     if "gradient" not in scorer.parts:
         return plan
     if structure.objective is None:
@@ -273,15 +275,12 @@ def _map_bytes(attention: fx.Node) -> int:
 
 def _constants_before(outputs: list[fx.Node], start: fx.Node, after: set[fx.Node]) -> list[fx.Node]:
     """Values that do not come from the block's input: taken from the prefill, not made again."""
-    found: dict[fx.Node, None] = {}
-    for node in ancestors(outputs) & after:
-        if node is start:
-            continue
-        for operand in node.all_input_nodes:
-            tensors = list(tensors_of(example(operand)))
-            if operand not in after and operand.op != "placeholder" and tensors:
-                found[operand] = None
-    return list(found)
+    read = {x for node in (ancestors(outputs) & after) - {start} for x in node.all_input_nodes}
+    return [
+        node
+        for node in read - after
+        if node.op != "placeholder" and list(tensors_of(example(node)))
+    ]
 
 
 def _head(facts: Facts, structure: Structure, loss: fx.Node) -> Piece | None:
@@ -299,14 +298,8 @@ def _square(facts: Facts, attention: fx.Node) -> set[fx.Node]:
     return ancestors([attention], lambda node: node in facts.stream and facts.square(node))
 
 
-def _map(graph: fx.Graph, facts: Facts, attention: fx.Node) -> AttentionMap:
-    """How the last attention's column sums are computed."""
-    if operation(attention) == "scaled_dot_product_attention":
-        return _fused(facts, attention)
-    return _spelled_out(graph, facts, attention)
-
-
 def _fused(facts: Facts, attention: fx.Node) -> FusedMap:
+    """What the column sums of a fused attention are computed from."""
     call = Call(attention, facts)
     query, key, mask = call.arg(0, "query"), call.arg(1, "key"), call.arg(3, "attn_mask")
     if example(query).dim() != 4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
@@ -200,17 +201,16 @@ class ScorePlan:
 
     def scored(self) -> list[fx.Node]:
         """Values of all tokens that its pieces read."""
-        reads = [] if self.context is None else list(self.context.reads)
-        for piece in [] if self.gradient is None else self.gradient.pieces():
-            reads += piece.prefilled()
-        return reads
+        return self._read(Piece.prefilled)
 
     def reads(self) -> list[fx.Node]:
         """All captured values that it reads, inputs of the graph among them."""
-        reads = self.kept() + ([] if self.context is None else list(self.context.reads))
-        for piece in [] if self.gradient is None else self.gradient.pieces():
-            reads += piece.reads()
-        return reads
+        return self.kept() + self._read(Piece.reads)
+
+    def _read(self, by: Callable[[Piece], list[fx.Node]]) -> list[fx.Node]:
+        reads = [] if self.context is None else list(self.context.reads)
+        pieces = [] if self.gradient is None else self.gradient.pieces()
+        return reads + [node for piece in pieces for node in by(piece)]
 
     def made(self) -> set[fx.Node]:
         """Those of them that another of its pieces makes."""

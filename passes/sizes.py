@@ -82,7 +82,7 @@ def find_sizes(
             "both had one length at capture (duck shaping). Capture with fxseek.compile, or "
             "with a batch size that differs from the sequence length."
         )
-    same: dict[sympy.Symbol, sympy.Expr] = {}
+    equal: dict[sympy.Symbol, int] = {}
     for node in inputs:
         counts = node in counting or token_inputs is None
         sizes = [_torch.size_expression(size) for size in example(node).shape]
@@ -94,26 +94,19 @@ def find_sizes(
             of_batch = batch is not None and hint == hints[batch] and may_batch(value, dim)
             if dim > 0 and _torch.size_hint(value.shape[0]) == hint:
                 of_batch = False  # the first dimension is the batch, and this one counts tokens
-            if batch is not None and of_batch:
-                same[size] = batch
-                _guard_equal(value.shape[dim], shape[0])
-            elif of_tokens:
-                same[size] = tokens
-                _guard_equal(value.shape[dim], shape[token_dim])
-    before = (tokens, batch)
-    tokens = _symbol(shape[token_dim])
+            if of_batch or of_tokens:
+                equal[size] = 0 if of_batch else token_dim
+                _guard_equal(value.shape[dim], shape[equal[size]])
+    tokens = _symbol(shape[token_dim])  # a guard may have put another symbol there
     batch = None if batch is None else _symbol(shape[0])
-    now: dict[sympy.Expr | None, sympy.Symbol] = {before[0]: tokens}
-    if batch is not None:
-        now[before[1]] = batch
-    same = {old: now[to] for old, to in same.items() if old not in (tokens, batch)}
+    same: dict[sympy.Symbol, sympy.Expr] = {
+        old: _symbol(shape[dim]) for old, dim in equal.items() if old not in (tokens, batch)
+    }
     virtual = _virtual_tokens(graph, Sizes(tokens, batch, same, hints))
     if virtual:
         inside = sympy.Symbol(f"{tokens}_and_{virtual}", integer=True, positive=True)
-        same = {symbol: inside - virtual for symbol, to in same.items() if to == tokens} | {
-            symbol: to for symbol, to in same.items() if to != tokens
-        }
-        same[tokens] = inside - virtual
+        given = {tokens: inside - virtual}
+        same = {symbol: to.xreplace(given) for symbol, to in same.items()} | given
         hints = hints | {inside: hints[tokens] + virtual}
         tokens = inside
     return Sizes(tokens, batch, same, hints, virtual)

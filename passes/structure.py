@@ -25,6 +25,7 @@ from fxseek.passes.facts import (
     is_tensor,
     needs_grad,
     where,
+    written_out,
 )
 from fxseek.passes.rules import Call, argument, called, operation
 
@@ -100,8 +101,7 @@ def find_structure(
     (`labelled`), a graph that has no cross-entropy and returns values of tokens leaves its loss to
     the caller, whatever scalars it returns.
     """
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    outputs = tuple(output.all_input_nodes)
+    outputs = tuple(graph.output_node().all_input_nodes)
     results = [node for node in outputs if node in facts.stream and is_tensor(node)]
     scalars = [node for node in outputs if is_tensor(node) and _trained_scalar(node)]
     minimised = scalars[:1] if loss_first else scalars
@@ -202,9 +202,11 @@ def _pooled(graph: fx.Graph, facts: Facts, before: set[fx.Node]) -> Iterator[Pla
             continue
         rank = example(source).dim()
         if name == "getitem":
-            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-            item = _index_of(index, rows.row, rank)
-            rest = None if rows.batch is None else _index_of(index, rows.batch, rank)
+            items = written_out(node.args[1], rank) or [None]
+            if any(x is None or (isinstance(x, fx.Node) and example(x) is None) for x in items):
+                continue
+            item = items[rows.row]
+            rest = None if rows.batch is None else items[rows.batch]
             yield from _places(item, each=isinstance(rest, fx.Node))
             continue
         dim, start = call.arg(1, "dim"), call.arg(2, "index", call.arg(2, "start"))
@@ -236,16 +238,6 @@ def _places(item: Any, *, each: bool) -> Iterator[Place]:
         value = example(item)
         if not value.is_floating_point() and value.dtype != torch.bool and value.dim() <= 1:
             yield Place(item, each)
-
-
-def _index_of(index: tuple[Any, ...], dim: int, rank: int) -> Any:
-    """What a subscript holds for a dimension of the value."""
-    if None in index or any(isinstance(x, fx.Node) and example(x) is None for x in index):
-        return None
-    if ... in index:
-        at = index.index(...)
-        index = (*index[:at], *[slice(None)] * (rank - len(index) + 1), *index[at + 1 :])
-    return index[dim] if dim < len(index) else None
 
 
 def _is_attention(node: fx.Node, facts: Facts) -> bool:

@@ -30,7 +30,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxseek.errors import GraphError
-from fxseek.passes.facts import example, is_tensor, where
+from fxseek.passes.facts import example, is_tensor, made_call, where
 from fxseek.passes.rules import find_rule
 from fxseek.passes.rules.pointwise import binary, convert, unary
 from fxseek.passes.rules.registry import tensor_nodes
@@ -129,7 +129,7 @@ class _Region:
         if nested or dim != 0 or example(node).dim() != self.rank:
             raise _refusal(node)
         index = tuple(slice(None) if at == level else None for at in self.levels)
-        return self._make(operator.getitem, (source, index), node)
+        return made_call(self.graph, node, operator.getitem, source, index)
 
     def _remove(self, node: fx.Node) -> None:
         """Levels leave from the innermost out; with the last one, the value is of full size."""
@@ -143,7 +143,8 @@ class _Region:
         self.removed[node] = (whole, sizes)
         if len(sizes) == len(self.levels):
             own = [-1] * self.rank
-            node.replace_all_uses_with(self._make("expand", (whole, *sizes, *own), node))
+            expanded = made_call(self.graph, node, "expand", whole, *sizes, *own)
+            node.replace_all_uses_with(expanded)
 
     def _operation(self, node: fx.Node) -> fx.Node:
         if not is_tensor(node) or example(node).dim() != self.rank:
@@ -158,7 +159,7 @@ class _Region:
             if table in self.new_of or not numbers or len(indices) != example(table).dim():
                 raise _refusal(node)
             given = tuple(self.new_of.get(x, x) for x in indices)  # type: ignore[arg-type]
-            return self._make(operator.getitem, (table, given), node)
+            return made_call(self.graph, node, operator.getitem, table, given)
         else:
             rule = find_rule(node)
             if rule is None or rule.function not in (unary, binary, convert):
@@ -167,27 +168,12 @@ class _Region:
                 raise _refusal(node)
         args = map_arg(node.args, lambda x: self.new_of.get(x, x))
         kwargs = map_arg(node.kwargs, lambda x: self.new_of.get(x, x))
-        return self._make(node.target, args, node, kwargs)  # type: ignore[arg-type]
+        return made_call(self.graph, node, node.target, *args, **kwargs)  # type: ignore[misc]
 
     def _broadcasts(self, operand: fx.Node) -> bool:
         """Whether an operand's own dimensions stay behind those of the levels."""
         rank = example(operand).dim()
         return rank == self.rank if operand in self.new_of else rank <= self.rank
-
-    def _make(
-        self,
-        target: Any,
-        args: tuple[Any, ...],
-        like: fx.Node,
-        kwargs: dict[str, Any] | None = None,
-    ) -> fx.Node:
-        """A node with the example value that its operands' give."""
-        kind = "call_method" if isinstance(target, str) else "call_function"
-        made = self.graph.create_node(kind, target, args, kwargs or {})
-        given, named = map_arg((args, kwargs or {}), example)  # type: ignore[misc]
-        function: Any = getattr(type(given[0]), target) if isinstance(target, str) else target
-        made.meta = {**like.meta, "example_value": function(*given, **named)}
-        return made
 
 
 def _own(node: fx.Node) -> bool:

@@ -16,7 +16,6 @@ term belongs to a token, so that the loss can be taken over selected tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxseek._torch import size_expression
-from fxseek.passes.facts import Sizes, example, is_tensor
+from fxseek.passes.facts import Sizes, example, is_tensor, made_call, written_out
 from fxseek.passes.rules import argument, operation
 from fxseek.passes.rules.loss import TokenLoss
 
@@ -40,27 +39,12 @@ def scale_of_all(scale: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.pad(scale.reshape(labels.shape[0], -1), (0, 1))
 
 
-def made_call(
-    graph: fx.Graph, origin: fx.Node, function: Callable[..., Any], *args: Any, value: Any = None
-) -> fx.Node:
-    """A new call with its example value (`value`, or what the call makes), for code of `origin`."""
-    made = graph.call_function(function, args)
-    if value is None:
-        with torch.enable_grad():  # whether it carries gradient is the graph's to say
-            value = function(*(example(x) if isinstance(x, fx.Node) else x for x in args))
-    made.meta = {**origin.meta, "example_value": value}
-    return made
-
-
 def unshift(graph: fx.Graph, sizes: Sizes) -> fx.Graph:
-    """A copy of `graph` with the shifts of its cross-entropies by padding."""
-    copy = fx.Graph(owning_module=graph.owning_module)
-    new_of: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        new_of[node] = copy.node_copy(node, new_of.__getitem__)
+    """The graph with the shifts of its cross-entropies by padding."""
+    for node in list(graph.nodes):
         if operation(node) == "cross_entropy":
-            _unshift(copy, new_of[node], sizes)
-    return copy
+            _unshift(graph, node, sizes)
+    return graph
 
 
 def _unshift(graph: fx.Graph, node: fx.Node, sizes: Sizes) -> None:
@@ -95,13 +79,13 @@ def _unshift(graph: fx.Graph, node: fx.Node, sizes: Sizes) -> None:
         for dtype in casts:
             x = make(torch.Tensor.to, x, dtype)
         x = make(torch.reshape, x, (-1, width)) if flat else make(torch.transpose, x, 1, 2)
-        y = make(next_labels, labels, loss.ignore_index, value=example(labels))
+        y = make(next_labels, labels, loss.ignore_index, example_value=example(labels))
         for dtype in target_casts:
             y = make(torch.Tensor.to, y, dtype)
         y = make(torch.reshape, y, (-1,)) if flat else y
         if loss.scale is not None:
             ones = torch.ones_like(example(labels), dtype=example(loss.scale).dtype)
-            scale = make(scale_of_all, loss.scale, labels, value=ones)
+            scale = make(scale_of_all, loss.scale, labels, example_value=ones)
             scale = make(torch.reshape, scale, (-1,)) if flat else scale
             node.replace_input_with(loss.scale, scale)
     node.replace_input_with(loss.logits, x)
@@ -153,12 +137,7 @@ def cuts(node: fx.Node, *, last: bool) -> bool:
     before, after = example(source), example(node)
     if before.dim() != after.dim():
         return False
-    index: Any = node.args[1]
-    items = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        items[at : at + 1] = [slice(None)] * (before.dim() - len(items) + 1)
-    items += [slice(None)] * (before.dim() - len(items))
+    items = written_out(node.args[1], before.dim()) or [None]
     if not all(isinstance(item, slice) and item.step in (None, 1) for item in items):
         return False
     for dim, item in enumerate(items):

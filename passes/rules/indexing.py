@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fxseek.ops.rows import rows_at
 from fxseek.passes.facts import is_tensor
 from fxseek.passes.rules.experts import look_up
-from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, rule, whole
+from fxseek.passes.rules.registry import Call, Full, Plan, RowsOf, Sample, rule
 
 
 @rule(
@@ -152,7 +152,4 @@ def fill(call: Call) -> Plan | None:
     """A constant of the shape of another value."""
     source = call.arg(0, "input")
     rows = call.rows(source)
-    if rows is None or not is_tensor(source):
-        return None
-    args = (call.own(source, rows), *whole(call.node.args[1:]))  # type: ignore[arg-type]
-    return Plan(rows, call.target, args, whole(dict(call.node.kwargs)))
+    return None if rows is None else call.same(source, rows, rows)

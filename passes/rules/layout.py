@@ -13,17 +13,15 @@ import torch
 from torch import fx
 
 from fxseek.passes.entries import entries_of, moved_rows
-from fxseek.passes.facts import Placed, Rows, is_tensor, tensors_of
+from fxseek.passes.facts import Placed, Rows, is_tensor, written_out
 from fxseek.passes.rules.experts import look_up
 from fxseek.passes.rules.registry import Call, Full, Plan, Sample, fake, operation, rule
 
 
-def _source(call: Call) -> tuple[fx.Node, Placed] | None:
+def _source(call: Call) -> tuple[Any, Placed | None]:
+    """The first operand, and where its tokens are."""
     source = call.node.args[0] if call.node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    rows = call.placed(source)
-    return None if rows is None else (source, rows)
+    return source, call.placed(source)
 
 
 def _reads_more(call: Call) -> bool:
@@ -57,10 +55,9 @@ def _checked(call: Call, rows: Placed | None) -> Placed | None:
 )
 def reshape(call: Call) -> Plan | None:
     """Every operation that keeps the row-major order, as one reshape to explicit sizes."""
-    found = _source(call)
-    if found is None:
+    source, rows = _source(call)
+    if rows is None:
         return None
-    source, rows = found
     if fake(source).dtype != fake(call.node).dtype:
         return None  # x.view(dtype) reads the bits anew
     after = _checked(call, moved_rows(call.sizes, rows, call.shape(source), call.out))
@@ -90,19 +87,13 @@ def reshape(call: Call) -> Plan | None:
 )
 def permute(call: Call) -> Plan | None:
     """Transpositions; the new places are read off by permuting a list of dimensions."""
-    found = _source(call)
-    if found is None:
+    source, rows = _source(call)
+    if rows is None:
         return None
-    source, rows = found
     rank = len(call.shape(source))
     probe = torch.empty(tuple(range(1, rank + 1)), device="meta")  # sizes name dimensions
     order = [size - 1 for size in call.target(probe, *call.node.args[1:], **call.node.kwargs).shape]
-    after = _checked(call, rows.moved(order.index))
-    if after is None:
-        return None
-    return Plan(
-        after, call.target, (call.own(source, rows), *call.node.args[1:]), dict(call.node.kwargs)
-    )
+    return call.same(source, rows, rows.moved(order.index))
 
 
 @rule(
@@ -124,10 +115,9 @@ def permute(call: Call) -> Plan | None:
 )
 def expand(call: Call) -> Plan | None:
     """Broadcasting to explicit sizes; what has no tokens becomes the same for each."""
-    found = _source(call)
-    if found is None:
+    source, rows = _source(call)
+    if rows is None:
         return _of_each(call)
-    source, rows = found
     after = _checked(call, rows.shift(len(call.out) - len(call.shape(source))))
     if after is None:
         return None
@@ -166,10 +156,9 @@ def _of_each(call: Call) -> Plan | None:
 )
 def repeat(call: Call) -> Plan | None:
     """Repetition along features, or of tokens, which makes entries of them."""
-    found = _source(call)
-    if found is None or _reads_more(call):
+    source, rows = _source(call)
+    if rows is None or _reads_more(call):
         return None
-    source, rows = found
     before, each = call.shape(source), operation(call.node) == "repeat_interleave"
     if each and call.arg(2, "dim") is None and len(before) > 1:
         return None  # flattened
@@ -181,12 +170,7 @@ def repeat(call: Call) -> Plan | None:
             return None
         name = "inner" if each else "outer"
         after = replace(entries, **{name: getattr(entries, name) * int(times)})
-    after = _checked(call, after)
-    if after is None:
-        return None
-    return Plan(
-        after, call.target, (call.own(source, rows), *call.node.args[1:]), dict(call.node.kwargs)
-    )
+    return call.same(source, rows, after)
 
 
 @rule(
@@ -202,15 +186,13 @@ def repeat(call: Call) -> Plan | None:
 )
 def complex_view(call: Call) -> Plan | None:
     """Pairs of numbers as complex ones, and back."""
-    found = _source(call)
-    if found is None:
+    source, rows = _source(call)
+    if rows is None:
         return None
-    source, rows = found
     last = len(call.shape(source)) - 1
     if operation(call.node) == "view_as_complex" and last in rows.dims:
         return None
-    after = _checked(call, rows)
-    return None if after is None else Plan(after, call.target, (call.own(source, rows),))
+    return call.same(source, rows, rows)
 
 
 @rule(
@@ -285,10 +267,9 @@ def join(call: Call) -> Plan | None:
 )
 def cut(call: Call) -> Plan | None:
     """Splits into tuples."""
-    found = _source(call)
-    if found is None:
+    source, rows = _source(call)
+    if rows is None:
         return None
-    source, rows = found
     rank = len(call.shape(source))
     unbind = getattr(call.target, "__name__", "") == "unbind"
     dim = call.arg(1, "dim", 0) if unbind else call.arg(2, "dim", 0)
@@ -297,16 +278,7 @@ def cut(call: Call) -> Plan | None:
     dim %= rank
     if dim in rows.dims:
         return None
-    rows_after = rows.without([dim]) if unbind else rows
-    pieces = list(tensors_of(call.node.meta["example_value"]))
-    if not all(call.sizes.valid(rows_after, call.sizes.shape(piece)) for piece in pieces):
-        return None
-    return Plan(
-        tuple(rows_after for _ in pieces),
-        call.target,
-        (call.own(source, rows), *call.node.args[1:]),
-        dict(call.node.kwargs),
-    )
+    return call.same(source, rows, rows.without([dim]) if unbind else rows)
 
 
 @rule(
@@ -339,10 +311,9 @@ def getitem(call: Call) -> Plan | None:
     by: Any = call.node.args[1] if operation(call.node) == "getitem" else None
     if is_tensor(by) or (isinstance(by, tuple) and is_tensor(by[0]) and len(by) == 1):
         return look_up(call, source, by[0] if isinstance(by, tuple) else by)
-    found = _source(call)
-    if found is None:
+    source, rows = _source(call)
+    if rows is None:
         return None
-    source, rows = found
     rank = len(call.shape(source))
     name = getattr(call.target, "__name__", "")
     if name in ("narrow", "select"):
@@ -352,20 +323,10 @@ def getitem(call: Call) -> Plan | None:
         dim %= rank
         if dim in rows.dims:
             return None
-        rows_after = _checked(call, rows.without([dim]) if name == "select" else rows)
-        if rows_after is None:
-            return None
-        args = (call.own(source, rows), *call.node.args[1:])
-        return Plan(rows_after, call.target, args, dict(call.node.kwargs))
-    given: Any = call.node.args[1]
-    index: list[Any] = list(given) if isinstance(given, tuple) else [given]
-    consumed = sum(1 for item in index if item is not None and item is not Ellipsis)
-    if index.count(Ellipsis) > 1 or consumed > rank:
+        return call.same(source, rows, rows.without([dim]) if name == "select" else rows)
+    index = written_out(by, rank)
+    if index is None:
         return None
-    if Ellipsis not in index:
-        index.append(Ellipsis)
-    at = index.index(Ellipsis)
-    index[at : at + 1] = [slice(None)] * (rank - consumed)
     places_after: dict[int, int] = {}
     emitted: list[Any] = []
     old = new = 0

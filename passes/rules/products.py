@@ -68,7 +68,7 @@ def matmul(call: Call) -> Plan | None:
     left, right = call.arg(0, "input"), call.arg(1, "mat2", call.arg(1, "other"))
     if not is_tensor(left) or not is_tensor(right):
         return None
-    return _product(call, left, right, lambda a, b: ((a, b), {}))
+    return _product(call, left, right)
 
 
 @rule(
@@ -93,7 +93,7 @@ def addmm(call: Call) -> Plan | None:
     if not (is_tensor(addend) and is_tensor(left) and is_tensor(right)):
         return None
     rest = {k: v for k, v in call.node.kwargs.items() if k in ("beta", "alpha")}
-    plan = _product(call, left, right, lambda a, b: ((a, b), rest))
+    plan = _product(call, left, right, **rest)
     if plan is None or not isinstance(plan.rows, (Rows, Entries)):
         return None
     want = call.aligned(addend, plan.rows, len(call.out))
@@ -102,7 +102,7 @@ def addmm(call: Call) -> Plan | None:
     return Plan(plan.rows, call.target, (want, *plan.args), plan.kwargs)
 
 
-def _product(call: Call, left: fx.Node, right: fx.Node, place) -> Plan | None:
+def _product(call: Call, left: fx.Node, right: fx.Node, **options: Any) -> Plan | None:
     a, b = call.shape(left), call.shape(right)
     rank = len(call.out)
     if len(a) < 2 or len(b) < 1 or rank < max(len(a), len(b)) - (len(b) == 1):
@@ -111,31 +111,25 @@ def _product(call: Call, left: fx.Node, right: fx.Node, place) -> Plan | None:
     if len(b) == 1:  # a matrix times a vector: the last dimension goes
         if rows is None or last_is_row(call, left, rows) or not call.sizes.valid(rows, call.out):
             return None
-        args, kwargs = place(call.own(left, rows), Full(right))
-        return Plan(rows, call.target, args, kwargs)
+        return Plan(rows, call.target, (call.own(left, rows), Full(right)), options)
     if rows is None:
         rows = _row_of_left(call, left)
         if rows is None:
             return None
     if last_is_row(call, left, rows):
         return None  # contracted
-    if rows.row == len(a) - 2:  # the row dimension of the matrix: the right operand is whole
-        out = rows.shift(rank - len(a))
-        if not call.sizes.valid(out, call.out):
-            return None
-        args, kwargs = place(call.own(left, rows), Full(right))
-        return Plan(out, call.target, args, kwargs)
-    # The tokens are a batch dimension of the product: both operands are read token by token.
     out = rows.shift(rank - len(a))
     if not call.sizes.valid(out, call.out):
         return None
+    if rows.row == len(a) - 2:  # the row dimension of the matrix: the right operand is whole
+        return Plan(out, call.target, (call.own(left, rows), Full(right)), options)
+    # The tokens are a batch dimension of the product: both operands are read token by token.
     want = call.aligned(right, out, rank)
     if want is None:
         return None
     if out.batch == rank - 2 and isinstance(want, RowsOf):
         return None  # the right operand has features where the left one has the batch
-    args, kwargs = place(RowsOf(left, out, rank), want)
-    return Plan(out, call.target, args, kwargs)
+    return Plan(out, call.target, (RowsOf(left, out, rank), want), options)
 
 
 def _row_of_left(call: Call, left: fx.Node) -> Rows | None:

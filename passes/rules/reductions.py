@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxseek.passes.entries import Groups
-from fxseek.passes.facts import is_tensor, tensors_of
+from fxseek.passes.facts import is_tensor
 from fxseek.passes.rules.experts import add_up, rows_as, sort_entries
 from fxseek.passes.rules.pointwise import pointwise_plan
-from fxseek.passes.rules.registry import Call, Plan, Sample, rule, whole
+from fxseek.passes.rules.registry import Call, Plan, Sample, rule
 
 
 def _dims(value: object, rank: int) -> tuple[int, ...] | None:
@@ -39,17 +39,7 @@ def _over_features(call: Call, dims: tuple[int, ...] | None, keepdim: bool) -> P
         return None
     if any(is_tensor(node) for node in call.node.all_input_nodes if node is not source):
         return None
-    after = rows if keepdim else rows.without(dims)
-    results = list(tensors_of(call.node.meta["example_value"]))
-    if not all(call.sizes.valid(after, call.sizes.shape(result)) for result in results):
-        return None
-    single = is_tensor(call.node)
-    return Plan(
-        after if single else tuple(after for _ in results),
-        call.target,
-        (call.own(source, rows), *call.node.args[1:]),
-        dict(call.node.kwargs),
-    )
+    return call.same(source, rows, rows if keepdim else rows.without(dims))
 
 
 @rule(
@@ -201,5 +191,4 @@ def norm(call: Call) -> Plan | None:
     rank = len(call.shape(source))
     if any(dim >= rank - len(shape) for dim in rows.dims):
         return None
-    args = (call.own(source, rows), *whole(call.node.args[1:]))
-    return Plan(rows, call.target, args, whole(dict(call.node.kwargs)))
+    return call.same(source, rows, rows)

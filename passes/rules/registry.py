@@ -185,6 +185,15 @@ class Call:
             return None
         return RowsOf(node, rows, rank)
 
+    def same(self, source: Any, rows: Placed, after: Placed | None) -> Plan | None:
+        """The same call on rows of its first operand, if every result may have them at `after`."""
+        shapes = list(self.facts.shapes(self.node))
+        if after is None or not all(self.sizes.valid(after, shape) for shape in shapes):
+            return None
+        args = (self.own(source, rows), *whole(self.node.args[1:]))
+        found = after if is_tensor(self.node) else tuple(after for _ in shapes)
+        return Plan(found, self.target, args, whole(dict(self.node.kwargs)))
+
     def compact_shape(self, rows: Placed) -> tuple[Length, ...]:
         """The size arguments that make the result compact."""
         return tuple(Length(size) for size in self.sizes.compact(self.out, rows))

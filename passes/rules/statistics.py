@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxseek.ops.log_probs import STATISTICS, by_weight, times_weights, token_statistics
+from fxseek.ops.log_probs import by_weight, times_weights, token_statistics
 from fxseek.passes.facts import is_tensor
 from fxseek.passes.ir import Selected
 from fxseek.passes.rules.registry import Call, Full, Plan, Sample, rule, whole
@@ -28,11 +28,11 @@ def statistics(call: Call) -> Plan | None:
         return None
     if not call.sizes.valid(rows, call.shape(labels)):
         return None
-    options = [
-        call.arg(at, name, default) for at, (name, default) in enumerate(_OPTIONS.items(), start=4)
-    ]
-    given = (call.own(hidden, rows), *whole((call.arg(1, "weight"), call.arg(2, "bias"))))
-    return Plan(rows, token_statistics, (*given, call.own(labels, rows), *whole(options)))
+    shared = whole((call.arg(1, "weight"), call.arg(2, "bias")))
+    args = (call.own(hidden, rows), *shared, call.own(labels, rows), *whole(call.node.args[4:]))
+    own = ("hidden", "weight", "bias", "labels")
+    options = {name: x for name, x in call.node.kwargs.items() if name not in own}
+    return Plan(rows, token_statistics, args, whole(options))
 
 
 @rule(
@@ -51,12 +51,3 @@ def weighted(call: Call) -> Plan | None:
     if is_tensor(labels):
         given = (*given, call.own(labels, rows), Full(labels))
     return Plan(rows, times_weights, given)
-
-
-_OPTIONS = {
-    "temperature": 1.0,
-    "softcap": None,
-    "scale": 1.0,
-    "wanted": STATISTICS,
-    "chunk_bytes": 2**26,
-}
