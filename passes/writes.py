@@ -164,7 +164,7 @@ def _without_flag(
         return None
     bound.arguments["inplace"] = False
     written = node.args[0]
-    assert isinstance(written, fx.Node)
+    assert isinstance(written, fx.Node) and callable(node.target)
     return written, node.target, bound.args, bound.kwargs
 
 

@@ -1,7 +1,7 @@
 """`fxseek.estimate`: the memory of a training step, without weights and without the device.
 
 The model is made on the meta device and captured as `fxseek.compile` captures it. The program's
-own stages, the backward and the optimiser's step then run on fake tensors, which have shapes and
+own stages, the backward and the optimiser's step then run on meta tensors, which have shapes and
 storages and no memory, while a `Tracker` follows the storages.
 """
 
@@ -195,7 +195,7 @@ def _step(model: nn.Module, config: SeekConfig) -> SeekStep:
 class Peaks:
     """The peak bytes of a step by its configuration, without optimiser state.
 
-    The model is captured once, with `config`; a call runs the passes, and the stages on fake
+    The model is captured once, with `config`; a call runs the passes, and the stages on meta
     tensors. `in_parts`: whether the last step that was followed is learned in parts.
     """
 
@@ -345,17 +345,17 @@ class _Run:
         batch: dict[str, Tensor],
     ) -> int:
         """The stages, backward and the optimiser's step; returns how many tokens are kept."""
-        mode, fake = contextlib.nullcontext(), _alias  # quicker than fake tensors
-        if step.program.config.kv == "offload":  # meta tensors cannot leave for the CPU
+        mode, made = contextlib.nullcontext(), _alias
+        if step.program.config.kv == "offload":  # fakes are slower, and can leave for the CPU
             mode = _torch.fake_mode()
-            fake = mode.from_tensor
+            made = mode.from_tensor
         known: dict[int, Tensor] = {}
 
         def stand_in(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             if id(value) not in known:  # tied parameters stay one
-                known[id(value)] = fake(value)
+                known[id(value)] = made(value)
             return known[id(value)]
 
         inputs = tuple(map(stand_in, arguments))

@@ -3,7 +3,7 @@
 A `Tracker` is a dispatch mode: it sees each tensor that an operation makes, follows its storage
 by a weak reference, and writes down when it came and went. What the storage was for may be said
 at any time, also after it has gone; `following` says it for the stages of a compiled step. Real
-tensors (`fxseek.profile`) and fake ones (`fxseek.estimate`) are followed alike.
+tensors (`fxseek.profile`) and meta ones (`fxseek.estimate`) are followed alike.
 """
 
 from __future__ import annotations
