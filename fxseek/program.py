@@ -131,6 +131,8 @@ def build(
     graph = then(inline, captured)
     graph = then(unbatch, graph)
     functional = then(functionalise, graph)
+    writes = then(find_writes, functional)
+    then(refuse_written_shards, functional)
     graph = then(normalise, functional.graph)
     graph = then(join_writes, graph)
     graph = then(join_groups, graph)
@@ -140,8 +142,6 @@ def build(
     graph = then(unshift, graph, sizes)
     graph = then(without_dead_code, graph)
     graph, outside = then(find_outside, graph, sizes, config.most_chunk_bytes)
-    writes = then(find_writes, functional)
-    then(refuse_written_shards, functional)
 
     facts = then(find_tokens, graph, sizes)
     structure = then(
