@@ -64,11 +64,11 @@ class Program:
     """What the passes make of a captured graph.
 
     `graph`: the captured graph, functional and normalised; `facts`, `structure`: what is known of
-    it; `prefill`, `score`, `learn`: the stages; `parts`: what is run in parts before `learn`, which
-    is the end of the model then; else why nothing is, empty where nobody asks for it; `head`: the
-    end of the model, None where it is not per-token; `masks`: gathered constants that attentions
-    alone read; `on_host`: values that wait in host memory; `dropped`: which of the captured outputs
-    a step does not compute; `writes`: what it writes to.
+    it; `prefill`, `score`, `learn`: what these stages run; `parts`: the body, which backward runs
+    in parts, so that `learn` is only the end of the model; else why there is none, empty where none
+    is asked for; `head`: what follows the last attention, None where it is not per-token; `masks`:
+    gathered constants that attentions alone read; `on_host`: values that wait in host memory;
+    `dropped`: which of the captured outputs a step does not compute; `writes`: what it writes to.
     """
 
     graph: fx.Graph
@@ -93,12 +93,12 @@ class Program:
 
     @property
     def learned(self) -> list[Piece]:
-        """What is run with gradient, in order."""
+        """What is run with gradient, in the order of the model."""
         return [self.parts.body, self.learn] if isinstance(self.parts, Parts) else [self.learn]
 
     @property
     def whole(self) -> set[fx.Node]:
-        """Values of all tokens that are read whole until the backward: keys and values."""
+        """Values of all tokens that stay whole until backward has read them: keys and values."""
         return {
             item.node
             for piece in self.learned
@@ -330,7 +330,7 @@ def refuse_written_shards(functional: Functional) -> None:
 
 
 def prefilled(learn: Piece, parts: Parts | str, score: ScorePlan) -> list[fx.Node]:
-    """The values that the prefill makes: what the later stages read and do not make."""
+    """The values that the prefill makes: what later stages read and do not make themselves."""
     made = score.made()
     scored = [node for node in score.scored() if node not in made]
     body = [] if isinstance(parts, str) else parts.body.prefilled()

@@ -12,7 +12,8 @@ After::
     loss = head(h, kept, weights, target, w, ...)      # on chunks of tokens
 
 The head is per-token down to the loss, which is a sum over tokens: chunks of it add up, and the
-logits of one chunk are alive at a time. The score stage runs the same module on all tokens.
+logits of one chunk are alive at a time. The score stage runs the same module on all labelled
+tokens.
 """
 
 from __future__ import annotations

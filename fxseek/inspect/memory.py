@@ -190,7 +190,7 @@ class Tracker(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of one training step, by category (`fxseek.memory.CATEGORIES`) and stage.
+    """Memory of one training step, by category (`CATEGORIES`) and stage.
 
     `changes`: each storage that came (bytes above 0) or went (below), in order, with its
     category. `stages`: name of each stage and the number of changes before it.

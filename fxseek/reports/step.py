@@ -34,7 +34,7 @@ class StepReport:
     `ratio`: the share of each row's tokens that the step was to keep, None where rows decide.
     `spans`: LongTensor[batch, tokens], the span that each token was selected with (equal numbers
     are a span), None where tokens are selected one by one. `timings`: seconds of each stage
-    (prefill, score, select, gather, learn; the backward is none), where `Recorder.timed` asks for
+    (prefill, score, select, gather, learn; backward is not one), where `Recorder.timed` asks for
     them.
     `input_ids`: LongTensor[batch, tokens], -1 at virtual tokens, None where the model was given
     none. `labels`: LongTensor[batch, tokens], what the prediction made at each position is compared

@@ -64,7 +64,7 @@ class Step:
 
 
 def assemble(program: Program) -> Step:
-    """The stages of a program, one small graph module.
+    """Make the small graph module that runs the stages of a program.
 
     Raises:
         GraphError: a stage cannot be made.
@@ -74,7 +74,7 @@ def assemble(program: Program) -> Step:
 
 def _assemble(program: Program) -> Step:
     config, parts = program.config, program.parts
-    once = not isinstance(parts, str)
+    once = not isinstance(parts, str)  # backward is for the parts alone
     head = None if program.head is None else ChunkedHead(program.head, config, once=once)
     modules = {} if head is None else {"head": head}
     module = module_of(program.learn, "Learn", **modules)

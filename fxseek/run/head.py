@@ -17,7 +17,7 @@ from fxseek.ops.sweep import CatRows, Sum, chunks_of, rows_of_chunk, sweep
 from fxseek.passes.head import Head
 from fxseek.passes.ir import Given, Input, Selected
 from fxseek.passes.unshard import sharding_of
-from fxseek.run.lowering import run_part
+from fxseek.run.lowering import run_segment
 from fxseek.run.piece import module_of
 
 __all__ = ["ChunkedHead"]
@@ -28,7 +28,8 @@ class ChunkedHead(nn.Module):
 
     Chunks hold at most ``chunk_bytes`` of logits. Where there are several, or with
     ``recompute="block"``, backward makes the logits again instead of keeping them. With `once` they
-    are made once: the gradients are found in the forward, and wait for the loss's own.
+    are made once, except in float16: the gradients are found in the forward, and wait for that of
+    the loss.
     """
 
     def __init__(self, head: Head, config: SeekConfig, *, once: bool = False) -> None:
@@ -39,11 +40,11 @@ class ChunkedHead(nn.Module):
         self.recompute = config.recompute == "block"
         self.weighted = config.select == "sample"
         module = module_of(head.stage, "Head")
-        self.run: Callable[..., tuple[Tensor, Tensor]] = run_part(module, config.backend, "none")
-        self.run_again: Callable[..., tuple[Tensor, Tensor]] = run_part(
+        self.run: Callable[..., tuple[Tensor, Tensor]] = run_segment(module, config.backend, "none")
+        self.run_again: Callable[..., tuple[Tensor, Tensor]] = run_segment(
             module, config.backend, "block"
         )
-        self.logits: Callable[..., tuple[Tensor, Tensor]] = run_part(
+        self.logits: Callable[..., tuple[Tensor, Tensor]] = run_segment(
             module_of(head.logits, "Logits"), config.backend, "none"
         )
         inputs = head.stage.inputs
@@ -54,9 +55,9 @@ class ChunkedHead(nn.Module):
         self.unshards = _unshards([*inputs, *full])
 
     def forward(self, *arguments: Any) -> Tensor:
-        """The loss: a scalar. The arguments are the head's inputs; last, for a sum, all targets.
+        """The loss, a scalar, of the head's inputs.
 
-        Class weights and scale of the terms come with these.
+        Behind them, where the loss is a sum, the targets, class weights and scales of all tokens.
         """
         values = list(arguments)
         for places, gather in self.unshards:  # once for all chunks, however many there are
@@ -161,7 +162,7 @@ def _unshards(inputs: Sequence[Input | None]) -> list[tuple[list[int], Unshard]]
 
 
 def _in_float16(rows: Tensor) -> bool:
-    """Whether gradients must be made with the loss's scale in them, or they leave the range."""
+    """Whether gradients are float16, whose range they leave unless the loss is scaled first."""
     return (autocast_dtype(rows.device.type) or rows.dtype) == torch.float16
 
 

@@ -28,12 +28,12 @@ BACKENDS = {"aot_eager": "aot_eager_decomp_partition", "inductor": "inductor"}
 """torch.compile's names; the plain ``aot_eager`` would not partition by min-cut."""
 
 Run = Callable[[list[Any], Known], tuple[Any, int]]
-"""Of a boxed list of arguments (which it empties) and of what is not counted: the outputs, and the
-bytes saved for backward."""
+"""Takes a list of arguments, which it empties, and the memory not to count; returns the outputs and
+the bytes saved for backward."""
 
 
-def run_part(module: fx.GraphModule, backend: str, recompute: str) -> Callable[..., Any]:
-    """How a part of the learn stage is run.
+def run_segment(module: fx.GraphModule, backend: str, recompute: str) -> Callable[..., Any]:
+    """A function that runs a segment of the learn stage, or the head.
 
     With ``recompute="block"`` only its inputs are kept for backward, which runs it again.
     """
@@ -43,8 +43,8 @@ def run_part(module: fx.GraphModule, backend: str, recompute: str) -> Callable[.
 
 
 def _recomputed(module: fx.GraphModule) -> Callable[..., Any]:
-    """A part that backward runs again; its gather of sharded parameters is told when."""
-    gathers = [part for part in module.children() if isinstance(part, Unshard)]
+    """A segment that backward runs again; its gather of sharded parameters is told of that."""
+    gathers = [child for child in module.children() if isinstance(child, Unshard)]
     if not gathers:
         return partial(checkpoint, module, use_reentrant=False)
     (gather,) = gathers  # a segment's parameters are of one team
@@ -59,7 +59,7 @@ def _recomputed(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 def lower(module: fx.GraphModule, schedule: Schedule, config: SeekConfig) -> Run:
-    """How the learn stage is run: `module` is that of the piece which `schedule` is made for.
+    """A function that runs the learn stage; `module` is that of the piece with this `schedule`.
 
     ``backend="eager"`` runs the graph and lets go of each value after its last use;
     ``"aot_eager"`` runs AOTAutograd with the min-cut partitioner, ``"inductor"`` compiles; both
@@ -82,7 +82,7 @@ def lower(module: fx.GraphModule, schedule: Schedule, config: SeekConfig) -> Run
             continue  # it sees to itself
         key = name if eager else _likeness(part)
         if key not in alike:
-            alike[key] = run_part(part, config.backend, config.recompute)
+            alike[key] = run_segment(part, config.backend, config.recompute)
         setattr(module, name, _Called(alike[key]))
     return _hooked(module) if eager else _counted(module)
 

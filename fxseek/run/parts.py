@@ -1,8 +1,9 @@
 """Learning in parts: the kept tokens are run with gradient a part at a time, in backward.
 
-A step's forward has the exits of all kept tokens from the prefill, and the head's loss on them.
-When backward brings their gradient, each part is run forward and backward, the last one first
-(fxseek/passes/parts.py). Between forward and backward only keys, values and exits are kept.
+A step's forward has the exits of all kept tokens from the prefill (from a first run of the body
+where it draws), and the head's loss on them. When backward brings their gradient, each part is run
+forward and backward, the last one first (fxseek/passes/parts.py). Between forward and backward only
+keys, values and the gradients that the head has found are kept.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class _Step:
     """What the parts of one step share.
 
     `values`: what the body reads, by captured node; `slots`: those of each part; `keys`: how many
-    tokens the queries of each may read, None where that is not known; `idle`: how many parts more
-    another process has, which take part in what gathers the body's parameters.
+    tokens the queries of each may read, None where that is not known; `idle`: how many more parts
+    another process has, so that this one joins in their gathers of the body's parameters.
     """
 
     def __init__(self, learn: LearnInParts, env: Env, selection: Selection) -> None:
@@ -259,7 +260,7 @@ class _Step:
 
 
 def _known(values: Mapping[fx.Node, Any]) -> Known:
-    """What a part reads is there anyway, and what it saves is gone before its step returns."""
+    """Nothing is counted: what a part reads exists anyway, what it saves is freed at its end."""
     return Known.of(values.values(), counts=False)
 
 

@@ -97,12 +97,12 @@ class Recipe:
     notes: weakref.WeakSet[Note] = field(default_factory=weakref.WeakSet)
     made: dict[fx.Node, Tensor] = field(default_factory=dict)
     waiting: dict[fx.Node, set[int]] = field(default_factory=dict)
-    # Two threads may go back through one graph; a source may be asked for by running the
-    # step again, as a checkpoint around the model does, which goes back through it too.
+    # Two threads may run one backward. Fetching a source may run the step again (a checkpoint
+    # around the model does), and so come back to this recipe.
     lock: AbstractContextManager[Any] = field(default_factory=threading.RLock)
 
     def tensor(self, note: Note) -> Tensor:
-        """The saved tensor, made with all others of the region where it is the first."""
+        """The saved tensor. The first call makes all those of the region."""
         owner, layout = note.owner, note.layout
         assert owner is not None
         with self.lock:

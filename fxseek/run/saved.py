@@ -61,8 +61,8 @@ class SavedBytes:
     """Context manager that counts the bytes which autograd saves in it and still keeps.
 
     Memory of `exclude` (parameters, buffers, inputs) is not counted, memory that several saved
-    tensors share is counted once; nothing is, where `exclude` says so. Hooks that the caller has
-    set (offloading, other meters) go on working: each tensor passes through them too.
+    tensors share is counted once; with ``Known(counts=False)`` nothing is counted. Hooks that the
+    caller has set (offloading, other meters) go on working: each tensor passes through them too.
     """
 
     def __init__(self, exclude: Iterable[Any] | Known = ()) -> None:

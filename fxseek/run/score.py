@@ -1,4 +1,4 @@
-"""The score stage: what a score is made of is measured, and the scorer makes scores of it."""
+"""The score stage: it measures what the scorer asks for, and lets it score the tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from fxseek.run.row_inputs import (
     valid_tokens,
 )
 from fxseek.scores import ScoreInputs, scorer_of
-from fxseek.scores.base import step_generator
+from fxseek.scores.base import Stream, step_generator
 from fxseek.scores.measures import (
     accumulate_columns,
     attention_column_sums,
@@ -88,7 +88,7 @@ class Score(nn.Module):
         self.gradient = None if plan.gradient is None else _Slope(plan, plan.gradient, config, head)
 
     def forward(self, env: Env, step: int, padding_mask: Tensor | None) -> Scores:
-        """Scores by the configured rule.
+        """The scores of all tokens, by the configured scorer.
 
         `padding_mask`: Bool[batch or 1, tokens], False at padding, is the caller's: a model that
         does not read its attention mask has none in its graph.
@@ -113,7 +113,7 @@ class Score(nn.Module):
             targets=targets,
             hidden=None if at is None else _batch_major(env.read(at.node), at.rows, valid),
             step=step,
-            generator=step_generator(self.config.seed, step),
+            generator=step_generator(self.config.seed, step, Stream.OWN_SCORE),
         )
         scores = self.scorer.scores(given, parts)
         weighed = self.config.select == "sample" or self.config.mass_share is not None
@@ -126,7 +126,7 @@ class Score(nn.Module):
             valid,
             supervised,
             scores,
-            self.scorer.mass(scores, parts, valid) if weighed else scores,
+            self.scorer.mass(scores, parts, valid) if weighed else scores,  # nobody reads it then
             parts,
             full_loss,
             padded,

@@ -1,6 +1,7 @@
 """The stages of a compiled step beside the score: prefill, select, gather, learn.
 
-Each reads the values of the step (`Env`), and puts there what later stages read.
+Prefill and gather put values into the `Env`, select returns a `Selection`, and learn empties the
+`Env` and returns what the step does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fxseek.run.lowering import Run
 from fxseek.run.piece import module_of
 from fxseek.run.saved import Known
 from fxseek.run.score import Scores
-from fxseek.scores.base import step_generator
+from fxseek.scores.base import Stream, step_generator
 from fxseek.selecting import Selection
 from fxseek.spans import spans_of
 
@@ -105,7 +106,7 @@ class Select(nn.Module):
             "spans": spans,
         }
         if config.select == "sample":
-            generator = step_generator(config.seed, step)
+            generator = step_generator(config.seed, step, Stream.SAMPLE)
             return selecting.select_sample(
                 scores.mass, k, generator=generator, uniform=config.uniform, **common
             )
@@ -133,7 +134,7 @@ class Select(nn.Module):
             labelled=labelled,
             begins=scores.begins,
             required=scores.required,
-            generator=step_generator(config.seed, step, stream=2),
+            generator=step_generator(config.seed, step, Stream.SPANS),
         )
 
     def _fixed(

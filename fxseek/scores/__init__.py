@@ -1,8 +1,9 @@
-"""Scores of tokens. A file of this folder that registers a `Scorer` adds one.
+"""Scores of tokens.
 
-No other file changes for a score that is made of what is measured already (`base.py` has what a
-`Scorer` says of itself). What measures something new is found in the graph by
-`passes/score.py`, described in `passes/score_plan.py`, and run by `fxseek/run/score.py`.
+To add a score, put a file into this folder with a `Scorer` under ``@scorer(name)``, and name it in
+the docstring of `SeekConfig`; `Scorer` (`base.py`) says what it declares. A new measurement needs a
+function in `measures.py`, a plan (`passes/score_plan.py`, made by `passes/score.py`), what runs it
+(`fxseek/run/score.py`), and its name in `MEASURED` (`base.py`).
 """
 
 from __future__ import annotations

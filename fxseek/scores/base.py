@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,18 +15,30 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fxseek.config import SeekConfig
 
-__all__ = ["SCORERS", "Every", "ScoreInputs", "Scorer", "Uniform", "scorer", "step_generator"]
+__all__ = [
+    "MEASURED",
+    "SCORERS",
+    "Every",
+    "ScoreInputs",
+    "Scorer",
+    "Stream",
+    "Uniform",
+    "scorer",
+    "step_generator",
+]
 
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What a caller's own score function is given. It returns one score per token, best highest.
+    """What a score is made of. A function of a caller's own returns one per token, best highest.
 
     Shapes: ``input_ids`` [batch, tokens] (None where the model was given embeddings); ``valid``
     Bool [batch, tokens], False at padding; ``supervised`` Bool [batch, tokens], True where the
     prediction made at that position has a label; ``targets`` Long [batch, tokens], that label,
-    already shifted; ``hidden`` [batch, tokens, width], the input of the last block, without grad.
-    ``generator`` lives on the CPU and is seeded from the run's seed and ``step``.
+    already shifted (both None without labels); ``hidden`` [batch, tokens, width], the input of the
+    last block, without grad (None where none is found, or the scorer does not read it).
+    ``generator`` lives on the CPU and is seeded from the run's seed and ``step``; nothing else
+    draws from its stream.
     """
 
     input_ids: Tensor | None
@@ -38,12 +51,12 @@ class ScoreInputs:
 
 
 class Scorer(ABC):
-    """A score of tokens. A file in this folder with one under ``@scorer(name)`` makes it built in.
+    """A score of tokens; a class under ``@scorer(name)``, in any file of this folder, is built in.
 
     `parts`: what is measured for it, ``"context"`` (attention received in the last layer) and
     ``"gradient"`` (of the loss, at the input of the last block); `fxseek.report` has them by these
-    names. `reads_hidden`: it reads the input of the last block. `draws`: it is random, so that a
-    step that is run again would select other tokens.
+    names. `reads_hidden`: it reads the input of the last block. `draws`: its scores change with the
+    number of the step, so that a forward that is run again would select other tokens.
     """
 
     parts: tuple[str, ...] = ()
@@ -60,14 +73,14 @@ class Scorer(ABC):
         Shapes: each of `parts` and the result [batch, tokens].
 
         Raises:
-            ScoreError: the scores are not finite, or of another shape.
+            ScoreError: a score of a valid token is not finite. A built-in score checks that itself.
         """
 
     @abstractmethod
     def mass(self, scores: Tensor, parts: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         """What ``select="sample"`` draws by, and what a ratio such as ``"mass:0.9"`` adds up.
 
-        Nonnegative, never less where the score is better, and 0 where a token is not valid.
+        Nonnegative, never lower for a better score, and 0 where a token is not valid.
 
         Shapes: [batch, tokens].
         """
@@ -90,6 +103,9 @@ class Every(Uniform):
         return zeros.masked_fill(~given.valid, -torch.inf)
 
 
+MEASURED = ("context", "gradient")
+"""What may be measured for a score."""
+
 SCORERS: dict[str, type[Scorer]] = {}
 """The built-in scores, by the name that ``score=`` takes."""
 
@@ -100,7 +116,7 @@ def scorer(name: str) -> Callable[[_S], _S]:
     """Make a class the built-in score of this name."""
 
     def register(made: _S) -> _S:
-        unknown = set(made.parts) - {"context", "gradient"}
+        unknown = set(made.parts).difference(MEASURED)
         if unknown:
             raise ValueError(f"{made.__name__} wants {sorted(unknown)}, which nothing measures")
         SCORERS[name] = made
@@ -109,11 +125,19 @@ def scorer(name: str) -> Callable[[_S], _S]:
     return register
 
 
-def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+class Stream(IntEnum):
+    """The unrelated draws of one step: each has a stream of its own."""
+
+    SAMPLE = 0
+    RANDOM_SCORE = 1
+    SPANS = 2
+    OWN_SCORE = 3
+
+
+def step_generator(seed: int, step: int, stream: Stream) -> torch.Generator:
     """A CPU generator of its own for one step: the same for the same (seed, step, stream) always.
 
-    Streams are unrelated draws of one step: 0 is for selecting and callers, 1 for random scores, 2
-    for where spans are cut.
+    A sample whose scores came from its own stream would be biased.
     """
     # Torch's CPU generator reads 32 bits of its seed: hashing keeps (0, 1) and (1, 0) apart.
     digest = hashlib.blake2b(f"{seed},{step},{stream}".encode(), digest_size=4).digest()

@@ -1,7 +1,7 @@
 """What scores are made of: how much a token is attended to, how much the loss depends on it.
 
 Pure tensor functions, under ``no_grad``, on any device and for any floating dtype. Nothing here
-knows a model or a graph, and nothing waits for the device except where a docstring says so.
+knows a model or a graph, and nothing waits for the device.
 
 Sizes: batch, tokens, keys (tokens attended to), heads, width.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxseek.scores.base import ScoreInputs, Uniform, scorer, step_generator
+from fxseek.scores.base import ScoreInputs, Stream, Uniform, scorer, step_generator
 
 __all__ = ["random_scores"]
 
@@ -39,5 +39,5 @@ def random_scores(
 
     The global generators are neither read nor moved, and every device gets the same numbers.
     """
-    scores = torch.rand(shape, generator=step_generator(seed, step, stream=1))
+    scores = torch.rand(shape, generator=step_generator(seed, step, Stream.RANDOM_SCORE))
     return scores.to(device, non_blocking=True)

@@ -32,7 +32,7 @@ class TokenSeek(Scorer):
         context, gradient = parts.get("context"), parts.get("gradient")
         scores = combine(context, gradient, valid, config.alpha, config.beta, config.normalise)
         bad = torch.zeros_like(valid)
-        for found in (scores, *parts.values()):  # a rank hides what its values are
+        for found in (scores, *parts.values()):  # ranks are finite where the parts are not
             bad |= ~torch.isfinite(found.masked_fill(~valid, 0.0))
         if bool(bad.any()):
             raise ScoreError(_not_finite(bad, parts, valid))

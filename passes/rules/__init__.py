@@ -1,8 +1,10 @@
-"""Rules by family; importing this package fills the registry.
+"""The rules of operations; importing this package fills the registry.
 
-To add one, write a function from a `Call` to a `Plan` under ``@rule(...)`` in the file of its
-family, with samples that prove its law (docs/adding-a-rule.md); a pointwise operation is a name in
-a list of `pointwise.py`. `registry.py` has `Call`, `Plan`, and the spellings of names.
+To add a rule, write a function from a `Call` to a `Plan`, or to None where the call is not per
+token, under ``@rule(...)`` in the file of its kind or in one of its own, with samples on which its
+law is tested (docs/adding-a-rule.md). A pointwise operation is only a name in `_UNARY` or `_BINARY`
+of `pointwise.py`, and a case in `_unary_calls` or `_binary_calls` where its sample needs other
+operands. `registry.py` has `Call`, `Plan`, and the spellings of names.
 """
 
 import importlib

@@ -234,7 +234,7 @@ def _binary_calls(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     ),
 )
 def binary(call: Call) -> Plan | None:
-    """Functions of several operands under broadcasting; an order divided numbers tokens."""
+    """Functions of several operands under broadcasting; an order divided gives entries' tokens."""
     if any(rows_as(Order, call, node) is not None for node in call.node.all_input_nodes):
         return divide_order(call) if operation(call.node) in ("div", "floor_divide") else None
     return pointwise_plan(call)

@@ -45,7 +45,7 @@ class RowsOf:
 
 @dataclass(frozen=True)
 class Kept:
-    """A value that numbers entries, as it is when only the selected tokens are there."""
+    """An index of entries (an `Order`), as it is when only the selected tokens are there."""
 
     node: fx.Node
 
@@ -118,7 +118,7 @@ class Call:
         return found if isinstance(found, Rows) else None
 
     def placed(self, node: Any) -> Placed | None:
-        """The same, or where its entries are that has several for each token, in whatever order."""
+        """The same; or, of a value with several entries for each token, where these are."""
         if not is_tensor(node):
             return None
         if node in self.facts.stream or node in self.facts.chosen:
@@ -186,7 +186,10 @@ class Call:
         return RowsOf(node, rows, rank)
 
     def same(self, source: Any, rows: Placed, after: Placed | None) -> Plan | None:
-        """The same call on rows of its first operand, if every result may have them at `after`."""
+        """The same call on the rows of `source`, its first operand.
+
+        Its results have their tokens at `after`; None where they cannot.
+        """
         shapes = list(self.facts.shapes(self.node))
         if after is None or not all(self.sizes.valid(after, shape) for shape in shapes):
             return None
@@ -227,10 +230,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rule:
-    """An operation family's record: names, how its axes pass, and why that is right."""
+    """The rule of one operation: its name, its function, and why that is right."""
 
     name: str
     family: str
+    """``"per-token"``; or what other passes look for: ``"random"`` draws, so is never made again;
+    ``"constant"``, ``"attention"``, ``"loss"``, ``"groups"``."""
     function: RuleFunction
     reason: str
     samples: tuple[Sample, ...]
@@ -239,7 +244,7 @@ class Rule:
     needs: str = ""
     """The module that defines the operation, empty for torch's own; the samples import it."""
     cheap: bool = False
-    """Made again by a pass over memory, to the bit: no product, no draw, no order of adding up."""
+    """Made again to the bit by a pass over memory: no product, no draw, no sum in varying order."""
 
 
 RULES: dict[str, Rule] = {}
@@ -314,8 +319,9 @@ def rule(
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for the operations of these names (every spelling of each).
 
-    A name like ``"namespace::name"`` is that of an operation in `torch.ops`. It need not exist
-    yet; `needs` names the module that defines it.
+    Names are those of torch.nn.functional, torch, torch.special or Tensor; other spellings are in
+    `ALIASES`. A name like ``"namespace::name"`` is that of an operation in `torch.ops`. It need not
+    exist yet; `needs` names the module that defines it.
 
     Raises:
         ValueError: a name is taken, unknown to torch, or there are no samples.

@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 import fxseek
 from fxseek.errors import ScoreError
 from fxseek.scores import SCORERS, ScoreInputs, Scorer, measures
-from fxseek.scores.base import scorer, step_generator
+from fxseek.scores.base import Stream, scorer, step_generator
 from fxseek.scores.measures import accumulate_columns, attention_column_sums, gradient_magnitude
 from fxseek.scores.own import check_scores
 from fxseek.scores.random import random_scores
 from fxseek.scores.tokenseek import combine, mass
+from fxseek.selecting import select_sample
 
 BATCH, KV_HEADS, GROUPS, TOKENS, WIDTH = 2, 3, 2, 11, 5
 HEADS = KV_HEADS * GROUPS
@@ -458,9 +459,27 @@ def test_random_scores_follow_from_seed_and_step():
 
 
 def test_streams_of_a_step_are_unrelated():
-    draws = [torch.rand(5, generator=step_generator(0, 0, stream)) for stream in range(3)]
-    assert len({tuple(draw.tolist()) for draw in draws}) == 3
-    assert torch.equal(torch.rand(5, generator=step_generator(0, 0)), draws[0])
+    draws = [torch.rand(5, generator=step_generator(0, 0, stream)) for stream in Stream]
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(Stream)
+    assert torch.equal(torch.rand(5, generator=step_generator(0, 0, Stream.SAMPLE)), draws[0])
+
+
+def test_a_sample_does_not_draw_what_its_scores_have_drawn(monkeypatch: pytest.MonkeyPatch):
+    """Else the weights, which take the draws to be independent of the scores, would be biased."""
+    seeds: list[int] = []
+
+    def score(given: ScoreInputs) -> Tensor:
+        seeds.append(given.generator.initial_seed())
+        return torch.rand(given.valid.shape, generator=given.generator)
+
+    def sample(*args: Any, generator: torch.Generator, **options: Any) -> Any:
+        seeds.append(generator.initial_seed())
+        return select_sample(*args, generator=generator, **options)
+
+    monkeypatch.setattr(fxseek.selecting, "select_sample", sample)
+    model = fxseek.compile(TinyDecoder(TinyConfig()).train(), 0.25, score=score, select="sample")
+    model(**batch(37, tokens=16, padding="none"))["loss"].backward()
+    assert len(set(seeds)) == 2
 
 
 @pytest.mark.cuda
@@ -529,7 +548,7 @@ def test_score_inputs_are_a_record():
         targets=None,
         hidden=None,
         step=3,
-        generator=step_generator(0, 3),
+        generator=step_generator(0, 3, Stream.OWN_SCORE),
     )
     assert inputs.step == 3
     with pytest.raises(AttributeError):
