@@ -6,10 +6,11 @@ all that it has read of that one, its guards, holds of this one too: classes, fl
 and what its tensors are. `fxseek.passes.inline` puts the regions in the place of their calls, so
 that the passes see the graph of a plain capture.
 
-Dynamo's own check leaves things out, which `_Reuse` looks at: guards on what no variable stands
-for, objects that must be one and the same, numbers of a layer that are inputs of the graph, regions
-that write or whose sizes depend on data. And it does not guard a layer that it has not traced: a
-hook that is put on it later, say, would not count. `_Reuse` guards it as the first is guarded.
+Dynamo's own check leaves things out. `_fingerprint` tells arguments apart that are one value for
+one layer and two for another; `_Reuse` looks at guards on what no variable stands for, objects that
+must be one and the same, numbers of a layer that are inputs of the graph, and regions that write or
+whose sizes depend on data. And Dynamo does not guard a layer that it has not traced: a hook that is
+put on it later, say, would not count. `_Reuse` guards it as the first is guarded.
 
 Where a capture fails in this way, `fxseek.capture.step` captures again without.
 """
@@ -156,15 +157,16 @@ def overrides() -> list[StandIn]:
             if regions is None:
                 return ask(tx, condition, fingerprint, entry)
             inputs = fingerprint._replace(arg_sources=entry.arg_sources)  # these alone: no guards
-            reuse = _Reuse(tx, regions, condition, fingerprint, entry)
-            return ask(tx, condition, inputs, entry) and reuse.settled()
+            if not ask(tx, condition, inputs, entry):
+                return False
+            return _Reuse(tx, regions, condition, fingerprint, entry).settled()
 
         return is_reusable
 
     return [
         (Module, "call_function", called),
         (invoke_subgraph, "is_reusable", checked),
-        (invoke_subgraph, "build_fingerprint_with_pytree", _fingerprint),
+        (invoke_subgraph, "build_input_fingerprint", _fingerprint),
     ]
 
 
@@ -195,28 +197,33 @@ def _as_region(region: Any, regions: Regions, layer: Any, tx: Any, args: Any, kw
     return result
 
 
-def _fingerprint(traced: Any) -> Any:
-    """What Dynamo knows a region's arguments by, without tracing how they are taken apart.
+def _fingerprint(ask: Any) -> Any:
+    """What Dynamo knows the arguments of a region by: their nesting, and which are one value.
 
-    Dynamo traces pytree's code for each call that has keywords, a third of what a layer that is not
-    traced again costs.
+    It asks pytree for the nesting, whose code it traces for each call with keywords: a third of
+    what a layer costs that is not traced again. And a region to which one value was given twice
+    would stand for a call with two.
     """
     from torch._dynamo.variables import ListVariable, TupleVariable
-    from torch._dynamo.variables.invoke_subgraph import InputFingerprint, classify_vt
+    from torch._dynamo.variables.invoke_subgraph import InputFingerprint, InputTag, classify_vt
 
     def build(tx: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         leaves: list[tuple[Any, Any]] = []
+        places: dict[fx.Node, int] = {}
 
-        def structure(value: Any) -> Any:
+        def nesting(value: Any) -> Any:
             value = value.realize()
             if type(value) in (ListVariable, TupleVariable):
-                return type(value), *map(structure, value.items)
-            leaves.append((classify_vt(value), value))
+                return type(value), *map(nesting, value.items)
+            tag = classify_vt(value)
+            leaves.append((tag, value))
+            if tag in (InputTag.TENSOR, InputTag.SYMNODE):
+                return places.setdefault(value.as_proxy().node, len(places))
             return None
 
-        given = [structure(x) for x in args], [(key, structure(x)) for key, x in kwargs.items()]
+        given = [nesting(x) for x in args], [(key, nesting(x)) for key, x in kwargs.items()]
         if any(tag is None for tag, _ in leaves):
-            return traced(tx, args, kwargs)
+            return ask(tx, args, kwargs)
         return InputFingerprint(leaves, [x.source for _, x in leaves], treespec=given)  # type: ignore[arg-type]
 
     return build

@@ -204,6 +204,67 @@ def test_layers_that_differ(
     assert regions_of(model, batch(37), monkeypatch) == expected
 
 
+class Takes(nn.Module):
+    """A layer that reads all that it is given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((width,), 0.9))
+
+    def forward(self, x: Tensor, *more: Any, by: Any = 1.0, **named: Any) -> Tensor:
+        for place, value in enumerate((*more, by, *named.values())):
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                for one in part if isinstance(part, tuple) else (part,):
+                    if isinstance(one, Tensor):
+                        x = x + one * (place + 1)
+                    elif isinstance(one, float):
+                        x = x * one
+        return x * self.gain * (2.0 if isinstance(by, list) else 1.0)
+
+
+class Taking(nn.Module):
+    """A norm, and layers that are called with arguments of their own."""
+
+    def __init__(self, norm: nn.Module, width: int, given: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.norm, self.given = norm, given
+        self.layers = nn.ModuleList(Takes(width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        given = self.given(x.sigmoid(), x.tanh())
+        for layer, (args, kwargs) in zip(self.layers, given, strict=True):
+            x = layer(x, *args, **kwargs)
+        return x
+
+
+@needs_regions
+@pytest.mark.parametrize(
+    ("given", "traced"),
+    [
+        (lambda a, b: [((), {"by": (a, 2.0)})] * 3, 1),
+        (lambda a, b: [((), {"by": (a, 2.0)}), ((), {"by": [a, 2.0]}), ((a, 2.0), {})], 3),
+        (lambda a, b: [((), {"by": (a, number)}) for number in (2.0, 3.0, 2.0)], 2),
+        (lambda a, b: [((b,), {"by": x}) for x in (None, a, None)], 2),
+        (lambda a, b: [((), {"by": ((a, b),)}), ((), {"by": (a, b)}), ((a, b), {})], 3),
+        (lambda a, b: [((), {"one": a, "two": b}), ((), {"two": b, "one": a}), ((a,), {})], 3),
+        (lambda a, b: [((), {"by": {"a": a}})] * 3, 1),
+        (lambda a, b: [((a, b), {}), ((b, a), {}), ((a, a), {})], 2),
+        (lambda a, b: [((a, a), {}), ((a, b), {}), ((b, b), {})], 2),
+        (lambda a, b: [((), {"by": (a, a)}), ((), {"by": (a, b)}), ((), {"by": (b, b)})], 2),
+        (lambda a, b: [((a,), {"by": x}) for x in (b, b.detach() + 1, b)], 2),
+    ],
+)
+def test_arguments_that_differ(given: Any, traced: int, monkeypatch: pytest.MonkeyPatch):
+    model = without_casts(tiny_llama(num_hidden_layers=2).double())
+    model.model.norm = Taking(model.model.norm, model.config.hidden_size, given).double()
+    inputs: dict[str, Any] = batch(37)
+    calls, found = regions_of(model.train(), inputs, monkeypatch)
+    assert (calls, found) == (5, 1 + traced)
+    fxseek.compile(model, ratio=0.5, score="random")
+    assert fxseek.check_gradients(model, **inputs).error <= 1e-9
+
+
 @needs_regions
 @pytest.mark.parametrize("layers", [None, pytest.param([1, 2], marks=pytest.mark.sweep)])
 def test_adapters(layers: list[int] | None, monkeypatch: pytest.MonkeyPatch):
