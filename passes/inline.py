@@ -48,8 +48,12 @@ class AsModules(NamedTuple):
     after: str
 
     def stack(self, traced: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
-        """An operation's stack of modules, with this layer in it."""
-        known = [path for key, (path, _) in traced.items() if key in self.keys]
+        """An operation's stack of modules, with this layer in it.
+
+        The key of a module's second call ends in ``@1``.
+        """
+        stack = [(*key.partition("@"), path, kind) for key, (path, kind) in traced.items()]
+        known = [path for key, _, _, path, _ in stack if key in self.keys]
         layer = known[0] if known and known[0].endswith(self.before) else None
 
         def moved(path: str) -> str:
@@ -58,8 +62,11 @@ class AsModules(NamedTuple):
             return layer.removesuffix(self.before) + self.after + path[len(layer) :]
 
         return {
-            self.keys.get(key, key): (moved(path) if key in self.keys else path, kind)
-            for key, (path, kind) in traced.items()
+            f"{self.keys.get(key, key)}{at}{call}": (
+                moved(path) if key in self.keys else path,
+                kind,
+            )
+            for key, at, call, path, kind in stack
         }
 
 

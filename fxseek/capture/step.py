@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxseek import _torch
 from fxseek.capture.alike import alike_layers
@@ -412,11 +413,12 @@ class SeekStep:
 @contextlib.contextmanager
 def _quiet(batch: dict[str, Any]) -> Iterator[None]:
     """Dynamo looks at an input's .grad; torch warns about that of an alias of a trained input."""
-    if not any(isinstance(x, Tensor) and x.requires_grad for x in batch.values()):
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+    trained = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(batch))
+    with warnings.catch_warnings() if trained else contextlib.nullcontext():
+        if trained:
+            warnings.filterwarnings(
+                "ignore", r"The \.grad attribute of a Tensor that is not a leaf"
+            )
         yield
 
 

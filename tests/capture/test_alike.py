@@ -29,18 +29,22 @@ needs_regions = pytest.mark.skipif(
 def told(graph: fx.Graph) -> list[Any]:
     """What a graph does, in order: operations, operands, values, lines and modules.
 
-    Sizes are told by what they are, for a region makes those anew that it is not given.
+    Sizes, and a weight's attributes, are told by what they are: a region makes those anew that it
+    is not given, and asks for these when it begins.
     """
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     places: dict[fx.Node, str] = {}
     found = []
     for node in graph.nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, torch.SymInt):
+        operands = repr(map_arg((node.args, dict(node.kwargs)), places.__getitem__))
+        if isinstance(value, (torch.SymInt, torch.Size)):
             places[node] = str(value)
             continue
+        if node.target is getattr:
+            places[node] = operands
+            continue
         places[node] = f"%{len(found)}"
-        operands = repr(map_arg((node.args, dict(node.kwargs)), places.__getitem__))
         where = _torch.source_path(node) if node.op == "placeholder" else _place(node)
         what = node.target if node.op.startswith("call") else node.op
         found.append((what, operands, repr(tree_map(_shown, value)), where))
@@ -91,6 +95,7 @@ FEW = ("llama", "mixtral")
 
 
 @needs_regions
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # Jamba
 @pytest.mark.parametrize(
     "name",
     [name if name in FEW else pytest.param(name, marks=pytest.mark.sweep) for name in FAMILIES],
