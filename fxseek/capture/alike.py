@@ -8,8 +8,8 @@ that the passes see the graph of a plain capture.
 
 Dynamo's own check leaves things out. `_fingerprint` tells arguments apart that are one value for
 one layer and two for another; `_Reuse` looks at guards on what no variable stands for, objects that
-must be one and the same, numbers of a layer that are inputs of the graph, and regions that write or
-whose sizes depend on data. And Dynamo does not guard a layer that it has not traced: a hook that is
+must be one and the same, arguments that are a layer's own, numbers of a layer that are inputs of the
+graph, and regions that write or whose sizes depend on data. And Dynamo does not guard a layer that it has not traced: a hook that is
 put on it later, say, would not count. `_Reuse` guards it as the first is guarded.
 
 Where a capture fails in this way, `fxseek.capture.step` captures again without.
@@ -209,7 +209,7 @@ def _fingerprint(ask: Any) -> Any:
 
     def build(tx: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         leaves: list[tuple[Any, Any]] = []
-        places: dict[fx.Node, int] = {}
+        places: dict[fx.Node | nn.Module, int] = {}
 
         def nesting(value: Any) -> Any:
             value = value.realize()
@@ -217,9 +217,10 @@ def _fingerprint(ask: Any) -> Any:
                 return type(value), *map(nesting, value.items)
             tag = classify_vt(value)
             leaves.append((tag, value))
-            if tag in (InputTag.TENSOR, InputTag.SYMNODE):
-                return places.setdefault(value.as_proxy().node, len(places))
-            return None
+            if tag in (None, InputTag.CONSTANT):
+                return None
+            one = value.value if tag is InputTag.MODULE else value.as_proxy().node
+            return places.setdefault(one, len(places))
 
         given = [nesting(x) for x in args], [(key, nesting(x)) for key, x in kwargs.items()]
         if any(tag is None for tag, _ in leaves):
@@ -255,7 +256,8 @@ class _Reuse:
         self.fingerprint = fingerprint
         self.entry = entry
         pairs = zip(entry.arg_sources, fingerprint.arg_sources, strict=True)
-        self.moved = {old: new for old, new in pairs if old and new and old != new}
+        self.given = {old: new for old, new in pairs if old and new}
+        self.moved = {old: new for old, new in self.given.items() if old != new}
         self.traced = regions.traced_by(entry, lambda: _Traced(tx, entry, set(self.moved)))
         self.of_source = dict(self.moved)
         self.values: dict[Any, Any] = {}
@@ -266,6 +268,8 @@ class _Reuse:
             return True
         if not self.traced.repeats or not self._same_constants() or self._written():
             return False
+        if any(self._by_base(old) not in (old, new) for old, new in self.given.items()):
+            return False  # the first layer was given what is its own, and this one was not
         moved = [
             (check, self._moved(check.guard.originating_source)) for check in self.traced.checks
         ]
@@ -295,16 +299,18 @@ class _Reuse:
     def _moved(self, source: Any) -> Any:
         """What a source of the first layer is for this one."""
         if source not in self.of_source:
-            moved = source
-            if hasattr(source, "base"):
-                inner = {
-                    field.name: self._moved(getattr(source, field.name))
-                    for field in dataclasses.fields(source)
-                    if hasattr(getattr(source, field.name), "guard_source")
-                }
-                moved = dataclasses.replace(source, **inner)
-            self.of_source[source] = moved
+            self.of_source[source] = self._by_base(source)
         return self.of_source[source]
+
+    def _by_base(self, source: Any) -> Any:
+        if not hasattr(source, "base"):
+            return source
+        inner = {
+            field.name: self._moved(getattr(source, field.name))
+            for field in dataclasses.fields(source)
+            if hasattr(getattr(source, field.name), "guard_source")
+        }
+        return dataclasses.replace(source, **inner)
 
     def _value(self, source: Any) -> Any:
         return _value(self.tx, source, self.values)

@@ -220,7 +220,9 @@ class Takes(nn.Module):
         for place, value in enumerate((*more, by, *named.values())):
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 for one in part if isinstance(part, tuple) else (part,):
-                    if isinstance(one, Tensor):
+                    if isinstance(one, nn.Module):
+                        x = x + one.gain * (place + 1)
+                    elif isinstance(one, Tensor):
                         x = x + one * (place + 1)
                     elif isinstance(one, float):
                         x = x * one
@@ -230,14 +232,16 @@ class Takes(nn.Module):
 class Taking(nn.Module):
     """A norm, and layers that are called with arguments of their own."""
 
-    def __init__(self, norm: nn.Module, width: int, given: Callable[[Tensor, Tensor], Any]) -> None:
+    def __init__(
+        self, norm: nn.Module, width: int, given: Callable[[Tensor, Tensor, Any], Any]
+    ) -> None:
         super().__init__()
         self.norm, self.given = norm, given
         self.layers = nn.ModuleList(Takes(width) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        given = self.given(x.sigmoid(), x.tanh())
+        given = self.given(x.sigmoid(), x.tanh(), self.layers)
         for layer, (args, kwargs) in zip(self.layers, given, strict=True):
             x = layer(x, *args, **kwargs)
         return x
@@ -247,25 +251,39 @@ class Taking(nn.Module):
 @pytest.mark.parametrize(
     ("given", "traced"),
     [
-        (lambda a, b: [((), {"by": (a, 2.0)})] * 3, 1),
-        (lambda a, b: [((a, a), {}), ((a, b), {}), ((b, b), {})], 2),
-        (lambda a, b: [((), {"by": (a, a)}), ((), {"by": (a, b)}), ((), {"by": (b, b)})], 2),
+        (lambda a, b, m: [((), {"by": (a, 2.0)})] * 3, 1),
+        (lambda a, b, m: [((a, a), {}), ((a, b), {}), ((b, b), {})], 2),
+        (lambda a, b, m: [((), {"by": (a, a)}), ((), {"by": (a, b)}), ((), {"by": (b, b)})], 2),
+        (lambda a, b, m: [((m[0],), {}), ((m[0],), {}), ((m[2],), {})], 2),
+        (lambda a, b, m: [((m[1], m[1]), {}), ((m[0], m[2]), {}), ((m[0], m[1]), {})], 2),
+        (lambda a, b, m: [((m[0].gain,), {}), ((m[0].gain,), {}), ((m[2].gain,), {})], 2),
         *(
             pytest.param(*case, marks=pytest.mark.sweep)
             for case in [
-                (lambda a, b: [((a, b), {}), ((b, a), {}), ((a, a), {})], 2),
-                (lambda a, b: [((), {"by": (a, 2.0)}), ((), {"by": [a, 2.0]}), ((a, 2.0), {})], 3),
-                (lambda a, b: [((), {"by": (a, number)}) for number in (2.0, 3.0, 2.0)], 2),
-                (lambda a, b: [((b,), {"by": x}) for x in (None, a, None)], 2),
-                (lambda a, b: [((), {"by": ((a, b),)}), ((), {"by": (a, b)}), ((a, b), {})], 3),
-                (lambda a, b: [((), {"a": a, "b": b}), ((), {"b": b, "a": a}), ((a,), {})], 3),
-                (lambda a, b: [((), {"by": {"a": a}})] * 3, 1),
-                (lambda a, b: [((a,), {"by": x}) for x in (b, b.detach() + 1, b)], 2),
+                (lambda a, b, m: [((a, b), {}), ((b, a), {}), ((a, a), {})], 2),
+                (lambda a, b, m: [((m[2].gain,), {})] * 3, 1),
+                (lambda a, b, m: [((m[2],), {})] * 3, 2),
+                (lambda a, b, m: [((m[1], m[0]), {}), ((m[0], m[1]), {}), ((m[0], m[1]), {})], 2),
+                (
+                    lambda a, b, m: [
+                        ((), {"by": (a, 2.0)}),
+                        ((), {"by": [a, 2.0]}),
+                        ((a, 2.0), {}),
+                    ],
+                    3,
+                ),
+                (lambda a, b, m: [((), {"by": (a, number)}) for number in (2.0, 3.0, 2.0)], 2),
+                (lambda a, b, m: [((b,), {"by": x}) for x in (None, a, None)], 2),
+                (lambda a, b, m: [((), {"by": ((a, b),)}), ((), {"by": (a, b)}), ((a, b), {})], 3),
+                (lambda a, b, m: [((), {"a": a, "b": b}), ((), {"b": b, "a": a}), ((a,), {})], 3),
+                (lambda a, b, m: [((), {"by": {"a": a}})] * 3, 1),
+                (lambda a, b, m: [((a,), {"by": x}) for x in (b, b.detach() + 1, b)], 2),
             ]
         ),
     ],
 )
 def test_arguments_that_differ(given: Any, traced: int, monkeypatch: pytest.MonkeyPatch):
+    """Dynamo alone takes a layer that was given one value twice for a layer with two."""
     model: Any = without_casts(tiny_llama(num_hidden_layers=2).double())
     model.model.norm = Taking(model.model.norm, model.config.hidden_size, given).double()
     inputs: dict[str, Any] = batch(37)
