@@ -8,9 +8,10 @@ that the passes see the graph of a plain capture.
 
 Dynamo's own check leaves things out. `_fingerprint` tells arguments apart that are one value for
 one layer and two for another; `_Reuse` looks at guards on what no variable stands for, objects that
-must be one and the same, arguments that are a layer's own, numbers of a layer that are inputs of the
-graph, and regions that write or whose sizes depend on data. And Dynamo does not guard a layer that it has not traced: a hook that is
-put on it later, say, would not count. `_Reuse` guards it as the first is guarded.
+must be one and the same, arguments that are a layer's own, numbers of a layer that are inputs of
+the graph, and regions that write or whose sizes depend on data. And Dynamo does not guard a layer
+that it has not traced: a hook that is put on it later, say, would not count. `_Reuse` guards it as
+the first is guarded.
 
 Where a capture fails in this way, `fxseek.capture.step` captures again without.
 """

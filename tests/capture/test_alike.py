@@ -220,7 +220,7 @@ class Takes(nn.Module):
         for place, value in enumerate((*more, by, *named.values())):
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 for one in part if isinstance(part, tuple) else (part,):
-                    if isinstance(one, nn.Module):
+                    if isinstance(one, Takes):
                         x = x + one.gain * (place + 1)
                     elif isinstance(one, Tensor):
                         x = x + one * (place + 1)
