@@ -7,8 +7,9 @@ belong to a token, independently of the passes.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from graphs import elements_of
 from torch import Tensor
 
+from fxseek.passes.entries import Entries
 from fxseek.passes.facts import Rows
 
 Label = Any
@@ -53,20 +55,29 @@ def has_tokens(label: Label) -> bool:
     return label == "?" or "t" in parts_of(label)
 
 
-def rows_of(labels: Sequence[Label], batch: int) -> Rows | None:
-    """Where a value's tokens are; None where it has none, or several, or in another order."""
+def rows_of(labels: Sequence[Label], batch: int) -> Rows | Entries | None:
+    """Where a value's tokens, or their entries, are; None where it has none, or several."""
     with_tokens = [i for i, label in enumerate(labels) if has_tokens(label)]
-    if len(with_tokens) != 1:
+    if len(with_tokens) != 1 or labels[with_tokens[0]] == "?":
         return None
-    label, row = labels[with_tokens[0]], with_tokens[0]
-    merged = tuple(part for part in parts_of(label) if part != 1)
-    if merged == ("b", "t"):
-        return Rows(row, packed=True) if "b" not in labels else None
-    if merged != ("t",):
+    row = with_tokens[0]
+    merged = [part for part in parts_of(labels[row]) if part != 1]
+    if merged.count("t") != 1:
         return None
-    if batch == 1:
-        return Rows(row)
-    return Rows(row, list(labels).index("b")) if list(labels).count("b") == 1 else None
+    at = merged.index("t")
+    front, inner = merged[:at], merged[at + 1 :]
+    if packed := front[-1:] == ["b"]:
+        front = front[:-1]
+    if "b" in (*front, *inner) or (packed and "b" in labels):
+        return None
+    if packed or batch == 1:
+        rows = Rows(row, packed=packed)
+    elif list(labels).count("b") == 1:
+        rows = Rows(row, list(labels).index("b"))
+    else:
+        return None
+    found = Entries(rows, math.prod(inner), math.prod(front))
+    return found if found.inner * found.outer > 1 else rows
 
 
 def broadcast(a: Sequence[Label], b: Sequence[Label]) -> tuple[Label, ...] | None:
@@ -290,6 +301,8 @@ class Chains:
         kind = self.draw.choice(["whole", "tail", "step"])
         piece = {"whole": slice(0, None), "tail": slice(1, None), "step": slice(None, None, 2)}
         index = (*(slice(None) for _ in range(dim)), piece[kind])
+        if kind == "step" and isinstance(labels[dim], tuple) and 2 in parts_of(labels[dim]):
+            return None  # of two entries of each token one is left: these count as tokens again
         if kind != "whole":
             length = labels[dim]
             labels[dim] = (length - 1 if kind == "tail" else -(-length // 2)) if number else "?"
@@ -375,8 +388,12 @@ class Chains:
             return None
         dim = self.draw.randrange(len(labels))
         times = [2 if i == dim else 1 for i in range(len(labels))]
-        labels[dim] = 2 * labels[dim] if isinstance(labels[dim], int) else "?"
-        if self.draw.random() < 0.5:
+        each, parts = self.draw.random() >= 0.5, parts_of(labels[dim])
+        if isinstance(labels[dim], int):
+            labels[dim] = 2 * labels[dim]
+        else:
+            labels[dim] = (*parts, 2) if each else (2, *parts)
+        if not each:
             return Step(f"repeat {times}", (at,), lambda v, _: v[0].repeat(*times), tuple(labels))
         return Step(
             f"repeat_interleave {dim}",
@@ -433,18 +450,29 @@ class Chains:
 
     # ---- running ---------------------------------------------------------------------------
 
-    def run(self, inputs: Sequence[Tensor], kept: Tensor | None = None) -> list[Tensor]:
-        """Every step's value; with `kept`, gradient passes selected tokens' results alone."""
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        kept: Tensor | None = None,
+        entries: Mapping[int, Entries] | None = None,
+    ) -> list[Tensor]:
+        """Every step's value; with `kept`, gradient passes selected tokens' results alone.
+
+        `entries`: the steps whose results are taken for entries of tokens, and where these are:
+        others that have entries pass gradient whole.
+        """
+        entries = entries or {}
         batch, tokens = inputs[0].shape[:2]
         sizes = {"b": batch, "t": tokens}
         values = list(inputs)
         marked = None
         if kept is not None:
             marked = torch.zeros(batch, tokens).bool().scatter_(1, kept, True)
-        for step in self.steps:
+        for index, step in enumerate(self.steps):
             value = step.run([values[i] for i in step.operands], sizes)
             if marked is not None:
                 rows = rows_of(step.labels, batch)
+                rows = rows if isinstance(rows, Rows) else entries.get(index)
                 if rows is not None:
                     passes = elements_of(marked, value.shape, rows)
                     value = torch.where(passes, value, value.detach())
