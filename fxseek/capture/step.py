@@ -413,12 +413,9 @@ class SeekStep:
 @contextlib.contextmanager
 def _quiet(batch: dict[str, Any]) -> Iterator[None]:
     """Dynamo looks at an input's .grad; torch warns about that of an alias of a trained input."""
-    trained = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(batch))
-    with warnings.catch_warnings() if trained else contextlib.nullcontext():
-        if trained:
-            warnings.filterwarnings(
-                "ignore", r"The \.grad attribute of a Tensor that is not a leaf"
-            )
+    with warnings.catch_warnings():
+        if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(batch)):
+            warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a")
         yield
 
 

@@ -183,6 +183,7 @@ def one_thread() -> Iterator[None]:
 FEW = {"gemma3", "mixtral", "bert"}
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # Jamba
 @pytest.mark.parametrize(
     "family",
     sampled([name for name in FAMILIES if not FAMILIES[name].refused], FEW),
