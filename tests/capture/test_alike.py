@@ -38,8 +38,8 @@ def told(graph: fx.Graph) -> list[Any]:
     for node in graph.nodes:
         value = node.meta.get("example_value")
         operands = repr(map_arg((node.args, dict(node.kwargs)), places.__getitem__))
-        if isinstance(value, (torch.SymInt, torch.Size)):
-            places[node] = str(value)
+        if isinstance(value, (torch.SymInt, torch.Size)) or node.target is torch.Size:
+            places[node] = str(list(value) if isinstance(value, tuple) else value)
             continue
         if node.target is getattr:
             places[node] = operands
