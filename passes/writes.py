@@ -159,7 +159,10 @@ def _without_flag(
     signature = _flagged(node.target)
     if signature is None or not node.args:
         return None
-    bound = signature.bind(*node.args, **node.kwargs)
+    try:
+        bound = signature.bind(*node.args, **node.kwargs)
+    except TypeError:  # a decorated function whose signature is another one's
+        return None
     if bound.arguments.get("inplace") is not True:
         return None
     bound.arguments["inplace"] = False
