@@ -6,7 +6,7 @@ r"""Which fine-tuning fits: the peak memory of a step of Llama models, as a tabl
         --recompute block --prefill-chunk 2048 --device cuda
 
 Figures are GiB; each column is its own maximum, the last but two the peak of ordinary training.
-Nothing is downloaded and no GPU is needed; a row takes from half a minute to some minutes.
+Nothing is downloaded and no GPU is needed; a row takes some ten to thirty seconds.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class Sizes:
 
     def expression(self, size: int | torch.SymInt) -> sympy.Expr:
         """One size, as an expression in the unified symbols."""
-        return sympy.expand(_torch.size_expression(size).xreplace(self.same))
+        found = _torch.size_expression(size)
+        return found if found.is_Integer else sympy.expand(found.xreplace(self.same))
 
     def shape(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
         """All sizes of an example value."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import threading
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,11 +20,13 @@ from torch import fx
 from fxseek.capture.alike import overrides
 from fxseek.capture.stand_ins import StandIn, StandIns
 
-__all__ = ["capture_settings"]
+__all__ = ["capture_settings", "resting"]
 
 
 @contextlib.contextmanager
-def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
+def capture_settings(
+    *, captures: int, first: bool = False, once: CodeType | None = None
+) -> Iterator[None]:
     """Settings of the capture: no duck shaping, `warning_once` ignored, and `_settlements`.
 
     A module is captured for at most so many kinds of batches (`captures`). `optimize_ddp` would
@@ -35,8 +39,8 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
     settings live in private config modules. transformers adds `warning_once` to `logging.Logger`;
     Dynamo breaks on Logger methods unless they are listed. Torch 2.11 then fails to write that
     setting to a log of its own, and says so at length. In a `first` call, which captures, the
-    garbage collector rests: it finds next to nothing in Dynamo's millions of objects and takes a
-    sixth of the time.
+    garbage collector rests. `once`: the code of a function that is captured and never called
+    again, so that its capture needs no guards.
     """
     from torch.fx.experimental import _config as fx_config
 
@@ -47,9 +51,7 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
         functions.add(warning_once)
     metrics = logging.getLogger("torch._dynamo.metrics_context")
     told, metrics.disabled = metrics.disabled, True
-    resting = first and gc.isenabled()
-    if resting:
-        gc.disable()
+    before, _CAPTURED.once = _CAPTURED.once, once
     try:
         with (
             torch._dynamo.config.patch(
@@ -58,20 +60,44 @@ def capture_settings(*, captures: int, first: bool = False) -> Iterator[None]:
                 skip_nnmodule_hook_guards=False,
                 allow_unspec_int_on_nn_module=True,
                 skip_fsdp_guards=False,
+                fake_tensor_cache_enabled=False,
+                run_gc_after_compile=False,
             ),
             fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
             _SETTLED.on(_settlements),
+            resting() if first else contextlib.nullcontext(),
         ):
             yield
     finally:
-        if resting:
-            gc.enable()
+        _CAPTURED.once = before
         metrics.disabled = told
         if added:
             functions.discard(warning_once)
 
 
+@contextlib.contextmanager
+def resting() -> Iterator[None]:
+    """Let the garbage collector rest, if it is on.
+
+    It finds next to nothing in the millions of objects of a capture, and takes a sixth of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 _SETTLED = StandIns()
+
+
+class _Captured(threading.local):
+    once: CodeType | None = None
+
+
+_CAPTURED = _Captured()
 
 
 def _settlements() -> Iterator[StandIn]:
@@ -82,11 +108,13 @@ def _settlements() -> Iterator[StandIn]:
       none. 0 counts as a number that no draw reaches (one in 2**24 does).
     - A method of a string that is an attribute of a constant: ``type(x).__module__.startswith``.
     - ``x.requires_grad = value`` where that is its value already.
+    - Guards, where nothing will ask them (`capture_settings`): torch's own filter of guards builds
+      all of them first, a fifth of what a capture takes.
 
     Dynamo has no setting for any of them. A method that a release lacks is left out: it may have
     been renamed, or the release settles this itself.
     """
-    from torch._dynamo import variables
+    from torch._dynamo import guards, variables
     from torch._dynamo.variables import builtin, misc
     from torch._dynamo.variables.constant import ConstantVariable
 
@@ -120,12 +148,21 @@ def _settlements() -> Iterator[StandIn]:
 
         return set_attribute
 
+    def guarding(build: Any) -> Any:
+        def build_guards(self: Any, wanted: Any, *args: Any, **kwargs: Any) -> Any:
+            once = _CAPTURED.once
+            unasked = once is not None and any(x is once for x in args)
+            return build(self, [] if unasked else wanted, *args, **kwargs)
+
+        return build_guards
+
     known: list[StandIn] = [
         (variables.TensorVariable, "as_python_constant", comparison),
         (misc.GetAttrVariable, "call_method", text_method),
         # torch 2.13, and before
         (getattr(builtin, "SetAttrBuiltinVariable", None), "_call_setattr", assignment),
         (getattr(builtin, "BuiltinVariable", None), "call_setattr", assignment),
+        (guards.CheckFunctionManager, "build_guards", guarding),
         *overrides(),
     ]
     for owner, name, make in known:

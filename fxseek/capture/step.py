@@ -242,8 +242,9 @@ class SeekStep:
     def _run(self, batch: dict[str, Any]) -> Any:
         try:
             first = not self.recorder.steps
+            once = None if self.run is None else self._plain.__code__
             with (
-                capture_settings(captures=_CAPTURES, first=first),
+                capture_settings(captures=_CAPTURES, first=first, once=once),
                 traceable_log_probs(),
                 traceable_target_parameters(),
                 _quiet(batch),

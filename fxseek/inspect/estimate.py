@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxseek import _torch
 from fxseek.capture.limits import refuse_model, uses_cache
+from fxseek.capture.patches import resting
 from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep
 from fxseek.config import SeekConfig
@@ -98,6 +99,7 @@ class Estimate(StepMemory):
         )
 
 
+@resting()
 def estimate(
     config_or_model: Any,
     tokens: int,
@@ -209,6 +211,7 @@ class Peaks:
         self._known: list[tuple[SeekConfig, int]] = []
         self.captured = capture(_step(self.model, _estimated(config, device)), self.inputs)
 
+    @resting()
     def __call__(self, config: SeekConfig) -> int:
         """The peak of a step with a configuration; each is followed once."""
         for known, peak in self._known:
@@ -336,6 +339,7 @@ class _Run:
         self.device = device
         self.optimizer = optimizer
         self.tracker = _FakeTracker("meta", DEVICES[device])
+        self.moments: list[Tensor] = []
 
     def selective(
         self,
@@ -392,15 +396,19 @@ class _Run:
     def _start(
         self, parameters: Iterable[Tensor], batch: Iterable[Tensor], trained: Sequence[Tensor]
     ) -> torch.optim.Optimizer | None:
-        """Count what is there before the step; returns the optimiser, after a first step."""
+        """Count what is there before the step; returns the caller's own optimiser, after a step.
+
+        Fused AdamW need not be run: it keeps two moments, and its step makes no tensors.
+        """
         self.tracker.hold(parameters, "parameters")
         self.tracker.hold(batch, "constants")
         if self.optimizer is None or not trained:
             return None
         if isinstance(self.optimizer, str):
-            optimiser: torch.optim.Optimizer = torch.optim.AdamW(trained, foreach=False)
-        else:
-            optimiser = self.optimizer(list(trained))
+            self.moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+            self.tracker.hold(self.moments, "optimiser state")
+            return None
+        optimiser = self.optimizer(list(trained))
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         optimiser.step()
@@ -424,7 +432,7 @@ class _Run:
         self.tracker.stage("backward")
         loss.backward()
         self.tracker.label((p.grad for p in trained), "gradients")
-        if optimiser is not None:
+        if self.moments or optimiser is not None:
             self.tracker.stage("optimiser")
-            if not isinstance(self.optimizer, str):  # fused AdamW makes no tensors in its step
-                optimiser.step()
+        if optimiser is not None:
+            optimiser.step()

@@ -233,8 +233,7 @@ class StepMemory:
         """The most bytes that were alive at once in each stage."""
         found = {name: 0 for name, _ in self.stages}
         for (name, start), (_, end) in pairwise([*self.stages, ("", len(self.changes))]):
-            if start < len(self.changes):
-                found[name] = max(found[name], *self._totals[start : end + 1])
+            found[name] = max(found[name], *self._totals[start : end + 1])
         return found
 
     def over_time(self) -> dict[str, list[int]]:

@@ -218,6 +218,9 @@ def test_an_optimiser_of_ones_own():
     assert state[1] == own.largest["gradients"]
     assert state[2] == pytest.approx(2 * state[1], rel=0.01)
     assert "optimiser" not in none.stage_peaks
+    for found, kept in ((own, state[1]), (adam, state[2])):  # it makes nothing, and holds much
+        held = found.largest["parameters"] + found.largest["gradients"] + kept
+        assert held <= found.stage_peaks["optimiser"] <= found.peak_bytes
 
 
 def test_it_prints_and_plots(tmp_path):
