@@ -71,7 +71,7 @@ def compile(
     if _fsdp.sharded_modules(module for _, module in modules):
         config_for_shards(config, ConfigError)
     step = SeekStep(model, config, fit=within_budget)
-    step.switch_off_checkpointing(modules)
+    step.switches.off(modules)
     _torch.set_compiled_call(model, step)
     return model
 
@@ -80,7 +80,7 @@ def uncompile(model: Model) -> Model:
     """Give the model its original call back; returns it. A model that is not compiled stays."""
     step = step_of(model)
     if step is not None:
-        step.restore_checkpointing()
+        step.switches.restore()
         _torch.set_compiled_call(model, None)
     return model
 

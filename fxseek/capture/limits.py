@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn import functional as F
 
+from fxseek.capture.quantised import refuse_packed
 from fxseek.capture.sharded import refuse_sharded
 from fxseek.errors import FxseekError
 
@@ -28,7 +29,8 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
 
     Wrappers for parallel training call the model; they are not compiled with it. Kernels that take
     whole sequences in a layout of their own have no selected-rows form, nor have Liger's kernels.
-    NEFTune's noise can't be captured.
+    NEFTune's noise can't be captured. Weights that bitsandbytes has packed for inference have no
+    gradient.
     """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
@@ -64,6 +66,7 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
                 "rows. Leave out use_liger_kernel, and load the model without Liger; fxseek itself "
                 'never holds the logits of all tokens, and recompute="block" saves least.'
             )
+        refuse_packed(name, module, kind)
         config = module.__dict__.get("config")
         if config is None or id(config) in configs:
             continue

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["holds_packed", "packed_weight", "trace_dequantisation"]
+from fxseek.errors import FxseekError
+
+__all__ = ["holds_packed", "packed_weight", "refuse_packed", "trace_dequantisation"]
 
 _done = False
 
@@ -51,6 +53,21 @@ def trace_dequantisation() -> None:
         original = getattr(module, traced.__name__, None)
         if original is not None:
             torch.compiler.substitute_in_graph(original)(traced)
+
+
+def refuse_packed(name: str, module: torch.nn.Module, kind: type[FxseekError]) -> None:
+    """Refuse a module whose weights of 4 bits are in the layout for a CPU's inference.
+
+    On CPUs with AVX512-BF16, bitsandbytes puts them there in the first evaluation. Its product with
+    such a weight has no gradient: what flows through it would be lost, with or without fxseek.
+    """
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise kind(
+            f"the 4-bit weight of {name!r} is in the layout that bitsandbytes makes for inference "
+            "on this CPU, in the first evaluation: products with it have no gradient. Load the "
+            "model again, and compile it before it is evaluated; a compiled model keeps its layout."
+        )
 
 
 def holds_packed(module: torch.nn.Module, name: str) -> bool:

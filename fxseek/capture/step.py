@@ -8,7 +8,6 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from fxseek.capture.progress import Captures
 from fxseek.capture.quantised import trace_dequantisation
 from fxseek.capture.recorders import install_recorders
 from fxseek.capture.sharded import Shards, config_for_shards
+from fxseek.capture.switches import Switches
 from fxseek.capture.trl import refuse_untraceable, traceable_log_probs
 from fxseek.capture.uncomputed import Uncomputed, cleared
 from fxseek.config import SeekConfig
@@ -91,7 +91,7 @@ class SeekStep:
         self.recorder = Recorder()
         self.captures = Captures(type(model).__name__)
         self.shards = Shards(model)
-        self._restore: list[Callable[[], None]] = []
+        self.switches = Switches()
         self._buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         """Each module's buffers as they were at a capture, until its first step is done."""
         self._told: set[str] = set()
@@ -174,7 +174,7 @@ class SeekStep:
         batch = calls.bind(args, kwargs)
         if batch.get("fused_lm_head"):
             refuse_untraceable()
-        self.switch_off_checkpointing(modules)
+        self.switches.off(modules)
         calls.refuse_cache(batch)
         calls.without_cache(batch)
         if self._global_hooks != _torch.global_hooks():
@@ -382,34 +382,6 @@ class SeekStep:
             return error
         return None
 
-    # ---- what is in the way of a capture -------------------------------------------------
-
-    def switch_off_checkpointing(self, modules: list[tuple[str, nn.Module]]) -> None:
-        """Switch gradient checkpointing and the input-require-grads hook off, and say so."""
-        name = "gradient_checkpointing"  # getattr on a module that has no such attribute is slow
-        on = [x for _, x in modules if x.__dict__.get(name, getattr(type(x), name, None)) is True]
-        for module in on:
-            setattr(module, name, False)
-            self._restore.append(partial(setattr, module, name, True))
-        if on:
-            log.warning(
-                "fxseek: gradient checkpointing is switched off; the compiled step keeps the "
-                "activations of selected tokens only, so there is nothing left to checkpoint"
-            )
-        hooks = _input_hooks(modules)
-        for table, key in hooks:
-            self._restore.append(partial(table.__setitem__, key, table.pop(key)))
-        if hooks:
-            log.warning(
-                "fxseek: the input-require-grads hook is removed; only gradient checkpointing "
-                "needs it, and it cannot be captured"
-            )
-
-    def restore_checkpointing(self) -> None:
-        """Undo `switch_off_checkpointing`."""
-        while self._restore:
-            self._restore.pop()()
-
 
 @contextlib.contextmanager
 def _quiet(batch: dict[str, Any]) -> Iterator[None]:
@@ -418,16 +390,6 @@ def _quiet(batch: dict[str, Any]) -> Iterator[None]:
         if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(batch)):
             warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a")
         yield
-
-
-def _input_hooks(modules: list[tuple[str, nn.Module]]) -> list[tuple[dict[int, Any], int]]:
-    """The hooks that make embeddings' outputs require grad (transformers and peft name them so)."""
-    return [
-        (module._forward_hooks, key)
-        for _, module in modules
-        for key, hook in module._forward_hooks.items()
-        if "make_inputs_require_grad" in getattr(hook, "__name__", "")
-    ]
 
 
 def _scalar(loss: Any) -> Tensor:

@@ -222,7 +222,8 @@ def test_mixed_precision_and_quantised_weights(tmp_path):
     fsdp.spawn(fsdp.precisions, 2, tmp_path)()
     for rank in range(2):
         found = torch.load(tmp_path / f"precisions-{rank}.pt")
-        for name, most in (("mixed", 1e-6), ("quantised", 1e-4), ("packed", 1e-4)):
+        # 2**-7: the loss is in bfloat16, and an ulp apart on some machines
+        for name, most in (("mixed", 2**-7), ("quantised", 1e-4), ("packed", 1e-4)):
             plain, ours = found[name]
             assert {k: x.dtype for k, x in plain.items()} == {k: x.dtype for k, x in ours.items()}
             worst = compare(ours, plain)

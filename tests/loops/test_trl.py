@@ -53,7 +53,11 @@ def in_four_bits(folder: str) -> Any:
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    for module in model.modules():  # packed in an evaluation, a weight has no gradient
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def outcome(
