@@ -599,7 +599,7 @@ def test_weights_that_are_packed_for_inference_are_refused(saved):
 
 
 def _four_bits(model: nn.Module) -> list[Any]:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
