@@ -313,14 +313,11 @@ class _Reuse:
         }
         return dataclasses.replace(source, **inner)
 
-    def _value(self, source: Any) -> Any:
-        return _value(self.tx, source, self.values)
-
     def _holds(self, check: _Check, source: Any) -> bool:
         try:
-            value = self._value(source)
+            value = _value(self.tx, source, self.values)
             if check.same_as is not None:
-                return value is self._value(self._moved(check.same_as))
+                return value is _value(self.tx, self._moved(check.same_as), self.values)
             return check.spec.eval_fn(value, check.expected)
         except Exception:  # there is no such attribute, or item
             return False

@@ -33,10 +33,11 @@ class HostTensor:
         self._taken_in: set[bool] = set()
         self._fetched: tuple[Tensor, torch.Event] | None = None
         self._written: torch.Event | None = None
-        self._host = owned(tensor)
         if _torch.is_fake(tensor):
             self._host = tensor.to("cpu")
-        elif self.device.type != "cpu":
+        elif self.device.type == "cpu":
+            self._host = owned(tensor)
+        else:
             self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._written = torch.Event(self.device)
