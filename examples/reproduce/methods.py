@@ -135,10 +135,11 @@ def load(way: Way, source: ModelSource, dtype: torch.dtype, device: torch.device
     model = AutoModelForCausalLM.from_pretrained(
         source.location, dtype=dtype, quantization_config=quantised, device_map={"": device}
     )
-    for module in model.modules():
-        # Some CPUs' own layout, made in an evaluation, has no gradient; a compiled model refuses it.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layers: Any = model.modules()
+    for layer in layers:
+        # On some CPUs an evaluation would pack the weights, and training go on without gradient.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return adapted(way, model.requires_grad_(False))
 
 
