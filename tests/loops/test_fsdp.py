@@ -222,10 +222,12 @@ def test_mixed_precision_and_quantised_weights(tmp_path):
     fsdp.spawn(fsdp.precisions, 2, tmp_path)()
     for rank in range(2):
         found = torch.load(tmp_path / f"precisions-{rank}.pt")
-        # 2**-7: the loss is in bfloat16, and an ulp apart on some machines
-        for name, most in (("mixed", 2**-7), ("quantised", 1e-4), ("packed", 1e-4)):
+        for name, most in (("mixed", 1e-6), ("quantised", 1e-4), ("packed", 1e-4)):
             plain, ours = found[name]
             assert {k: x.dtype for k, x in plain.items()} == {k: x.dtype for k, x in ours.items()}
+            if name == "mixed":  # this loss is in bfloat16, and an ulp apart on some machines
+                losses = ours.pop("loss"), plain.pop("loss")
+                torch.testing.assert_close(*losses, rtol=2**-7, atol=0)
             worst = compare(ours, plain)
             assert worst.error <= most, (name, worst)
         assert "holds packed numbers of 4 bits as torch.float32" in found["rounded"]
