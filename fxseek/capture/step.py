@@ -7,6 +7,7 @@ import inspect
 import itertools
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,6 +100,8 @@ class SeekStep:
         """Whether layers that look alike are traced once: a capture in this way has not failed."""
         self._sharded = False
         """Whether the step is one of a sharded model."""
+        self._functions: list[Callable[..., Any]] = []
+        """What Dynamo was given weak references to."""
         self._fitted = (0, 0)
         """The most rows, and the most tokens of one, that a memory budget was asked for."""
         self._prepare()
@@ -132,10 +135,13 @@ class SeekStep:
 
         def capture(gm: fx.GraphModule, examples: Any) -> Callable[..., Any]:
             self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
-            return self.captures.done(backend(gm, examples))
+            step = self.captures.done(backend(gm, examples))
+            self._functions.append(step)
+            return _weak(step)
 
+        self._functions = [capture]
         self._plain = with_loss
-        self._compiled = torch.compile(with_loss, backend=capture, **options)
+        self._compiled = torch.compile(with_loss, backend=_weak(capture), **options)
 
     # ---- the call ------------------------------------------------------------------------
 
@@ -381,6 +387,22 @@ class SeekStep:
             )
             return error
         return None
+
+
+def _weak(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` for Dynamo, which must not keep it, since the function holds the model.
+
+    Dynamo keeps a backend until `torch._dynamo.reset()`, and what a backend returns in the globals
+    of the code that was captured for as long as that code is there.
+    """
+    reference = weakref.ref(function)
+
+    def call(*args: Any) -> Any:
+        called = reference()
+        assert called is not None
+        return called(*args)
+
+    return call
 
 
 @contextlib.contextmanager
