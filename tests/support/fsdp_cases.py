@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import gc
 import os
 import signal
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,6 +238,15 @@ def run_all(rank: int, processes: int, folder: Path, cases: dict[str, Case]) -> 
     """Cases, and what loops do: in one set of processes, which take seconds to begin."""
     run_cases(rank, processes, folder, cases)
     use(rank, processes, folder)
+    kept = after_a_step(Case({"ratio": 0.5}), rank, processes)
+    gc.collect()
+    assert kept() is None, "a sharded model is not freed with its last reference"
+
+
+def after_a_step(case: Case, rank: int, processes: int) -> weakref.ref[nn.Module]:
+    model = compiled(case)
+    model(**case.rows(0, rank, processes)).loss.backward()
+    return weakref.ref(model)
 
 
 def use(rank: int, processes: int, folder: Path) -> None:
