@@ -47,7 +47,13 @@ def compile(
 
     Raises:
         ConfigError: an argument is out of range, the model is compiled already or wrapped for
-            parallel training, or its attention cannot be compiled.
+            parallel training, or something of it cannot be compiled (its attention, Liger's
+            forwards, NEFTune, packed 4-bit weights, context parallelism; with FSDP2 a compiled
+            backend or a budget).
+
+    The first training step captures the model, and may raise `CaptureError`, `GraphError`,
+    `ScoreError`, `InputError`, or `ConfigError` where the budget cannot be reached or a ratio needs
+    a number of steps.
 
     Source: TokenSeek, arXiv 2601.19739. Gradients equal masked full backprop (docs).
     """
@@ -66,7 +72,7 @@ def compile(
     if _torch.is_compiled(model):
         raise ConfigError(
             "the model is compiled by torch.compile already. Give fxseek the plain model, and "
-            'choose how its stages are lowered by backend="inductor".'
+            'choose what runs the learn stage by backend="inductor".'
         )
     if _fsdp.sharded_modules(module for _, module in modules):
         config_for_shards(config, ConfigError)
@@ -77,7 +83,11 @@ def compile(
 
 
 def uncompile(model: Model) -> Model:
-    """Give the model its original call back; returns it. A model that is not compiled stays."""
+    """Give the model its original call back.
+
+    Args:
+        model: a model, compiled or not; returned itself.
+    """
     step = step_of(model)
     if step is not None:
         step.switches.restore()
@@ -88,7 +98,9 @@ def uncompile(model: Model) -> Model:
 def report(model: nn.Module | None = None) -> StepReport:
     """What the last training step selected, scored and saved; see `StepReport`.
 
-    Without a model: the last step of ``torch.compile(..., backend="fxseek")`` in this thread.
+    Args:
+        model: a model compiled by `fxseek.compile`. None for the last step of this thread, also
+            one of ``torch.compile(..., backend="fxseek")``.
 
     Raises:
         InputError: the model is not compiled by fxseek, no training step has run, or the compiled
@@ -102,8 +114,7 @@ def report(model: nn.Module | None = None) -> StepReport:
         )
     if recorder is None or recorder.last is None:
         raise InputError(
-            "no training step has run: call the model in training mode, with labels and with "
-            "grad enabled"
+            "no training step has run: call the model in training mode, with grad enabled"
         )
     return recorder.last
 
@@ -115,6 +126,10 @@ def resume(model: nn.Module, step: int) -> None:
     forward, which a ratio may follow too. After a restart, a loop that has run `step` of them goes
     on where it was: ``fxseek.report(model).step + 1`` at the time of saving. `SeekCallback` does it
     in a Trainer.
+
+    Args:
+        model: a model compiled by `fxseek.compile`.
+        step: the number of training steps that have been run, 0 or more.
 
     Raises:
         InputError: the model is not compiled by fxseek, or `step` is not a number of steps.

@@ -84,9 +84,9 @@ class SeekConfig:
             (``supervised_only``, ``select="sample"``) with its labelled stretch. 1 selects tokens
             one by one. Default 1.
         sinks: First tokens of a row that are always kept, whatever their scores and labels. They
-            count towards the ratio, which they may exceed. All others attend to them, the very
-            first above all, so that much of the gradient flows through their keys and values
-            (docs/scoring.md). Default 0, as in the paper.
+            count towards the ratio; a row keeps them and one more at least. All others attend to
+            them, the very first above all, so that much of the gradient flows through their keys
+            and values (docs/scoring.md). Default 0, as in the paper.
         uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
             in (0, 1]. Default 0.5.
         seed: Seed of random scores, of samples and of where spans are cut, a non-negative integer.
@@ -392,7 +392,7 @@ def _problems(config: SeekConfig) -> list[str]:
     if not isinstance(config.supervised_only, bool):
         lines.append(
             f"supervised_only={shown(config.supervised_only)} is not a bool; pass True to select "
-            f"only positions that have a label, or False"
+            f"positions that have a label first, or False"
         )
     if config.loss is not None and not callable(config.loss):
         lines.append(

@@ -26,7 +26,10 @@ class ConfigError(FxseekError, ValueError):
 
 
 class InputError(FxseekError, ValueError):
-    """A batch cannot be trained on: no labels, sizes that disagree, positions out of range."""
+    """A batch or an argument of a call cannot be used, or the model is in no state for the call.
+
+    For example: sizes that disagree, an empty batch, a model that is not compiled.
+    """
 
 
 class CaptureError(FxseekError):
@@ -42,7 +45,10 @@ class GraphError(FxseekError):
 
 
 class ScoreError(FxseekError, ValueError):
-    """Token scores are NaN or have the wrong shape."""
+    """Token scores cannot be used.
+
+    They are NaN or ``+inf``, of another shape or type, or negative where they are a mass.
+    """
 
 
 class GradientMismatch(FxseekError, AssertionError):

@@ -149,8 +149,8 @@ def select_topk(
     Valid positions come before invalid ones; with ``supervised_only`` labelled ones come first of
     all, and unlabelled ones only fill up rows that have fewer than ``k``. Equal scores go to the
     lower position, on every device. If none of a row's chosen positions has a label although the
-    row has one, the row's best labelled position replaces the worst chosen. Labels at invalid
-    positions don't count.
+    row has one, the row's best labelled position replaces the worst chosen that is not required.
+    Labels at invalid positions don't count.
 
     ``counts`` are the numbers that the rows keep, where they keep fewer than ``k``; positions
     that they don't keep fill them up, with weight 0, invalid ones before others. ``required``
@@ -177,6 +177,9 @@ def select_topk(
         rank = torch.arange(tokens, device=ranking.device)
         first = torch.where(labelled.gather(-1, ranking), rank, tokens).amin(-1, keepdim=True)
         replaces = (first >= size) & (first < tokens) & (size > 0)
+        if required is not None:  # they come first: if the worst is one, all are
+            worst = ranking.gather(-1, (size - 1).clamp_min(0))
+            replaces &= (required.unsqueeze(-1) != worst.unsqueeze(1)).all(1)
         ends = torch.cat(((size - 1).clamp_min(0), first.clamp_max(tokens - 1)), -1)
         pair = ranking.gather(-1, ends)
         ranking = ranking.scatter(-1, ends, torch.where(replaces, pair.flip(-1), pair))

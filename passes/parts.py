@@ -94,6 +94,12 @@ def find_obstacle(
     if config.backend != "eager":
         return f"backend={config.backend!r} compiles the learn stage as a whole"
     if cut is None:
+        for kind, node in outputs.wanted if config.outputs != "loss" else ():
+            if kind != "value" and node in carrying:
+                return (
+                    f"with outputs={config.outputs!r} {called(node)} at {where(node)} carries "
+                    "gradient past the loss"
+                )
         return (
             "what follows the last attention is not per-token throughout, or the loss is no sum "
             "over tokens"

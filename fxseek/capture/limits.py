@@ -44,6 +44,12 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
         )
     configs = set()
     for name, module in modules:
+        if type(module) is nn.DataParallel:
+            raise kind(
+                f"{_named(name)} is wrapped by DataParallel, whose copies of a model cannot be "
+                "compiled. Use DistributedDataParallel, one process for each device (torchrun), or "
+                "show the process one device alone (CUDA_VISIBLE_DEVICES)."
+            )
         if isinstance(module, parallel):
             raise kind(
                 f"{_named(name)} is wrapped by {type(module).__name__}: compile the inner module "

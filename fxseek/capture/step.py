@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -100,6 +101,8 @@ class SeekStep:
         """Whether layers that look alike are traced once: a capture in this way has not failed."""
         self._sharded = False
         """Whether the step is one of a sharded model."""
+        self._one_thread = threading.RLock()
+        """What a step knows of its call is the model's: threads that share one take turns."""
         self._functions: list[Callable[..., Any]] = []
         """What Dynamo was given weak references to."""
         self._fitted = (0, 0)
@@ -174,6 +177,10 @@ class SeekStep:
     @torch.compiler.disable(reason="fxseek compiles the training step by itself")
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The compiled step; a `torch.compile` around the model leaves it alone."""
+        with self._one_thread:
+            return self._train_alone(args, kwargs)
+
+    def _train_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         modules = list(self.model.named_modules())
         refuse_model(modules, InputError)
         calls = self.calls

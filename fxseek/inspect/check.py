@@ -72,11 +72,12 @@ def check_gradients(
 
     Raises:
         GradientMismatch: the error is above the tolerance.
-        InputError: the model is not compiled; ``loss`` is given and the model computes its own; or
-            dropout is on (prefill and learn draw
+        InputError: the model is not compiled, or is in eval mode; the batch cannot be trained on;
+            ``loss`` is given and the model computes its own; dropout is on (prefill and learn draw
             separately, so that exactness is stated with dropout off); or the error is above the
             tolerance and the reference can't tell, since keys or values of all tokens are made from
             a parameter by a plain function, whose result no module's hook sees.
+        CaptureError, GraphError: as the training step would.
     """
     step = compiled_step(model)
     refuse_unreduced(model)

@@ -28,7 +28,8 @@ _COLOURS = ("#4c566a", "#d08770", "#5e9ccf")
 class MemoryBar:
     """The memory of one step: a tuning, a number of rows, and a way to train.
 
-    `way`: ``"ordinary"``, ``"checkpointing"``, or fxseek with its ratio.
+    `tuning` and `batch`: as they were given; `way`: ``"ordinary"``, ``"checkpointing"``, or fxseek
+    with its ratio; `estimate`: of the step.
     """
 
     tuning: str
@@ -57,7 +58,10 @@ class MemoryBar:
 
 @dataclass(frozen=True)
 class MemoryComparison:
-    """What `compare_memory` found: its `bars`; print it as a Markdown table, or `plot` it."""
+    """What `compare_memory` found: its `bars`; print it as a Markdown table, or `plot` it.
+
+    `model`: its class; `tokens` of each row; `device`: the type of the device.
+    """
 
     bars: tuple[MemoryBar, ...]
     model: str
@@ -157,13 +161,13 @@ def compare_memory(
     checkpointing of every layer as transformers does it, and one for fxseek at each ratio. A bar
     has the bytes at the peak of the step: parameters, gradients and optimiser state, and the rest
     (keys and values, activations, and what comes and goes). Each is an `estimate`; nothing is
-    computed, and no weights or device are needed. A model of 8 billion parameters takes about a
-    minute for each bar of fxseek.
+    computed, and no weights or device are needed. A model of 8 billion parameters takes about
+    ten seconds for each bar of fxseek.
 
     Args:
         config_or_model: as for `estimate`. A module that trains adapters of its own, or is
             quantised, has ``tunings=("full",)``: what requires grad.
-        tokens: tokens of a row.
+        tokens: tokens of a row, 2 or more.
         batches: numbers of rows.
         tunings: some of ``"full"``, ``"lora"``, ``"qlora"``.
         ratios: shares of the tokens to keep, each as ``SeekConfig.ratio``.

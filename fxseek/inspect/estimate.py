@@ -62,7 +62,8 @@ class Estimate(StepMemory):
     """The predicted memory of one training step; print it. See `StepMemory` for its figures.
 
     `tokens` and `kept` of each of `batch` rows (`kept` is `tokens` for ordinary training);
-    `parameters` and `trainable`: how many numbers the model has and trains.
+    `parameters` and `trainable`: how many numbers the model has and trains; `device`: the type of
+    the device; `description`: the model, and how it is trained.
     """
 
     tokens: int
@@ -121,7 +122,7 @@ def estimate(
         config_or_model: a transformers configuration, the name or folder of one, or a module
             (on any device; it is copied without its weights and left as it is) that takes
             input_ids and labels.
-        tokens: tokens of a row. All rows are full, without padding.
+        tokens: tokens of a row, 2 or more. All rows are full, without padding.
         batch: rows.
         ratio: share of tokens to keep, or a `SeekConfig`. A ratio that varies stands for the most
             that it lets a row keep: ``"mass:0.9"`` for the upper of ``ratio_bounds``, a schedule

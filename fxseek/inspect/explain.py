@@ -24,6 +24,7 @@ from fxseek.ratios import Labelled
 from fxseek.run.assemble import Step
 from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import SavedBytes
+from fxseek.run.stages import least_kept
 from fxseek.selecting import Selection, count_kept
 
 __all__ = ["Captured", "Explanation", "Fallback", "capture", "explain"]
@@ -54,7 +55,9 @@ class Explanation:
     others read, above all keys and values. `program`: the step as a GraphModule.
     `kept`: tokens of a row that are selected. Where the ratio varies, from `fewest_kept` to `kept`,
     for which the bytes are predicted: with ``"mass:0.9"`` the scores will tell, and with
-    ``"labelled"`` the rows of this batch have so many labels.
+    ``"labelled"`` the rows of this batch have so many labels (a causal model, which shifts them,
+    may keep one less). `tokens` of each of `batch` rows; `attentions`: how many there are;
+    `block_input`: where the gradient score is taken; `notes`: what else is to be known.
     """
 
     tokens: int
@@ -140,10 +143,11 @@ def explain(model: nn.Module, /, **batch: Any) -> Explanation:
 
     Args:
         model: a model compiled by `fxseek.compile`.
-        batch: the arguments of a training step; only their shapes and dtypes matter.
+        batch: the arguments of a training step; their shapes and dtypes matter, and the values of
+            `labels` with ``ratio="labelled"``.
 
     Raises:
-        InputError: the model is not compiled by fxseek.
+        InputError: the model is not compiled by fxseek, or the batch cannot be trained on.
         CaptureError, GraphError: as the training step would.
     """
     step, inputs, _ = capture(compiled_step(model), batch)
@@ -253,7 +257,11 @@ def _predict(step: Step, inputs: Sequence[Any]) -> dict[str, int]:
     batch = 1 if counted.batch_dim is None else primary.shape[counted.batch_dim]
     labels = _labels_of_rows(step.program, inputs)
     if labels is None:
+        targets = step.program.score.targets
+        labelled = targets is not None and targets.target is not None
+        least = least_kept(config, config.sinks + len(counted.required), labelled=labelled)
         fewest, kept = (count_kept(x, tokens) if x else 1 for x in config.ratio_range)
+        fewest, kept = (max(x, min(least, tokens)) for x in (fewest, kept))
     else:
         fewest, kept = (max(1, int(count)) for count in labels.aminmax())
     tokens, fewest, kept = (x + counted.virtual for x in (tokens, fewest, kept))

@@ -82,7 +82,7 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
 
     Raises:
         InputError: the model is not compiled by fxseek, or with another backend than ``"eager"``,
-            or computes no loss.
+            is sharded, or computes no loss.
         CaptureError, GraphError: as the training step would.
     """
     step = compiled_step(model)

@@ -65,7 +65,8 @@ class GradientQuality:
 
     `between_batches`: the mean cosine between the full gradients of two batches that follow each
     other, the yardstick: a step on one batch is as far from the other's. None with one batch.
-    `ordinary`: the full gradient as a choice, in parts where `in_parts`.
+    `ordinary`: the full gradient as a choice, in parts where `in_parts`. `choices`: what was
+    measured of each way to select, on so many `batches` with so many `draws` of each.
     """
 
     choices: tuple[Choice, ...]
@@ -170,7 +171,8 @@ def gradient_quality(
         options: other fields of `SeekConfig`: score, select, ...
 
     Raises:
-        InputError: there is no batch, no loss with a gradient, or an argument is out of range.
+        InputError: there is no batch, no loss with a gradient, an argument is out of range, or the
+            model is sharded.
         ConfigError, CaptureError, GraphError: as `fxseek.compile` and a training step would.
     """
     if not isinstance(model, nn.Module):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxseek import _torch
+from fxseek.ops.once import IN_PARTS, once_differentiable
 
 __all__ = [
     "CUDNN",
@@ -104,7 +105,7 @@ class _InBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(IN_PARTS)
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, *merged = ctx.saved_tensors
         before, own = (

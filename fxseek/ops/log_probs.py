@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxseek.ops.autocast import autocast_dtype, no_autocast
 from fxseek.ops.loss import Scratch, divisor
+from fxseek.ops.once import once_differentiable
 from fxseek.ops.sweep import chunks_of
 
 __all__ = ["IGNORED", "STATISTICS", "by_weight", "times_weights", "token_statistics"]
@@ -205,7 +206,7 @@ class _Statistics(torch.autograd.Function):
         return _all_rows(torch.cat(parts), at, labels)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("log-probabilities that are made in chunks")
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, weight, bias, labels = ctx.saved_tensors
         how, needed = ctx.how, ctx.needs_input_grad

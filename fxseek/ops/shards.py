@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxseek import _torch
+from fxseek.ops.once import once_differentiable
 from fxseek.ops.team import Team, steps_begun, tell
 
 __all__ = ["Chain", "Gathering", "Sharding", "Unshard", "begin", "in_buckets"]
@@ -192,7 +193,7 @@ class _Unshard(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("a step of a sharded model")
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         shardings, needed = ctx.shardings, ctx.needs_input_grad[1:]
         found: list[Tensor | None] = [None] * len(slopes)

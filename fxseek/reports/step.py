@@ -34,8 +34,8 @@ class StepReport:
     `ratio`: the share of each row's tokens that the step was to keep, None where rows decide.
     `spans`: LongTensor[batch, tokens], the span that each token was selected with (equal numbers
     are a span), None where tokens are selected one by one. `timings`: seconds of each stage
-    (prefill, score, select, gather, learn; backward is not one), where `Recorder.timed` asks for
-    them.
+    (prefill, score, select, gather, learn; backward is not one), where a `SeekCallback` with
+    `timings` asks for them.
     `input_ids`: LongTensor[batch, tokens], -1 at virtual tokens, None where the model was given
     none. `labels`: LongTensor[batch, tokens], what the prediction made at each position is compared
     with, and `supervised`: BoolTensor[batch, tokens], where that counts; None where the step has no
@@ -108,6 +108,10 @@ class StepReport:
     def to_markdown(self, tokenizer: Any = None, *, row: int = 0) -> str:
         """The scores of a step as a table, and up to 1000 tokens of a row, selected ones bold.
 
+        Args:
+            tokenizer: as for `to_html`.
+            row: the row of the batch.
+
         Raises:
             InputError: as `to_html`; or there is no such row.
         """
@@ -118,7 +122,12 @@ class StepReport:
     def show(
         self, tokenizer: Any = None, *, height: int = 600, input_ids: Tensor | None = None
     ) -> None:
-        """Show the page of `to_html` below a notebook's cell, `height` pixels high.
+        """Show the page of `to_html` below a notebook's cell.
+
+        Args:
+            tokenizer: as for `to_html`.
+            height: of the frame, in pixels.
+            input_ids: as for `to_html`.
 
         Raises:
             InputError: as `to_html`; or no notebook is running.
@@ -150,8 +159,15 @@ class StepReport:
         """Draw a row into a PNG or SVG file, with a panel for each score.
 
         "Selected by context" frames the tokens that the step would have kept by the context alone,
-        as many as it did keep; what it did keep is underlined. Up to 600 tokens are drawn, from
-        position `first` on. Characters that matplotlib's font lacks are drawn as boxes.
+        as many as it did keep; what it did keep is underlined. Up to 600 tokens are drawn.
+        Characters that matplotlib's font lacks are drawn as boxes.
+
+        Args:
+            tokenizer: as for `to_html`.
+            path: where the picture is written, ending in ``.png`` or ``.svg``; required.
+            row: the row of the batch.
+            first: the position that the picture begins at.
+            input_ids: as for `to_html`.
 
         Raises:
             InputError: as `to_html`; the path ends in something else; there is no such row or

@@ -30,7 +30,7 @@ from fxseek.scores.base import Stream, step_generator
 from fxseek.selecting import Selection
 from fxseek.spans import spans_of
 
-__all__ = ["Gather", "Learn", "Prefill", "Select"]
+__all__ = ["Gather", "Learn", "Prefill", "Select", "least_kept"]
 
 
 class Prefill(nn.Module):
@@ -185,9 +185,14 @@ class Select(nn.Module):
         return torch.minimum(counts.clamp_min(self._least(scores)), scores.valid.sum(-1))
 
     def _least(self, scores: Scores) -> int:
-        """As many as are required, and one to draw in a sample."""
         required = 0 if scores.required is None else scores.required.shape[1]
-        return min(required + (self.config.select == "sample"), scores.valid.shape[1])
+        least = least_kept(self.config, required, labelled=scores.supervised is not None)
+        return min(least, scores.valid.shape[1])
+
+
+def least_kept(config: SeekConfig, required: int, *, labelled: bool) -> int:
+    """How many tokens a row keeps at least: what is required, and one to draw or with a label."""
+    return required + (labelled or config.select == "sample")
 
 
 class Gather(nn.Module):

@@ -32,11 +32,13 @@ __all__ = [
 class ScoreInputs:
     """What a score is made of. A function of a caller's own returns one per token, best highest.
 
-    Shapes: ``input_ids`` [batch, tokens] (None where the model was given embeddings); ``valid``
-    Bool [batch, tokens], False at padding; ``supervised`` Bool [batch, tokens], True where the
-    prediction made at that position has a label; ``targets`` Long [batch, tokens], that label,
-    already shifted (both None without labels); ``hidden`` [batch, tokens, width], the input of the
-    last block, without grad (None where none is found, or the scorer does not read it).
+    Shapes: ``input_ids`` Long [batch, tokens] (None where the model was given embeddings);
+    ``valid`` Bool [batch, tokens], False at padding; ``supervised`` Bool [batch, tokens], True
+    where the prediction made at that position has a label; ``targets`` Long [batch, tokens], that
+    label, already shifted (both None without labels); ``hidden`` [batch, tokens, width], the input
+    of the last block in the model's dtype, without grad (None where none is found, or the scorer
+    does not read it). ``step``: how many training steps were run before, counted per call of the
+    model.
     ``generator`` lives on the CPU and is seeded from the run's seed and ``step``; nothing else
     draws from its stream.
     """

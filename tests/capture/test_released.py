@@ -1,9 +1,11 @@
-"""A compiled model is freed with its last reference: Dynamo's caches must not keep it."""
+"""A compiled model is freed with its last reference, and threads may share one."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +102,30 @@ def test_a_model_is_freed(case: Case):
     del model
     gc.collect()
     assert not any(reference() is not None for reference in references)
+
+
+def test_threads_that_share_a_model_take_turns():
+    """Each step is that of its own call: the padding mask and the report are the model's."""
+    model = fxseek.compile(TinyDecoder(TinyConfig()).double().train(), 0.5)
+    paddings = ("left", "right", "none", "none")
+    calls = [batch(VOCABULARY, 2, 16, padding=p, seed=s) for s, p in enumerate(paddings)]
+    wanted = [model(**call).loss.item() for call in calls]
+    found: list[list[float]] = [[] for _ in calls]
+
+    def run(index: int) -> None:
+        found[index].extend(model(**calls[index]).loss.item() for _ in range(20))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [[loss] * 20 for loss in wanted]
 
 
 def test_a_backward_outlives_its_model():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fxseek
 from fxseek.ops import log_probs
 from fxseek.ops.log_probs import IGNORED, STATISTICS, token_statistics
 
@@ -88,6 +89,14 @@ def test_one_column(column: int):
     torch.testing.assert_close(found[:, column], wanted[:, column])
     others = [at for at in range(len(STATISTICS)) if at not in (0, column)]
     assert not found[:, others].any()
+
+
+def test_second_derivatives_are_refused():
+    """Those of a sum, too: the gradient that arrives has no graph."""
+    hidden = torch.randn(2, WIDTH, requires_grad=True)
+    found = token_statistics(hidden, torch.randn(CLASSES, WIDTH), None, torch.tensor([0, 1]))
+    with pytest.raises(fxseek.InputError, match=r"create_graph=True.*log-probabilities"):
+        torch.autograd.grad(found.sum(), hidden, create_graph=True)
 
 
 def test_the_first_of_equal_logits_is_the_likeliest():

@@ -362,9 +362,25 @@ def test_gradients_of_some_parameters():
 def test_a_gradient_of_the_gradient_is_an_error():
     model, arguments = in_parts(), rows()
     some = list(model.parameters())[1]
-    (found,) = torch.autograd.grad(loss_of(model, arguments), some, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        found.sum().backward()
+    loss = loss_of(model, arguments)
+    with pytest.raises(InputError, match=r"create_graph=True.*compile without learn_chunk"):
+        torch.autograd.grad(loss, some, create_graph=True)
+    loss.backward()
+    assert some.grad is not None
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+def test_a_gradient_of_the_gradient_without_parts(recompute):
+    model = llama(attn="eager")
+    expected = copy.deepcopy(model)
+    fxseek.compile(model, 1.0, recompute=recompute)
+    for each in (model, expected):
+        loss, some = each(**rows()).loss, list(each.parameters())[1]
+        (slope,) = torch.autograd.grad(loss, some, create_graph=True)
+        (loss + slope.pow(2).sum()).backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    wanted = {name: p.grad for name, p in expected.named_parameters()}
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_what_was_written_to_since_is_an_error():
@@ -466,6 +482,8 @@ def test_outputs_with_gradient_beside_the_loss(caplog):
     with caplog.at_level(logging.WARNING, "fxseek"):
         model(**rows()).loss.backward()
     assert "learned in one part" in caplog.text
+    assert "outputs='selected'" in caplog.text
+    assert "carries gradient past the loss" in caplog.text
     assert isinstance(parts_of(model), str)
 
 

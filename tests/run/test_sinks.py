@@ -44,6 +44,24 @@ def test_first_tokens_are_kept_and_gradients_exact(options, padding):
             )
 
 
+@pytest.mark.parametrize("more", [{}, {"supervised_only": True}, {"select": "sample"}], ids=str)
+@pytest.mark.parametrize("sinks", [1, 4])
+def test_sinks_leave_room_for_a_label(more, sinks):
+    """They are kept, and a row with labels trains, however few tokens the ratio asks for."""
+    given: dict[str, Any] = batch(VOCABULARY, 2, 41)
+    given["labels"][:, :37] = -100
+    model = fxseek.compile(tiny_llama().train(), 0.01, sinks=sinks, **more)
+    explained = fxseek.explain(model, **given)
+    assert explained.kept == explained.fewest_kept == sinks + 1
+    model(**given).loss.backward()
+    report = fxseek.report(model)
+    for row in report.selected.tolist():
+        assert row[:sinks] == list(range(sinks))
+        assert len(row) == sinks + 1
+        assert row[-1] >= 36
+    fxseek.check_gradients(model, **given)
+
+
 def test_more_sinks_than_tokens():
     model = fxseek.compile(tiny_llama().train(), 0.1, sinks=30, score="random")
     given: dict[str, Any] = batch(VOCABULARY, 3, 9)
