@@ -54,7 +54,8 @@ class SeekCallback(TrainerCallback, ExportableState):
 
     Raises:
         InputError: `html_every` is no number of steps; or when training starts, there is no
-            tokenizer or no score to show, or the model is not compiled.
+            tokenizer or no score to show, the model is not compiled, or the Trainer would copy it
+            to several GPUs.
     """
 
     def __init__(
@@ -89,6 +90,12 @@ class SeekCallback(TrainerCallback, ExportableState):
                 "be trained on. Call fxseek.compile(trainer.model) before trainer.train(): a "
                 "Trainer that is given peft_config wraps the model that it is given, and the "
                 "wrapper is what has to be compiled."
+            )
+        if args.n_gpu > 1:  # transformers wraps the model by DataParallel then
+            raise InputError(
+                f"the Trainer would copy the model to {args.n_gpu} GPUs (DataParallel), and a copy "
+                "cannot run a compiled step. Start one process for each GPU (torchrun, accelerate "
+                "launch), or show the process one GPU alone (CUDA_VISIBLE_DEVICES=0)."
             )
         if self._pages is not None:
             config = step.config

@@ -399,6 +399,16 @@ def test_the_callback_tells_that_the_model_is_not_compiled(tmp_path):
         trainer.train()
 
 
+def test_the_callback_refuses_copies_on_several_devices(tmp_path):
+    given = arguments(tmp_path)
+    _ = given.n_gpu  # which sets it up
+    given._n_gpu = 2
+    model: Any = fxseek.compile(tiny_llama())
+    trainer = Trainer(model, given, train_dataset=Rows(8), callbacks=[fxseek.SeekCallback()])
+    with pytest.raises(fxseek.InputError, match=r"2 GPUs.*torchrun.*CUDA_VISIBLE_DEVICES"):
+        trainer.train()
+
+
 def test_fxseek_does_not_import_transformers():
     code = "import sys, fxseek; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
