@@ -84,8 +84,8 @@ class SeekConfig:
             (``supervised_only``, ``select="sample"``) with its labelled stretch. 1 selects tokens
             one by one. Default 1.
         sinks: First tokens of a row that are always kept, whatever their scores and labels. They
-            count towards the ratio; a row keeps them and one more at least. All others attend to
-            them, the very first above all, so that much of the gradient flows through their keys
+            count towards the ratio; with labels, a row keeps one more at least. All others attend
+            to them, the very first above all, so that much of the gradient flows through their keys
             and values (docs/scoring.md). Default 0, as in the paper.
         uniform: Share of uniform probability mass mixed into the scores by ``select="sample"``,
             in (0, 1]. Default 0.5.
