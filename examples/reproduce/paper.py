@@ -47,7 +47,7 @@ SETTINGS = (
     Setting("alpha, beta", "equal", METHOD, "the same"),
     Setting("gradient score", "sum of magnitudes", METHOD, "the same"),
     Setting("rows of a step", UNKNOWN, f"{SCRIPT}: 128", "4; small: 2"),
-    Setting("longest row", UNKNOWN, f"{SCRIPT}: 1024", "512; small: 320"),
+    Setting("longest row", UNKNOWN, f"{SCRIPT}: 1024", "512; small: 192"),
     Setting("steps", UNKNOWN, f"{SCRIPT}: one epoch", "48; small: 6"),
     Setting("learning rate", UNKNOWN, f"{SCRIPT}: 1.5e-4, cosine", "by tuner, constant"),
     Setting("weight decay", UNKNOWN, f"{SCRIPT}: 0.01", "0"),
@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # On two cores: minutes.
     "small": {
         "model": None, "data": None, "tasks": "continuation", "seeds": 1, "steps": 6, "batch": 2,
-        "accumulate": 1, "tokens": 320, "held_out": 8, "questions": 16, "schedule": "constant",
+        "accumulate": 1, "tokens": 192, "held_out": 6, "questions": 8, "schedule": "constant",
         "decay": 0.0, "dtype": "float32", "what": "table", "also": "",
     },
 }  # fmt: skip
