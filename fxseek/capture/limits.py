@@ -32,7 +32,6 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
     NEFTune's noise can't be captured. Weights that bitsandbytes has packed for inference have no
     gradient.
     """
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     modules = list(modules)
     refuse_sharded(modules, kind)
@@ -44,13 +43,13 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
         )
     configs = set()
     for name, module in modules:
-        if type(module) is nn.DataParallel:
+        if isinstance(module, nn.DataParallel):
             raise kind(
                 f"{_named(name)} is wrapped by DataParallel, whose copies of a model cannot be "
                 "compiled. Use DistributedDataParallel, one process for each device (torchrun), or "
                 "show the process one device alone (CUDA_VISIBLE_DEVICES)."
             )
-        if isinstance(module, parallel):
+        if isinstance(module, nn.parallel.DistributedDataParallel):
             raise kind(
                 f"{_named(name)} is wrapped by {type(module).__name__}: compile the inner module "
                 "before wrapping, fxseek.compile(model.module)"
