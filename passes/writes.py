@@ -179,6 +179,7 @@ _OF_SHAPE = (
     "resize_",
     "resize_as_",
     "set_",
+    "shallow_copy_data_",
     "squeeze_",
     "swapaxes_",
     "swapdims_",
@@ -206,15 +207,19 @@ def _method(
     return target, pure, node.args, dict(node.kwargs)
 
 
+_SETS_DATA = (torch.Tensor.set_, getattr(torch.ops.aten, "shallow_copy_data_", None))
+
+
 def leaves_as_it_is(node: fx.Node) -> bool:
     """Whether a node is part of ``a.data = b`` where `b` is the memory of `a` already.
 
     A layer may keep its weight under two names and say at each call that they are one (the 8-bit
-    layers of bitsandbytes do). Dynamo records ``Tensor.set_`` and one count of versions less.
+    layers of bitsandbytes do). Dynamo records ``Tensor.set_`` and one count of versions less, and
+    since torch 2.14 ``shallow_copy_data_``.
     """
     if getattr(node.target, "__name__", "") == "_lower_version_count_by_1":
         return isinstance(node.args[0], fx.Node) and leaves_as_it_is(node.args[0])
-    if node.target is not torch.Tensor.set_ or len(node.args) != 2 or node.kwargs:
+    if node.target not in _SETS_DATA or len(node.args) != 2 or node.kwargs:
         return False
     written, source = (_given(arg) for arg in node.args)
     return (

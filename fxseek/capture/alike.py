@@ -208,9 +208,11 @@ def _fingerprint(ask: Any) -> Any:
     from torch._dynamo.variables import ListVariable, TupleVariable
     from torch._dynamo.variables.invoke_subgraph import InputFingerprint, InputTag, classify_vt
 
+    objects = getattr(InputTag, "OBJECT", None) or InputTag.MODULE  # torch 2.14, 2.13
+
     def build(tx: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         leaves: list[tuple[Any, Any]] = []
-        places: dict[fx.Node | nn.Module, int] = {}
+        places: dict[int, int] = {}
 
         def nesting(value: Any) -> Any:
             value = value.realize()
@@ -220,8 +222,8 @@ def _fingerprint(ask: Any) -> Any:
             leaves.append((tag, value))
             if tag in (None, InputTag.CONSTANT):
                 return None
-            one = value.value if tag is InputTag.MODULE else value.as_proxy().node
-            return places.setdefault(one, len(places))
+            one = value.value if tag is objects else value.as_proxy().node
+            return places.setdefault(id(one), len(places))
 
         given = [nesting(x) for x in args], [(key, nesting(x)) for key, x in kwargs.items()]
         if any(tag is None for tag, _ in leaves):
@@ -284,8 +286,8 @@ class _Reuse:
         """A constant is a part of the region, wherever it comes from."""
         checks = zip(self.condition.input_checks, self.fingerprint.flat_vts, strict=True)
         return all(
-            type(value) is type(given.value) and value == given.value
-            for (tag, value), (_, given) in checks
+            _is_constant(known, given.value)
+            for (tag, known), (_, given) in checks
             if tag.name == "CONSTANT"
         )
 
@@ -407,6 +409,11 @@ def _is_of(source: Any, base: Any) -> bool:
         if source is None:
             return False
     return True
+
+
+def _is_constant(known: Any, value: Any) -> bool:
+    """Whether a value is what Dynamo noted: that value, or, since torch 2.14, its type and it."""
+    return (type(value), value) in (known, (type(known), known))
 
 
 def _is_pure(node: fx.Node) -> bool:
