@@ -1,4 +1,4 @@
-"""Layers that look alike are traced once, where Dynamo can take one for another (torch 2.13).
+"""Layers that look alike are traced once, where Dynamo can take one for another (torch 2.13, 2.14).
 
 A module that stands in a `ModuleList` beside others of its class is captured as a region of its own
 (`torch.compiler.nested_compile_region`). Dynamo takes the region of an earlier layer for it where

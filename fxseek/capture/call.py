@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -94,8 +95,9 @@ class Calls:
 
     def refuse_cache(self, batch: dict[str, Any]) -> None:
         """A step has no place for keys and values of earlier tokens."""
-        for name in _CACHES:
-            if batch.get(name) is not None:
+        cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
+        for name, value in batch.items():
+            if (name in _CACHES and value is not None) or isinstance(value, cache):
                 raise InputError(
                     f"{name} was given: a training step reads the tokens that it is given, and no "
                     "keys, values or states of earlier ones. Leave it out and pass all tokens of "
@@ -116,7 +118,7 @@ class Calls:
         if cached is None:
             cached = own
         elif cached:
-            self.tell("use_cache=True is ignored: a training step returns no past_key_values")
+            self.tell("use_cache=True is ignored: a training step returns no cache")
         batch["use_cache"] = False
         positions, names = batch.get("position_ids"), self.primary_names(batch)
         primary = batch[names[0]] if names else None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, tiny_llama, without_casts
+from models import batch, cache_name, tiny_llama, without_casts
 from torch import Tensor
 
 import fxseek
@@ -153,27 +153,33 @@ def test_rows_of_one_document_need_no_word(caplog):
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def test_a_cache_is_refused_and_stays_as_it_was():
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_refused_and_stays_as_it_was(name: str):
+    """By either name: transformers 5.24 calls it `cache`, and takes the other one as well."""
     from transformers import DynamicCache
 
     arguments = batch(VOCAB)
     model = llama(use_cache=True)
+    cache = DynamicCache()
     with torch.no_grad():
-        cache = model.eval()(arguments["input_ids"], past_key_values=DynamicCache()).past_key_values
+        model.eval()(arguments["input_ids"], **{cache_name(model): cache})
     before = [layer.keys.clone() for layer in cache.layers]
     fxseek.compile(model.train(), 0.3)
-    for given in (cache, DynamicCache(), tuple((x, x) for x in before)):
-        with pytest.raises(InputError, match="past_key_values was given"):
-            model(**arguments, past_key_values=given)
+    for given in (cache, DynamicCache()):
+        with pytest.raises(InputError, match=f"{name} was given"):
+            model(**arguments, **{name: given})
+    with pytest.raises(InputError, match="past_key_values was given"):
+        model(**arguments, past_key_values=tuple((x, x) for x in before))
     assert all(torch.equal(x, layer.keys) for x, layer in zip(before, cache.layers, strict=True))
-    assert model(**arguments, past_key_values=None).loss.requires_grad
+    assert model(**arguments, **{cache_name(model): None}).loss.requires_grad
 
 
 def test_a_cache_that_is_asked_for(caplog):
     model = fxseek.compile(llama(), 0.3, score="random")
     with caplog.at_level(logging.WARNING, logger="fxseek"):
         for _ in range(2):
-            assert model(**batch(VOCAB), use_cache=True).past_key_values is None
+            output = model(**batch(VOCAB), use_cache=True)
+            assert getattr(output, cache_name(model)) is None
     assert len([x for x in caplog.records if "use_cache=True is ignored" in x.message]) == 1
 
 

@@ -7,6 +7,7 @@ confused dimension cannot agree by luck.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import warnings
 from collections.abc import Iterator
@@ -331,6 +332,12 @@ def tiny_lora(model: nn.Module, **options: Any) -> nn.Module:
             if "lora_B" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a model of transformers calls its cache: `cache` since 5.24."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def without_casts(model: nn.Module) -> nn.Module:
