@@ -160,7 +160,7 @@ def test_a_cache_is_refused_and_stays_as_it_was(name: str):
 
     arguments = batch(VOCAB)
     model = llama(use_cache=True)
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     with torch.no_grad():
         model.eval()(arguments["input_ids"], **{cache_name(model): cache})
     before = [layer.keys.clone() for layer in cache.layers]

@@ -171,7 +171,7 @@ def test_an_output_of_any_class():
 
 def test_a_cache_of_keys_and_values_is_not_computed(caplog: pytest.LogCaptureFixture):
     """Prefix tuning's: an output of all tokens that the model returns in an object of its own."""
-    model = TUNERS["prefix"].make()
+    model: Any = TUNERS["prefix"].make()
     name = cache_name(model.get_base_model())
     assert getattr(model(**batch(37)), name) is not None
     fxseek.compile(model, 0.5)
