@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
@@ -196,6 +197,11 @@ def mutable_operation(target: Any) -> str | None:
 def fake_mode() -> FakeTensorMode:
     """torch.compile's mode (public nowhere): shapes, strides and storages without memory."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def symbolic_sizes() -> AbstractContextManager[None]:
+    """All operations take symbolic sizes, as for Dynamo's examples (public nowhere)."""
+    return enable_python_dispatcher()
 
 
 def sdpa_backend(
@@ -401,12 +407,6 @@ def translated(error: Exception, model: str) -> Exception | None:
         if isinstance(cause, FxseekError):
             return cause
         cause = cause.__cause__
-    if "dispatch mode present" in str(error):
-        return CaptureError(
-            f"{model} was not captured: torch.compile captures nothing under a TorchDispatchMode, "
-            "such as FlopCounterMode or a tracker of memory. Run the step outside of it; "
-            "fxseek.profile(model, ...) measures the time and memory of a step."
-        )
     if not failed_capture(error):
         return None
     if isinstance(error, BackendCompilerFailed):

@@ -119,7 +119,8 @@ def value_of(call: fx.Node) -> Any:
     args, kwargs = map_arg((call.args, call.kwargs), example)  # type: ignore[misc]
     target: Any = call.target
     function = getattr(type(args[0]), target) if call.op == "call_method" else target
-    with torch.enable_grad():  # whether it carries gradient is the graph's to say
+    # Whether it carries gradient is the graph's to say.
+    with torch.enable_grad(), _torch.symbolic_sizes():
         return function(*args, **kwargs)
 
 

@@ -71,9 +71,13 @@ class AsModules(NamedTuple):
 
 
 def inline(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` with the bodies of regions in place of their calls."""
+    """A copy of `graph` with the bodies of regions in place of their calls.
+
+    Placeholders come first: Dynamo of torch 2.12 has sizes behind what reads them.
+    """
     copy = fx.Graph(owning_module=graph.owning_module)
-    copy.output(_copy_into(copy, graph, {}, ""))
+    inputs = graph.find_nodes(op="placeholder")
+    copy.output(_copy_into(copy, graph, {x: copy.node_copy(x) for x in inputs}, ""))
     copy.output_node().meta = dict(graph.output_node().meta)
     for node in reversed(list(copy.nodes)):
         if node.op == "get_attr" and not node.users:

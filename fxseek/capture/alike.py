@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+from torch.torch_version import TorchVersion
 
 from fxseek.capture.stand_ins import StandIn
 from fxseek.errors import GraphError
@@ -129,6 +130,8 @@ def _call_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 def overrides() -> list[StandIn]:
     """Methods of Dynamo, and what makes those that take their place; none in another torch."""
+    if TorchVersion(torch.__version__) < "2.13":
+        return []
     try:
         from torch._dynamo.variables import invoke_subgraph
         from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable as Module

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 from torch import nn
 from torch.nn import functional as F
 
 from fxseek.capture.quantised import refuse_packed
 from fxseek.capture.sharded import refuse_sharded
-from fxseek.errors import FxseekError
+from fxseek.errors import CaptureError, FxseekError
 
-__all__ = ["refuse_model", "uses_cache"]
+__all__ = ["refuse_model", "refuse_uncaptured", "uses_cache"]
 
 # In the names of attention implementations that take whole sequences in a layout of their own.
 _WHOLE_ONLY = ("flash", "flex")
@@ -84,6 +85,21 @@ def refuse_model(modules: Iterable[tuple[str, nn.Module]], kind: type[FxseekErro
                 'attn_implementation="sdpa" or "eager", or call '
                 'model.set_attn_implementation("sdpa").'
             )
+
+
+def refuse_uncaptured(model: str) -> NoReturn:
+    """Refuse a step that Dynamo leaves to Python: it would train on all tokens.
+
+    Raises:
+        CaptureError: always.
+    """
+    raise CaptureError(
+        f"{model} was not captured: torch.compile captures nothing under a TorchDispatchMode, such "
+        "as FlopCounterMode or a tracker of memory, or where it is switched off "
+        "(torch.compiler.set_stance, TORCHDYNAMO_DISABLE). Run the step outside of the mode, or "
+        "switch torch.compile on; fxseek.profile(model, ...) measures the time and memory of a "
+        "step, and fxseek.uncompile(model) gives the model its ordinary step back."
+    )
 
 
 def uses_cache(model: nn.Module) -> bool | None:

@@ -22,7 +22,7 @@ from fxseek.capture.backend import CallInfo, Made, Recorder, make_backend
 from fxseek.capture.call import Calls
 from fxseek.capture.counted import Counted
 from fxseek.capture.encoders import OUTSIDE, Encoders
-from fxseek.capture.limits import refuse_model
+from fxseek.capture.limits import refuse_model, refuse_uncaptured
 from fxseek.capture.lora import traceable_target_parameters
 from fxseek.capture.patches import capture_settings
 from fxseek.capture.progress import Captures
@@ -126,7 +126,11 @@ class SeekStep:
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
             options["isolate_recompiles"] = True  # models share code: each counts its own captures
 
+        name = type(model).__name__
+
         def with_loss(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                refuse_uncaptured(name)
             # a function of ours: Dynamo would break a bare call up at the model's own hooks
             outputs = call(*args, **kwargs)
             return None if loss is None else _scalar(loss(outputs, kwargs)), outputs
@@ -143,7 +147,7 @@ class SeekStep:
             return _weak(step)
 
         self._functions = [capture]
-        self._plain = with_loss
+        self._code = with_loss.__code__
         self._compiled = torch.compile(with_loss, backend=_weak(capture), **options)
 
     # ---- the call ------------------------------------------------------------------------
@@ -255,7 +259,7 @@ class SeekStep:
     def _run(self, batch: dict[str, Any]) -> Any:
         try:
             first = not self.recorder.steps
-            once = None if self.run is None else self._plain.__code__
+            once = None if self.run is None else self._code
             with (
                 capture_settings(captures=_CAPTURES, first=first, once=once),
                 traceable_log_probs(),
@@ -381,7 +385,9 @@ class SeekStep:
             return None
         try:
             with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):
-                self._plain(**batch)
+                outputs = _torch.eager_call(self.model)(**batch)
+                if self.config.loss is not None:
+                    _scalar(self.config.loss(outputs, batch))
         except FxseekError as error:
             return error
         except torch.OutOfMemoryError:

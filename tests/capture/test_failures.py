@@ -260,7 +260,7 @@ def test_a_vision_tower_outside_of_the_graph(positions, monkeypatch):
 
 
 def test_a_dispatch_mode():
-    """Under one torch.compile captures nothing, and says so by a bare RuntimeError."""
+    """Under one torch.compile captures nothing: it runs the model as it is, on all tokens."""
     model = fxseek.compile(tiny_llama(), 0.3, score="random")
     with (
         FlopCounterMode(display=False),
@@ -268,3 +268,14 @@ def test_a_dispatch_mode():
     ):
         model(**batch(37))
     model(**batch(37)).loss.backward()
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+def test_compilation_switched_off(stance: Any):
+    """Never a step on all tokens, before a capture or after it."""
+    model = fxseek.compile(tiny_llama(), 0.3, score="random")
+    for rows in (1, 2):
+        given = batch(37, batch=rows)
+        with torch.compiler.set_stance(stance), pytest.raises(fxseek.CaptureError):
+            model(**given)
+        model(**given).loss.backward()
