@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -17,7 +18,12 @@ __all__ = ["batch_of", "checkpointed", "on_meta", "tuned"]
 
 
 def on_meta(config_or_model: Any, dtype: torch.dtype) -> nn.Module:
-    """The model without weights."""
+    """The model without weights.
+
+    Raises:
+        ConfigError: there is no causal language model to be made, or transformers cannot run it.
+    """
+    _refuse_autocast()
     if isinstance(config_or_model, nn.Module):
         return _weightless(config_or_model)
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -37,6 +43,21 @@ def on_meta(config_or_model: Any, dtype: torch.dtype) -> nn.Module:
         raise ConfigError(
             f"{type(config).__name__} is of no causal language model of transformers ({error}); "
             "make the model on the meta device yourself, and pass the module"
+        ) from error
+
+
+def _refuse_autocast() -> None:
+    """Models of transformers before 5.4 ask autocast about the meta device, which it refuses."""
+    generic = sys.modules.get("transformers.utils.generic")
+    if generic is None:
+        return
+    try:
+        with generic.maybe_autocast("meta", enabled=False):
+            return
+    except RuntimeError as error:
+        raise ConfigError(
+            "an estimate runs the model on the meta device, which this release of transformers "
+            f"cannot do ({error}): upgrade to transformers 5.4 or later"
         ) from error
 
 

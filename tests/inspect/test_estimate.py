@@ -301,6 +301,17 @@ def test_an_attention_that_cannot_be_compiled():
         fxseek.estimate(model, 128)
 
 
+def test_a_transformers_that_cannot_run_on_meta(monkeypatch: pytest.MonkeyPatch):
+    """As before 5.4: `torch.is_autocast_enabled("meta")` raises."""
+
+    def asks(device_type: str, **_: Any) -> None:
+        torch.is_autocast_enabled(device_type)
+
+    monkeypatch.setattr("transformers.utils.generic.maybe_autocast", asks)
+    with pytest.raises(fxseek.ConfigError, match=r"upgrade to transformers 5\.4"):
+        fxseek.estimate(LlamaConfig(num_hidden_layers=1), tokens=16)
+
+
 @pytest.mark.parametrize(
     "shapes",
     [
