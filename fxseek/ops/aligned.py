@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxseek import _torch
-from fxseek.ops.once import IN_PARTS, once_differentiable
+from fxseek.ops.once import once_in_parts
 
 __all__ = [
     "CUDNN",
@@ -105,7 +105,7 @@ class _InBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable(IN_PARTS)
+    @once_in_parts
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, *merged = ctx.saved_tensors
         before, own = (

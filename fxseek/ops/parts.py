@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxseek.ops.offload import HostTensor
-from fxseek.ops.once import IN_PARTS, once_differentiable
+from fxseek.ops.once import once_in_parts
 from fxseek.ops.rows import Rows, gather_rows, only_rows, placed, put_rows_
 
 __all__ = ["Joint", "Part", "join_rows", "pass_joint"]
@@ -163,7 +163,7 @@ class _Join(torch.autograd.Function):
         return joint.value()
 
     @staticmethod
-    @once_differentiable(IN_PARTS)
+    @once_in_parts
     def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         return None, ctx.joint.receive(slope, ctx.slots)
 
@@ -189,7 +189,7 @@ class _PassJoint(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable(IN_PARTS)
+    @once_in_parts
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return ctx.joint.passed(slope, ctx.at, ctx.slots), None, None
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 from fxseek.config import SeekConfig
 from fxseek.ops.autocast import autocast_dtype
 from fxseek.ops.loss import Scratch, cross_entropy_slope, mass_of, mean_of_parts
-from fxseek.ops.once import IN_PARTS, once_differentiable
+from fxseek.ops.once import once_in_parts
 from fxseek.ops.shards import Unshard, in_buckets
 from fxseek.ops.sweep import CatRows, Sum, chunks_of, rows_of_chunk, sweep
 from fxseek.passes.head import Head
@@ -202,7 +202,7 @@ class _Once(torch.autograd.Function):
         return total, labelled
 
     @staticmethod
-    @once_differentiable(IN_PARTS)
+    @once_in_parts
     def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, *others = ctx.saved_tensors
         rest = iter(others)

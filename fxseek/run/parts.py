@@ -22,7 +22,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import GraphError, InputError
 from fxseek.ops.autocast import same_autocast
 from fxseek.ops.masks import Mask, looks_ahead
-from fxseek.ops.once import IN_PARTS, once_differentiable
+from fxseek.ops.once import once_in_parts
 from fxseek.ops.parts import Joint, Part
 from fxseek.ops.rows import gather_rows
 from fxseek.ops.sweep import CatRows, few, rows_of_chunk, slices_of, sweep
@@ -276,7 +276,7 @@ class _Parts(torch.autograd.Function):
         return exits.view_as(exits)
 
     @staticmethod
-    @once_differentiable(IN_PARTS)
+    @once_in_parts
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = dict(zip(ctx.nodes, ctx.saved_tensors, strict=True))
         with nullcontext() if ctx.step.learn.team is None else telling():
