@@ -334,6 +334,13 @@ def batch_of(
 
 
 @torch.no_grad()
+def checkpoint(model: Any) -> None:
+    """Gradient checkpointing of every layer, by its name in this release of transformers."""
+    names = "activation_checkpointing", "gradient_checkpointing"
+    name = next(x for x in names if hasattr(model, f"{x}_enable"))
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+
+
 def held_out_loss(
     model: nn.Module, rows: Sequence[Row], pad_id: int, device: torch.device | str
 ) -> float:

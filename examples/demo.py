@@ -192,8 +192,7 @@ def run(job: Job) -> Result:
 
         fxseek.compile(model, seed=job.seed, **options)
     elif job.method == "checkpointing":
-        enable: Any = model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        common.checkpoint(model)
     pad_id = job.tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     judged = (job.held_out, pad_id, device)

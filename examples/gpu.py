@@ -118,8 +118,7 @@ def prepared(way: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, shared).train()
     if way == "checkpointing":
-        enable: Any = model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        common.checkpoint(model)
         return baselines.ChunkedLoss(model)
     chosen = WAYS[way]
     return model if chosen is None else fxseek.compile(model, **{**options, **chosen})

@@ -293,8 +293,7 @@ def compile_arm(model: nn.Module, arm: str, job: Job) -> None:
         steps = {"ratio_steps": job.steps} if "->" in str(given["ratio"]) else {}
         fxseek.compile(model, seed=job.seed, **steps, **given)
     elif arm == "checkpointing":
-        enable: Any = model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        common.checkpoint(model)
 
 
 def optimizer_of(model: nn.Module, job: Job) -> torch.optim.Optimizer:

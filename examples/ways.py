@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 import baselines
+import common
 
 # name: in tables. What a way does to an ordinary model is one of
 #   checkpointing: gradient checkpointing of every layer, as transformers does it
@@ -95,8 +95,7 @@ def prepared(way: str, model: nn.Module, ratio: float, backend: str) -> nn.Modul
     model = copy.deepcopy(model, shared)
     does = WAYS[way]
     if "checkpointing" in does:
-        enable: Callable[..., None] = model.gradient_checkpointing_enable  # type: ignore[assignment]
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        common.checkpoint(model)
     if "compile" in does:
         model.compile(**does["compile"])
     if "baseline" in does:

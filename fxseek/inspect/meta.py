@@ -101,11 +101,12 @@ def tuned(model: nn.Module, tuning: str, rank: int, dtype: torch.dtype) -> nn.Mo
 
 def checkpointed(model: nn.Module) -> nn.Module:
     """The model with every layer checkpointed, as transformers does it."""
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    names = "activation_checkpointing", "gradient_checkpointing"  # the newer one first
+    name = next((x for x in names if hasattr(model, f"{x}_enable")), None)
     try:
-        if enable is None:
-            raise ValueError("it has no gradient_checkpointing_enable")
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if name is None:
+            raise ValueError(f"it has no {names[0]}_enable")
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
     except ValueError as error:
         raise ConfigError(
             f"ordinary='checkpointing' needs a model that transformers can checkpoint, and "

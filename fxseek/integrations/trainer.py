@@ -153,7 +153,8 @@ class SeekCallback(TrainerCallback, ExportableState):
         if step is None or report is None or report is self._last:
             return
         self._steps, self._last = step.recorder.step, report
-        self._add("selected", (report.selected >= 0).sum() / report.valid.sum())
+        selected = report.by_position()[0] & report.valid  # all positions are, at ratio 1.0
+        self._add("selected", selected.sum() / report.valid.sum())
         if step.config.parsed_ratio.follows_training:
             self._add("ratio", report.ratio)
         if report.full_loss is not None:

@@ -118,7 +118,7 @@ def tokens_of(report: StepReport, tokenizer: Any, input_ids: Tensor | None = Non
         valid,
         labelled,
         labels,
-        selected,
+        selected & valid,  # a step at ratio 1.0 keeps padding, too
         weights.float(),
         None if report.spans is None else report.spans.cpu(),
         tuple(_scale(name, part.cpu(), valid, selected) for name, part in scored.items()),

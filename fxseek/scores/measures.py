@@ -172,11 +172,12 @@ def gradient_magnitude(gradient: Tensor, norm: str = "l1") -> Tensor:
     """How much the loss depends on each token: ``I2_j``, the norm over the width.
 
     ``l1`` is the paper's ``sum_k |G_jk|``; ``l2`` the Euclidean norm; ``sum`` the signed sum of the
-    paper's poster, which may be negative.
+    paper's poster, which may be negative. A model may have several streams for a token
+    (hyper-connections): all of them count.
 
-    Shapes: gradient [batch, tokens, width] -> [batch, tokens], float32 or float64.
+    Shapes: gradient [batch, tokens, ..., width] -> [batch, tokens], float32 or float64.
     """
-    dtype = wide(gradient)
+    dtype, gradient = wide(gradient), gradient.flatten(2)
     if norm == "sum":
         return gradient.sum(-1, dtype=dtype)
     order = {"l1": 1, "l2": 2}[norm]

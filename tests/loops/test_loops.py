@@ -242,6 +242,19 @@ def test_resume_in_a_loop_of_ones_own():
 # ---- the callback --------------------------------------------------------------------------------
 
 
+def test_a_share_is_one_where_all_tokens_are_kept(tmp_path):
+    """Padding counts neither among the selected nor among all."""
+    model = fxseek.compile(tiny_llama(), 1.0, learn_chunk=5)
+    trainer, watch = watched(
+        model, arguments(tmp_path, logging_steps=1), train_dataset=Rows(8),
+        callbacks=[fxseek.SeekCallback()],
+    )  # fmt: skip
+    trainer.train()
+    assert any((given["attention_mask"] == 0).any() for given in watch.batches)
+    shares = [x["fxseek/selected"] for x in trainer.state.log_history if "fxseek/selected" in x]
+    assert shares == [1.0] * len(watch.batches)
+
+
 class Reporter(TrainerCallback):
     """What TensorBoard and others see: `logs` as they are when it is their turn."""
 

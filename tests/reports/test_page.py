@@ -291,6 +291,17 @@ def test_the_text_is_no_markup():
     assert "| combined |" in text
 
 
+def test_padding_is_not_shown_as_selected():
+    """Though a step that comes to ratio 1.0 keeps all positions."""
+    mask = torch.ones(2, 11, dtype=torch.int64)
+    mask[0, :3] = 0
+    given = {**batch(37, 2, 11), "attention_mask": mask}
+    model = fxseek.compile(tiny_llama(num_hidden_layers=1), lambda step: 1.0, score="context")
+    model(**given)
+    text = fxseek.report(model).to_markdown(numbered(37))
+    assert "19 tokens selected" in text
+
+
 # ---- what a step carries -------------------------------------------------------------------------
 
 

@@ -309,6 +309,14 @@ def test_gradient_norms_by_hand():
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "sum"])
+def test_all_streams_of_a_token_count(norm: str):
+    """A model with hyper-connections has several: [batch, tokens, streams, width]."""
+    gradient = torch.randn(2, 5, 3, 7, dtype=torch.float64)
+    found = gradient_magnitude(gradient, norm)
+    assert torch.equal(found, gradient_magnitude(gradient.reshape(2, 5, 21), norm))
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "sum"])
 def test_gradient_norms_of_half_precision_do_not_overflow(norm: str):
     gradient = torch.full((1, 1, 4096), 60.0, dtype=torch.float16)
     got = gradient_magnitude(gradient, norm)
