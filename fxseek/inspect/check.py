@@ -21,7 +21,7 @@ from fxseek.inspect.compare import compare
 from fxseek.inspect.reference import Reference, masked_backprop
 from fxseek.inspect.state import as_before, state_of
 from fxseek.passes.facts import Facts, Rows, example, module_path, needs_grad, tensors_of, where
-from fxseek.passes.rules import Full, Plan, called, operation, wants_of
+from fxseek.passes.rules import Full, Plan, RowsOf, called, operation, wants_of
 from fxseek.program import Program
 from fxseek.reports.step import StepReport
 
@@ -326,11 +326,18 @@ def _reader_of_all(start: fx.Node, facts: Facts) -> fx.Node | None:
             if user.op == "output" or not needs_grad(user) or not _same_module(node, user):
                 continue
             plan = facts.plans.get(user)
-            wanted = [w.node for w in wants_of(plan) if isinstance(w, Full)] if plan else [node]
+            wanted = [w.node for w in wants_of(plan) if _of_all(w, facts)] if plan else [node]
             if node in wanted:
                 return user
             queue.append(user)
     return None
+
+
+def _of_all(want: Any, facts: Facts) -> bool:
+    """Whether an operand is read at all tokens, or at others' places: a mask's rows, of keys'."""
+    if not isinstance(want, RowsOf):
+        return isinstance(want, Full)
+    return facts.rows.get(want.node) != want.rows.shift(example(want.node).dim() - want.rank)
 
 
 def _same_module(node: fx.Node, user: fx.Node) -> bool:

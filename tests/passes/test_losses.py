@@ -500,6 +500,23 @@ def test_the_check_says_where_it_cannot_tell(make: Callable[[], nn.Module]):
         fxseek.check_gradients(model, **x)
 
 
+def test_the_check_says_so_of_a_mask_of_rows():
+    """Doge's mask has a number for each key, which a parameter makes of the key's value."""
+    from transformers import DogeConfig, DogeForCausalLM
+
+    config = DogeConfig(
+        vocab_size=37, hidden_size=40, intermediate_size=56, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model: Any = DogeForCausalLM(config).double().train()
+    for module in model.modules():
+        if hasattr(module, "A"):
+            torch.nn.init.normal_(module.A)
+    fxseek.compile(model, 0.3)
+    with pytest.raises(fxseek.InputError, match=r"can't tell for this model: mul in .*self_attn"):
+        fxseek.check_gradients(model, **batch(37))
+
+
 # ---- a classifier of tokens ------------------------------------------------------------------
 
 
