@@ -333,7 +333,6 @@ def batch_of(
     return collate(some, pad_id, device)
 
 
-@torch.no_grad()
 def checkpoint(model: Any) -> None:
     """Gradient checkpointing of every layer, by its name in this release of transformers."""
     names = "activation_checkpointing", "gradient_checkpointing"
@@ -341,6 +340,7 @@ def checkpoint(model: Any) -> None:
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
+@torch.no_grad()
 def held_out_loss(
     model: nn.Module, rows: Sequence[Row], pad_id: int, device: torch.device | str
 ) -> float:

@@ -108,6 +108,7 @@ def tokens_of(report: StepReport, tokenizer: Any, input_ids: Tensor | None = Non
     if report.labels is not None and labelled is not None:
         labels = report.labels.cpu()
     selected, weights = (x.cpu() for x in report.by_position())
+    selected &= valid  # a step at ratio 1.0 keeps padding, too
     scored = dict(report.parts)
     if len(scored) != 1:  # a score of one part ranks as the part does
         scored["combined" if scored else "score"] = report.scores
@@ -118,7 +119,7 @@ def tokens_of(report: StepReport, tokenizer: Any, input_ids: Tensor | None = Non
         valid,
         labelled,
         labels,
-        selected & valid,  # a step at ratio 1.0 keeps padding, too
+        selected,
         weights.float(),
         None if report.spans is None else report.spans.cpu(),
         tuple(_scale(name, part.cpu(), valid, selected) for name, part in scored.items()),
