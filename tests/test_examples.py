@@ -11,6 +11,7 @@ import runpy
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,18 @@ def test_rows_are_padded_to_the_longest() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+
+
+def test_the_held_out_loss_is_a_mean_over_tokens_and_keeps_no_graph() -> None:
+    class Model(nn.Linear):
+        def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+            assert not self.training and not torch.is_grad_enabled()
+            return SimpleNamespace(loss=input_ids.float().mean())
+
+    rows = [common.Row([1, 2, 3], [common.IGNORED, 2, 3]), common.Row([8, 8], [8, 8])]
+    model = Model(1, 1).train()
+    assert common.held_out_loss(model, rows, pad_id=0, device="cpu") == (2.0 * 2 + 8.0) / 3
+    assert model.training
 
 
 def test_alpaca_lines_become_pairs(tmp_path: Path) -> None:
