@@ -7,11 +7,7 @@ and what its tensors are. `fxseek.passes.inline` puts the regions in the place o
 that the passes see the graph of a plain capture.
 
 Dynamo's own check leaves things out. `_fingerprint` tells arguments apart that are one value for
-one layer and two for another; `_Reuse` looks at guards on what no variable stands for, objects that
-must be one and the same, arguments that are a layer's own, numbers of a layer that are inputs of
-the graph, and regions that write or whose sizes depend on data. And Dynamo does not guard a layer
-that it has not traced: a hook that is put on it later, say, would not count. `_Reuse` guards it as
-the first is guarded.
+one layer and two for another; `fxseek.capture.reuse` asks for the rest.
 
 Where a capture fails in this way, `fxseek.capture.step` captures again without.
 """
@@ -19,23 +15,18 @@ Where a capture fails in this way, `fxseek.capture.step` captures again without.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.torch_version import TorchVersion
 
+from fxseek.capture.reuse import Reuse, Traced
 from fxseek.capture.stand_ins import StandIn
-from fxseek.errors import GraphError
-from fxseek.passes.facts import example, tensors_of
 from fxseek.passes.inline import AS_MODULES, AsModules
-from fxseek.passes.writes import write_of
 
 __all__ = ["Regions", "alike_layers", "overrides", "repeated"]
 
@@ -44,15 +35,16 @@ class Regions:
     """The layers that are captured as regions: each with its path in the model.
 
     `begun`: a region has been entered; `calls`: how many calls of regions were captured; `traced`:
-    how many regions were traced for it.
+    how many regions were traced for it. `guarded`: layers that are not traced are guarded too.
     """
 
-    def __init__(self, find: Callable[[], dict[nn.Module, str]]) -> None:
+    def __init__(self, find: Callable[[], dict[nn.Module, str]], *, guarded: bool) -> None:
         self._find = find
+        self.guarded = guarded
         self.calls = self.traced = 0
         self.begun = self.inside = False
         self._first: dict[fx.GraphModule, nn.Module] = {}
-        self._traced: dict[fx.GraphModule, _Traced] = {}
+        self.known: dict[fx.GraphModule, Traced] = {}
 
     @functools.cached_property
     def layers(self) -> dict[nn.Module, str]:
@@ -65,12 +57,6 @@ class Regions:
         self.traced += body not in self._first
         return self._first.setdefault(body, layer)
 
-    def traced_by(self, entry: Any, make: Callable[[], _Traced]) -> _Traced:
-        """What is known of a traced region."""
-        if entry.body_gmod not in self._traced:
-            self._traced[entry.body_gmod] = make()
-        return self._traced[entry.body_gmod]
-
 
 class _Current(threading.local):
     regions: Regions | None = None
@@ -80,10 +66,16 @@ _CURRENT = _Current()
 
 
 @contextlib.contextmanager
-def alike_layers(model: nn.Module, *, wanted: bool = True) -> Iterator[Regions]:
-    """Let captures in this thread meanwhile trace alike layers once; nothing where not `wanted`."""
+def alike_layers(
+    model: nn.Module, *, wanted: bool = True, guarded: bool = True
+) -> Iterator[Regions]:
+    """Let captures in this thread meanwhile trace alike layers once; nothing where not `wanted`.
+
+    `guarded`: what is captured is called again, and must be captured anew where a layer changes.
+    """
     before = _CURRENT.regions
-    _CURRENT.regions = regions = Regions(functools.partial(repeated, model) if wanted else dict)
+    find = functools.partial(repeated, model) if wanted else dict
+    _CURRENT.regions = regions = Regions(find, guarded=guarded)
     try:
         yield regions
     finally:
@@ -163,7 +155,8 @@ def overrides() -> list[StandIn]:
             inputs = fingerprint._replace(arg_sources=entry.arg_sources)  # these alone: no guards
             if not ask(tx, condition, inputs, entry):
                 return False
-            return _Reuse(tx, regions, condition, fingerprint, entry).settled()
+            reuse = Reuse(tx, regions.known, condition, fingerprint, entry)
+            return reuse.settled(guarded=regions.guarded)
 
         return is_reusable
 
@@ -249,191 +242,3 @@ def _in_place_of(first: nn.Module, layer: nn.Module, paths: dict[nn.Module, str]
     }
     before, after = (".".join(paths[x].split(".")[-2:]) for x in (first, layer))
     return AsModules(keys, before, after)
-
-
-class _Reuse:
-    """Whether a traced region stands for another layer; where it does, that one is guarded."""
-
-    def __init__(
-        self, tx: Any, regions: Regions, condition: Any, fingerprint: Any, entry: Any
-    ) -> None:
-        self.tx = tx
-        self.condition = condition
-        self.fingerprint = fingerprint
-        self.entry = entry
-        pairs = zip(entry.arg_sources, fingerprint.arg_sources, strict=True)
-        self.given = {old: new for old, new in pairs if old and new}
-        self.moved = {old: new for old, new in self.given.items() if old != new}
-        self.traced = regions.traced_by(entry, lambda: _Traced(tx, entry, set(self.moved)))
-        self.of_source = dict(self.moved)
-        self.values: dict[Any, Any] = {}
-
-    def settled(self) -> bool:
-        """Whether it does."""
-        if not self.moved:
-            return True
-        if not self.traced.repeats or not self._same_constants() or self._written():
-            return False
-        if any(self._by_base(old) not in (old, new) for old, new in self.given.items()):
-            return False  # the first layer was given what is its own, and this one was not
-        moved = [
-            (check, self._moved(check.guard.originating_source)) for check in self.traced.checks
-        ]
-        if not all(self._holds(check, source) for check, source in moved):
-            return False
-        for check, source in moved:
-            self._install(check, source)
-        return True
-
-    def _same_constants(self) -> bool:
-        """A constant is a part of the region, wherever it comes from."""
-        checks = zip(self.condition.input_checks, self.fingerprint.flat_vts, strict=True)
-        return all(
-            _is_constant(known, given.value)
-            for (tag, known), (_, given) in checks
-            if tag.name == "CONSTANT"
-        )
-
-    def _written(self) -> bool:
-        """Whether something of the layer was set in this capture."""
-        return any(
-            _is_of(source, layer)
-            for source in self.tx.output.side_effects.mutated_sources
-            for layer in self.moved.values()
-        )
-
-    def _moved(self, source: Any) -> Any:
-        """What a source of the first layer is for this one."""
-        if source not in self.of_source:
-            self.of_source[source] = self._by_base(source)
-        return self.of_source[source]
-
-    def _by_base(self, source: Any) -> Any:
-        if not hasattr(source, "base"):
-            return source
-        inner = {
-            field.name: self._moved(getattr(source, field.name))
-            for field in dataclasses.fields(source)
-            if hasattr(getattr(source, field.name), "guard_source")
-        }
-        return dataclasses.replace(source, **inner)
-
-    def _holds(self, check: _Check, source: Any) -> bool:
-        try:
-            value = _value(self.tx, source, self.values)
-            if check.same_as is not None:
-                return value is _value(self.tx, self._moved(check.same_as), self.values)
-            return check.spec.eval_fn(value, check.expected)
-        except Exception:  # there is no such attribute, or item
-            return False
-
-    def _install(self, check: _Check, source: Any) -> None:
-        from torch._dynamo.guards import GuardBuilder, install_guard
-
-        make = check.guard.create_fn
-        if check.same_as is not None:
-            make = functools.partial(make, source_b=self._moved(check.same_as))
-        elif check.guard.create_fn_name() == "TENSOR_MATCH":
-            if check.guard.originating_source in self.traced.inputs:
-                return  # Dynamo guards it when it makes it an input of the region
-            make = GuardBuilder.TENSOR_MATCH  # of its own value, not the first layer's
-        guard = source.make_guard(make)
-        guard.user_stack = check.guard.user_stack
-        install_guard(guard)
-
-
-@dataclass(frozen=True)
-class _Check:
-    """A guard of a traced layer: what Dynamo asks of the value, or which object it must be."""
-
-    guard: Any
-    spec: Any
-    expected: Any
-    same_as: Any
-
-
-class _Traced:
-    """A traced region: the guards of its layer, by `sources`, and whether it may be repeated."""
-
-    def __init__(self, tx: Any, entry: Any, sources: set[Any]) -> None:
-        self.sources = sources
-        self.checks: list[_Check] = []
-        self.inputs = {
-            item.source for item in entry.subgraph_input_mapping if hasattr(item, "source")
-        }
-        nodes = entry.body_gmod.graph.nodes
-        self.repeats = (
-            all(map(_is_pure, nodes)) and not self._reads_numbers(tx) and self._read_guards(tx)
-        )
-
-    def _is_of(self, source: Any) -> bool:
-        return any(_is_of(source, layer) for layer in self.sources)
-
-    def _reads_numbers(self, tx: Any) -> bool:
-        """Whether a number of the layer is an input of the graph: another layer has its own."""
-        arguments = [node.meta.get("grapharg") for node in tx.output.placeholders]
-        return any(
-            argument.source is not None and self._is_of(argument.source)
-            for argument in arguments
-            if argument is not None and not argument.is_tensor
-        )
-
-    def _read_guards(self, tx: Any) -> bool:
-        """Note the guards; answers whether all of them can be asked of another layer."""
-        from torch._dynamo.guards import GUARD_VALUE_DISPATCH, GuardCheckSpec
-
-        values: dict[Any, Any] = {}
-        for guard in tx.output.guards:
-            source = guard.originating_source
-            if not self._is_of(source):
-                continue
-            other = getattr(guard.create_fn, "keywords", {}).get("source_b")
-            if other is not None:
-                self.checks.append(_Check(guard, None, None, other))
-                continue
-            spec = GUARD_VALUE_DISPATCH.get(guard.create_fn_name())
-            if not isinstance(spec, GuardCheckSpec):
-                return False
-            expected = spec.get_metadata_fn(guard, _value(tx, source, values))
-            self.checks.append(_Check(guard, spec, expected, None))
-        return True
-
-
-def _value(tx: Any, source: Any, values: dict[Any, Any]) -> Any:
-    """What a source is of; `values` keeps those of its bases."""
-    root = tx.output.root_tx
-    return source.get_value({"G": root.f_globals, "L": root.f_locals}, {}, values)
-
-
-def _is_of(source: Any, base: Any) -> bool:
-    """Whether a source is something of `base`, or `base` itself."""
-    while source != base:
-        source = getattr(source, "base", None)
-        if source is None:
-            return False
-    return True
-
-
-def _is_constant(known: Any, value: Any) -> bool:
-    """Whether a value is what Dynamo noted: that value, or, since torch 2.14, its type and it."""
-    return (type(value), value) in (known, (type(known), known))
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """Whether a node writes to nothing, and makes no size that depends on data.
-
-    The values of two layers would share what is written, and the size.
-    """
-    try:
-        if write_of(node) is not None:
-            return False
-    except GraphError:
-        return False
-    value = example(node)
-    sizes = [value] if isinstance(value, _NUMBERS) else []
-    for tensor in tensors_of(value):
-        sizes += [*tensor.shape, *tensor.stride(), tensor.storage_offset()]
-    return not any(isinstance(x, _NUMBERS) and has_free_unbacked_symbols(x) for x in sizes)
-
-
-_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)

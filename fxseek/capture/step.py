@@ -357,7 +357,8 @@ class SeekStep:
         while True:
             image = batch[self.calls.primary_names(batch)[0]]
             known = len(self.recorder.steps)
-            with alike_layers(self.model, wanted=self._alike and not self._sharded) as regions:
+            wanted = self._alike and not self._sharded
+            with alike_layers(self.model, wanted=wanted, guarded=self.run is None) as regions:
                 try:
                     with self.counted.on(image), self.encoders.unchecked(batch):
                         return self._compiled(**batch)

@@ -25,6 +25,7 @@ from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
+from fxseek.inspect.calls import Calls
 from fxseek.inspect.explain import capture
 from fxseek.inspect.kernels import WORKSPACES, Kernels
 from fxseek.inspect.memory import (
@@ -304,6 +305,7 @@ class _FakeTracker(Tracker):
     def __init__(self, device: str, rounding: int) -> None:
         super().__init__(device, rounding)
         self._true = WeakTensorKeyDictionary()
+        self._calls = Calls()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -316,6 +318,10 @@ class _FakeTracker(Tracker):
         if func in _ALL:
             self._true[out] = True
         return out
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operation gives; it may be what it gave before."""
+        return self._calls(func, args, kwargs)
 
     def _answer(self, asked: Tensor) -> bool | float | int:
         if _torch.has_values(asked):

@@ -130,7 +130,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = self.run(func, args, kwargs or {})
         if isinstance(out, Tensor):
             block = self._seen(out)
             if self._keeps_kind and block is not None and func in _COPYING:
@@ -140,6 +140,10 @@ class Tracker(TorchDispatchMode):
                 if isinstance(item, Tensor):
                     self._seen(item)
         return out
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operation gives."""
+        return func(*args, **kwargs)
 
     def _inherit(self, block: _Block, args: tuple[Any, ...]) -> None:
         source = self._live.get(_torch.storage_key(args[0])) if args else None

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import fxseek
 from fxseek import _torch
-from fxseek.capture import alike
+from fxseek.capture import alike, reuse
 from fxseek.capture.alike import Regions
 from fxseek.capture.step import SeekStep
 from fxseek.inspect.explain import capture
@@ -70,8 +70,8 @@ def captured(
     """The flat graph of a call, and the regions of its capture."""
     made: list[Regions] = []
 
-    def regions(find: Callable[[], dict[nn.Module, str]]) -> Regions:
-        made.append(Regions(find if wanted else dict))
+    def regions(find: Callable[[], dict[nn.Module, str]], **options: bool) -> Regions:
+        made.append(Regions(find if wanted else dict, **options))
         return made[-1]
 
     monkeypatch.setattr(alike, "Regions", regions)
@@ -168,7 +168,30 @@ class Writing(nn.Module):
         return y
 
 
-def activations(kind: type[nn.Module]) -> Callable[[Any], None]:
+class Keyed(nn.Module):
+    """Numbers by name."""
+
+    def __init__(self, **numbers: float) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, number in self.numbers.items():
+            x = (x.sigmoid() if name == "gate" else x) * number
+        return x
+
+
+def other_key(model: Any) -> None:
+    for at, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn = Keyed(**{"gate" if at == 2 else "plain": 0.5})
+
+
+def other_value(model: Any) -> None:
+    for at, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn = Keyed(plain=0.25 if at == 2 else 0.5, gate=0.5)
+
+
+def activations(kind: Callable[[], nn.Module]) -> Callable[[Any], None]:
     def change(model: Any) -> None:
         for layer in model.model.layers:
             layer.mlp.act_fn = kind()
@@ -192,6 +215,9 @@ def activations(kind: type[nn.Module]) -> Callable[[Any], None]:
                 (other_activation, (4, 2)),
                 (with_a_bias, (4, 2)),
                 (counting, (4, 4)),
+                (other_key, (4, 2)),
+                (other_value, (4, 2)),
+                (activations(lambda: Keyed(plain=0.5, gate=0.5)), (4, 1)),
                 (activations(Split), (4, 1)),
                 (activations(Writing), (4, 4)),
             ]
@@ -328,10 +354,10 @@ def test_a_layer_that_is_changed_later(change: Callable[[Any], None]):
 
 @needs_regions
 def test_a_capture_that_fails_with_regions(monkeypatch: pytest.MonkeyPatch):
-    def settled(reuse: Any) -> bool:
+    def settled(self: Any, *, guarded: bool) -> bool:
         raise RuntimeError("unsupported guard")
 
-    monkeypatch.setattr(alike._Reuse, "settled", settled)
+    monkeypatch.setattr(reuse.Reuse, "settled", settled)
     model = without_casts(tiny_llama(num_hidden_layers=3).double())
     fxseek.compile(model, ratio=0.5, score="random")
     inputs: dict[str, Any] = batch(37)
