@@ -26,19 +26,20 @@ class Calls:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operation gives for these arguments."""
-        functional = self._functional.get(func)
-        if functional is None:
-            functional = self._functional[func] = _is_functional(func)
-        operands = [*args, *kwargs.values()]
-        call = (func, *kwargs, *map(_kind, operands)) if functional else (None,)
-        if None in call:
+        if func not in self._functional:
+            self._functional[func] = _is_functional(func)
+        operands = [*args, *kwargs.values()] if self._functional[func] else [func]
+        kinds = [_kind(x) for x in operands]
+        if None in kinds:
             return func(*args, **kwargs)
+        call = (func, *kwargs, *kinds)
+        known = self._found.get(call)
+        if known is not None:
+            return known.again()
+        out = func(*args, **kwargs)
         if call not in self._found:
-            out = func(*args, **kwargs)
             self._found[call] = _Result.of(out, operands)
-            return out
-        known = self._found[call]
-        return func(*args, **kwargs) if known is None else known.again()
+        return out
 
 
 def _is_functional(func: Any) -> bool:
@@ -52,7 +53,12 @@ def _is_functional(func: Any) -> bool:
 def _kind(value: Any) -> Hashable:
     """Equal for arguments for which results are of one kind; None where that isn't known."""
     if isinstance(value, Tensor):
-        if type(value) not in (Tensor, nn.Parameter) or not value.is_meta or value.is_conj():
+        if (
+            type(value) not in (Tensor, nn.Parameter)
+            or not value.is_meta
+            or value.is_conj()
+            or value.is_neg()
+        ):
             return None
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (list, tuple)):

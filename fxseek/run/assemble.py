@@ -15,7 +15,6 @@ from fxseek.run.env import Env
 from fxseek.run.head import ChunkedHead
 from fxseek.run.lowering import lower
 from fxseek.run.parts import LearnInParts
-from fxseek.run.piece import module_of
 from fxseek.run.score import Score, Scores
 from fxseek.run.stages import Gather, Learn, Prefill, Select
 from fxseek.selecting import Selection
@@ -77,13 +76,12 @@ def _assemble(program: Program) -> Step:
     once = not isinstance(parts, str)  # backward is for the parts alone
     head = None if program.head is None else ChunkedHead(program.head, config, once=once)
     modules = {} if head is None else {"head": head}
-    module = module_of(program.learn, "Learn", **modules)
-    run = lower(module, program.schedule, config)
+    run = lower(program.learn, program.schedule, config, **modules)
     if isinstance(parts, str):
-        learn = Learn(program.learn, module, run)
+        learn = Learn(program.learn, run)
     else:
-        body = lower(module_of(parts.body, "Body"), parts.schedule, config)
-        learn = LearnInParts(parts, config, body, program.learn, module, run)
+        body = lower(parts.body, parts.schedule, config)
+        learn = LearnInParts(parts, config, body, program.learn, run)
     root = nn.Module()
     root.add_module("prefill", Prefill(program.prefill, program.whole, program.on_host))
     root.add_module("score", Score(program.score, config, head))

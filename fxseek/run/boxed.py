@@ -9,28 +9,32 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-__all__ = ["Boxed", "unpack_list"]
+__all__ = ["Boxed", "Root", "unpack_list"]
+
+Root = nn.Module | dict[str, Any]
+"""What a graph has by name, as `fx.GraphModule` takes it."""
 
 
 class Boxed:
-    """A graph module as a function of a list: each value is let go after its last use.
+    """A graph as a function of a list: each value is let go after its last use.
 
     The generated code of a `GraphModule` drops its own values as soon as it can, but the caller
-    holds the arguments. Here the list is emptied first, so nobody does.
+    holds the arguments. Here the list is emptied first, so nobody does. `root`: what the graph has
+    by name.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        graph = fx.Graph()
-        copies = unpack_list(graph, module.graph.find_nodes(op="placeholder"))
-        for node in module.graph.nodes:
+    def __init__(self, root: Root, graph: fx.Graph) -> None:
+        boxed = fx.Graph()
+        copies = unpack_list(boxed, graph.find_nodes(op="placeholder"))
+        for node in graph.nodes:
             if node.op != "placeholder":
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        self.run = with_source_lines(fx.GraphModule(module, graph))
+                copies[node] = boxed.node_copy(node, copies.__getitem__)
+        self.run = with_source_lines(fx.GraphModule(root, boxed))
 
     def __call__(self, values: list[Any]) -> Any:
-        """What the module gives for these arguments."""
+        """What the graph gives for these arguments."""
         return self.run(values)
 
 

@@ -19,8 +19,10 @@ from fxseek import _torch
 from fxseek.config import SeekConfig
 from fxseek.errors import GraphError
 from fxseek.ops.shards import Unshard
+from fxseek.passes.ir import Piece
 from fxseek.passes.schedule import Schedule
 from fxseek.run.boxed import Boxed
+from fxseek.run.piece import root_of
 from fxseek.run.saved import Known, SavedBytes, functions_of
 from fxseek.run.selective import Selectively
 
@@ -58,21 +60,22 @@ def _recomputed(module: fx.GraphModule) -> Callable[..., Any]:
     return run
 
 
-def lower(module: fx.GraphModule, schedule: Schedule, config: SeekConfig) -> Run:
-    """A function that runs the learn stage; `module` is that of the piece with this `schedule`.
+def lower(piece: Piece, schedule: Schedule, config: SeekConfig, **modules: nn.Module) -> Run:
+    """A function that runs the learn stage, a piece with this `schedule`.
 
     ``backend="eager"`` runs the graph and lets go of each value after its last use;
     ``"aot_eager"`` runs AOTAutograd with the min-cut partitioner, ``"inductor"`` compiles; both
     with dynamic shapes, block by block, so that blocks that look alike are compiled once.
     ``recompute="selective"`` keeps products and recomputes what follows from them cheaply, as the
     partitioner does in any case. ``recompute="block"`` keeps the inputs of each block and runs it
-    again in backward.
+    again in backward. `modules`: as `root_of` takes them.
     """
-    eager = config.backend == "eager"
+    eager, root = config.backend == "eager", root_of(piece, **modules)
     if schedule.regions is not None:
-        return Selectively(module, schedule.regions)
+        return Selectively(root, piece.graph, schedule.regions)
     if schedule.segments is None:
-        return _hooked(module)
+        return _hooked(Boxed(root, piece.graph))
+    module = fx.GraphModule(root, piece.graph)
     module = split_module(module, module, schedule.segments.__getitem__, keep_original_order=True)
     alike: dict[Any, Callable[..., Any]] = {}
     for name, part in list(module.named_children()):
@@ -84,7 +87,8 @@ def lower(module: fx.GraphModule, schedule: Schedule, config: SeekConfig) -> Run
         if key not in alike:
             alike[key] = run_segment(part, config.backend, config.recompute)
         setattr(module, name, _Called(alike[key]))
-    return _hooked(module) if eager else _counted(module)
+    boxed = Boxed(module, module.graph)
+    return _hooked(boxed) if eager else _counted(boxed)
 
 
 class _Called(nn.Module):
@@ -99,9 +103,7 @@ class _Called(nn.Module):
         return self.function(*arguments)
 
 
-def _hooked(module: fx.GraphModule) -> Run:
-    boxed = Boxed(module)
-
+def _hooked(boxed: Boxed) -> Run:
     def run(arguments: list[Any], exclude: Known) -> tuple[Any, int]:
         if not exclude.counts:
             return boxed(arguments), 0
@@ -112,9 +114,8 @@ def _hooked(module: fx.GraphModule) -> Run:
     return run
 
 
-def _counted(module: fx.GraphModule) -> Run:
+def _counted(boxed: Boxed) -> Run:
     """Compiled autograd functions say what they hold."""
-    boxed = Boxed(module)
 
     def run(arguments: list[Any], exclude: Known) -> tuple[Any, int]:
         outputs, saved = boxed(arguments), SavedBytes(exclude)

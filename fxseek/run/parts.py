@@ -50,11 +50,8 @@ _ALIGNED = 16
 class LearnInParts(Learn):
     """The selected tokens with grad, at most `size` of each row at a time."""
 
-    def __init__(
-        self, parts: Parts, config: SeekConfig, body: Run, piece: Piece, module: fx.GraphModule,
-        run: Run,
-    ) -> None:  # fmt: skip
-        super().__init__(piece, module, run)
+    def __init__(self, parts: Parts, config: SeekConfig, body: Run, piece: Piece, run: Run) -> None:
+        super().__init__(piece, run)
         assert config.learn_chunk is not None
         self.parts = parts
         self.size = config.learn_chunk

@@ -24,35 +24,36 @@ __all__ = [
     "at_positions",
     "every_position",
     "module_of",
+    "root_of",
 ]
 
 
-def module_of(piece: Piece, name: str, **modules: nn.Module) -> fx.GraphModule:
-    """A piece as a module; it owns no parameters, all values are inputs.
+def module_of(piece: Piece, name: str) -> fx.GraphModule:
+    """A piece as a module; it owns no parameters, all values are inputs."""
+    return fx.GraphModule(root_of(piece), piece.graph, class_name=name)
+
+
+def root_of(piece: Piece, **modules: nn.Module) -> dict[str, Any]:
+    """What the graph of a piece has by name, as `fx.GraphModule` takes it.
 
     `modules` are those of its parts that are no modules of themselves. Bodies of autograd functions
-    are taken along from the captured module.
+    are those of the captured module.
     """
     graph = piece.graph
-    owner = graph.owning_module or nn.Module()
-    if not piece.parts:
-        return fx.GraphModule(owner, graph, class_name=name)
     bodies = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    called = {body: operator.attrgetter(body)(owner) for body in bodies}
+    root = {body: operator.attrgetter(body)(graph.owning_module) for body in bodies}
     for key, part in piece.parts.items():
         swept = isinstance(part, Swept)
-        called[key] = modules[key] if key in modules else ChunkedRegion(part) if swept else part
-    made = fx.GraphModule(called, graph, class_name=name)
-    made.graph.lint()
-    return made
+        root[key] = modules[key] if key in modules else ChunkedRegion(part) if swept else part
+    return root
 
 
 class Runner:
     """A piece that runs on constants, and on values that the caller gives."""
 
-    def __init__(self, piece: Piece, name: str) -> None:
+    def __init__(self, piece: Piece) -> None:
         self.piece = piece
-        self.run = Boxed(module_of(piece, name))
+        self.run = Boxed(root_of(piece), piece.graph)
 
     def __call__(
         self, env: Env, given: Mapping[fx.Node, Any], selection: Selection | None = None
@@ -76,7 +77,7 @@ class SweptRegion:
 
     def __init__(self, swept: Swept) -> None:
         self.swept = swept
-        self.runner = Runner(swept.piece, "Rows")
+        self.runner = Runner(swept.piece)
         self.entries = swept.piece.given()
 
     def rows(self, env: Env, kept: Tensor, entries: Mapping[fx.Node, Tensor]) -> tuple[Tensor, ...]:
@@ -110,7 +111,7 @@ class ChunkedRegion(nn.Module):
 
     def __init__(self, swept: Swept) -> None:
         super().__init__()
-        self.run = Boxed(module_of(swept.piece, "Tokens"))
+        self.run = Boxed(root_of(swept.piece), swept.piece.graph)
         self.size = swept.size
         self.results = [swept.rows[node] for node in swept.piece.outputs]
         inputs = swept.piece.inputs

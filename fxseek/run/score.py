@@ -173,7 +173,7 @@ class _SpelledColumns:
 
     def __init__(self, plan: SpelledMap) -> None:
         self.plan = plan
-        self.rows = Runner(plan.piece, "AttentionRows")
+        self.rows = Runner(plan.piece)
 
     def sums(
         self, env: Env, made: dict[fx.Node, Tensor], valid: Tensor, chunk_bytes: int
@@ -219,7 +219,7 @@ class _Slope:
         self.plan = gradient
         self.norm = config.gradient_norm
         self.lead = None if gradient.lead is None else SweptRegion(gradient.lead)
-        self.block = Runner(gradient.block, "Block")
+        self.block = Runner(gradient.block)
         self.end: _LossEnd | _HeadEnd | _MapEnd
         match gradient.end:
             case EndsInLoss():
@@ -363,7 +363,7 @@ class _MapEnd:
         self.targets = targets
         self.end = end
         self.chunk_bytes = chunk_bytes
-        self.runner = Runner(end.piece, "Head")
+        self.runner = Runner(end.piece)
 
     def cotangents(
         self,

@@ -19,7 +19,7 @@ from fxseek import _torch
 from fxseek.ops.autocast import same_autocast
 from fxseek.passes.facts import ancestors, tensors_of
 from fxseek.passes.rematerialise import Region
-from fxseek.run.boxed import unpack_list, with_source_lines
+from fxseek.run.boxed import Root, unpack_list, with_source_lines
 from fxseek.run.recipe import Layout, Note, Recipe, Remake
 from fxseek.run.saved import Held, Known, SavedBytes
 
@@ -37,9 +37,9 @@ class Selectively:
     every run, as a checkpoint around the model asks for.
     """
 
-    def __init__(self, module: fx.GraphModule, regions: Iterable[Region]) -> None:
-        self.module = module
-        self.nodes = tuple(module.graph.nodes)
+    def __init__(self, root: Root, graph: fx.Graph, regions: Iterable[Region]) -> None:
+        self.root = root
+        self.nodes = tuple(graph.nodes)
         self.whole = self._plan(
             _Watched(region.nodes, region.nodes, region.last, {}, {}) for region in regions
         )
@@ -59,7 +59,8 @@ class Selectively:
 
     def _plan(self, watched: Iterable[_Watched]) -> _Plan:
         watched = list(watched)
-        return _Plan(watched, _instrumented(self.module, watched))
+        run = fx.GraphModule(self.root, _instrumented(self.nodes, watched))
+        return _Plan(watched, with_source_lines(run))
 
 
 class _Plan(NamedTuple):
@@ -327,7 +328,7 @@ def _saves(more: int, less: int) -> bool:
     return more < less
 
 
-def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callable[..., Any]:
+def _instrumented(nodes: Sequence[fx.Node], regions: Sequence[_Watched]) -> fx.Graph:
     """The stage as a function of the hooks and of a boxed list; it tells the hooks of regions.
 
     Before a node of a region runs, the hooks are given what it reads from outside; if autograd may
@@ -336,15 +337,15 @@ def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callab
     """
     graph = fx.Graph()
     hooks = graph.placeholder("hooks")
-    copies = unpack_list(graph, module.graph.find_nodes(op="placeholder"))
+    copies = unpack_list(graph, [node for node in nodes if node.op == "placeholder"])
     region_of = {node: region for region, watched in enumerate(regions) for node in watched.nodes}
     owners = {node for watched in regions for node in watched.owners}
     ending: dict[fx.Node, list[int]] = {}
     for region, watched in enumerate(regions):
         ending.setdefault(watched.last, []).append(region)
-    place = {node: index for index, node in enumerate(module.graph.nodes)}
+    place = {node: index for index, node in enumerate(nodes)}
     given: set[tuple[int, fx.Node]] = set()
-    for node in module.graph.nodes:
+    for node in nodes:
         region = region_of.get(node)
         if region is not None:
             for operand in node.all_input_nodes:
@@ -360,4 +361,4 @@ def _instrumented(module: fx.GraphModule, regions: Sequence[_Watched]) -> Callab
             copies[node] = graph.node_copy(node, copies.__getitem__)
         for ended in ending.get(node, ()):
             graph.call_method("settle", (hooks, ended))
-    return with_source_lines(fx.GraphModule(module, graph))
+    return graph

@@ -23,7 +23,7 @@ from fxseek.ratios import Labelled
 from fxseek.run.boxed import Boxed
 from fxseek.run.env import Env
 from fxseek.run.lowering import Run
-from fxseek.run.piece import module_of
+from fxseek.run.piece import root_of
 from fxseek.run.saved import Known
 from fxseek.run.score import Scores
 from fxseek.scores.base import Stream, step_generator
@@ -42,8 +42,8 @@ class Prefill(nn.Module):
     def __init__(self, piece: Piece, bases: set[fx.Node], on_host: Sequence[fx.Node] = ()) -> None:
         super().__init__()
         self.on_host = on_host
-        self.graph_module = module_of(piece, "Prefill")
-        self.run = Boxed(self.graph_module)
+        self.graph = piece.graph
+        self.run = Boxed(root_of(piece), piece.graph)
         self.nodes = piece.reads()
         self.outputs = piece.outputs
         self.bases = bases
@@ -233,9 +233,9 @@ class Gather(nn.Module):
 class Learn(nn.Module):
     """The selected tokens once, with grad; keys and values of the others come from the prefill."""
 
-    def __init__(self, piece: Piece, module: fx.GraphModule, run: Run) -> None:
+    def __init__(self, piece: Piece, run: Run) -> None:
         super().__init__()
-        self.graph_module = module
+        self.graph = piece.graph
         self.inputs = piece.inputs
         self.run = run
 

@@ -31,7 +31,7 @@ def test_an_argument_dies_after_its_last_use():
         lambda value: alive.append(seen() is not None) or value, (doubled,)
     )
     graph.output((graph.call_function(torch.sub, (looked, y)),))
-    run = Boxed(fx.GraphModule(nn.Module(), graph))
+    run = Boxed(nn.Module(), graph)
     values: list[Any] = [torch.ones(2), torch.full((2,), 5.0)]
     seen = weakref.ref(values[0])
     (found,) = run(values)
@@ -51,7 +51,7 @@ def test_submodules_and_constants_are_called_where_they_are():
     x = graph.placeholder("x")
     tripled = graph.create_node("call_module", "part", (x,))
     graph.output(graph.call_function(torch.add, (tripled, graph.get_attr("constant"))))
-    run = Boxed(fx.GraphModule(root, graph))
+    run = Boxed(root, graph)
     assert torch.equal(run([torch.ones(2)]), torch.full((2,), 4.0))
 
 

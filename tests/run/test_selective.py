@@ -25,7 +25,7 @@ from models import (
     without_casts,
 )
 from sweeps import sampled
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxseek
@@ -213,7 +213,7 @@ def test_a_sum_of_products_is_kept_and_not_its_parts():
     captured = capture(adapted, tensors, [(1,), (), (), ()])
     placeholders = captured.graph.find_nodes(op="placeholder")
     regions = cheap_regions(captured.graph, [input_of(n) for n in placeholders], ())
-    run = Selectively(fx.GraphModule(nn.Module(), captured.graph), regions)
+    run = Selectively(nn.Module(), captured.graph, regions)
     for _ in range(2):
         (found,), saved = run(list(captured.inputs), Known.of(tensors))
         assert saved == 5 * 11 * 4  # the sum; x is an input

@@ -110,7 +110,7 @@ def test_the_prefill_makes_no_logits(score):
     model(**inputs)
     made = shapes_of(stages(model).prefill, lambda: model(**inputs))
     assert not any(VOCAB in shape and TOKENS in shape for shape in made)
-    operations = stages(model).prefill.graph_module.graph
+    operations = stages(model).prefill.graph
     assert all(node.meta.get("origin") is None or node.users for node in operations.nodes)
 
 
@@ -256,7 +256,7 @@ def test_the_program_reads_as_the_method():
         "saved_bytes = learned[1]",
         "return (outputs, selection, scores, saved_bytes)",
     ]
-    learn = str(stages(model).learn.graph_module.graph)
+    learn = str(stages(model).learn.graph)
     assert "fxseek.ops.rows.scatter_rows" in learn
     assert "fxseek.ops.attention.attend_rows" in learn
 
