@@ -48,11 +48,17 @@ class Sizes:
     same: dict[sympy.Symbol, sympy.Expr]
     hints: dict[sympy.Symbol, int]
     virtual: int = 0
+    _unified: dict[int | sympy.Expr, sympy.Expr] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def expression(self, size: int | torch.SymInt) -> sympy.Expr:
         """One size, as an expression in the unified symbols."""
-        found = _torch.size_expression(size)
-        return found if found.is_Integer else sympy.expand(found.xreplace(self.same))
+        key = _torch.size_expression(size) if isinstance(size, torch.SymInt) else size
+        found = self._unified.get(key)
+        if found is None:
+            found = self._unified[key] = sympy.expand(sympy.sympify(key).xreplace(self.same))
+        return found
 
     def shape(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
         """All sizes of an example value."""

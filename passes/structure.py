@@ -137,7 +137,8 @@ def find_structure(
         up = ancestors([last]) - {last}
         earlier = [node for node in cuts if node in up]
         entry = earlier[-1] if earlier else None
-        down = [node for node in cuts if node is not last and last in ancestors([node])]
+        after = descendants([last]) - {last}
+        down = [node for node in cuts if node in after]
         leave = down[0] if down else None
     pooled = () if losses else tuple(_pooled(graph, facts, before))
     return Structure(

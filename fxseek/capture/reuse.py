@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Reuse:
             known[entry.body_gmod] = Traced(tx, entry, set(self.moved))
         self.traced = known[entry.body_gmod]
         self.of_source = dict(self.moved)
-        self.keyed: dict[Any, Any] = {}
+        self.by_key: dict[Any, Any] = {}
 
     @functools.cached_property
     def values(self) -> dict[Any, Any]:
@@ -104,9 +105,9 @@ class Reuse:
 
     def _value(self, source: Any) -> Any:
         """The value of what a source of the first layer is for this one."""
-        if _only_bases(source):
+        if source not in self.traced.keyed:
             return _value(self.tx, source, self.values)
-        return _value(self.tx, self._moved(source), self.keyed)  # by a key of this one's own
+        return _value(self.tx, self._moved(source), self.by_key)
 
     def _holds(self, check: _Check) -> bool:
         try:
@@ -148,6 +149,8 @@ class Traced:
     def __init__(self, tx: Any, entry: Any, sources: set[Any]) -> None:
         self.sources = sources
         self.checks: list[_Check] = []
+        self.keyed: set[Any] = set()
+        """Sources that are found by a key that is a source itself, which may be a layer's own."""
         self.inputs = {
             item.source for item in entry.subgraph_input_mapping if hasattr(item, "source")
         }
@@ -178,6 +181,7 @@ class Traced:
             if not self._is_of(source):
                 continue
             other = getattr(guard.create_fn, "keywords", {}).get("source_b")
+            self.keyed |= {x for x in (source, other) if not _only_bases(x)}
             if other is not None:
                 self.checks.append(_Check(guard, None, None, other))
                 continue
@@ -190,9 +194,25 @@ class Traced:
 
 
 def _value(tx: Any, source: Any, values: dict[Any, Any]) -> Any:
-    """What a source is of; `values` keeps those of its bases."""
+    """What a source is of; `values` keeps those of its bases.
+
+    As `Source.get_value`, which compiles the expression each time.
+    """
+    if source in values:
+        return values[source]
     root = tx.output.root_tx
-    return source.get_value({"G": root.f_globals, "L": root.f_locals}, {}, values)
+    scope = {"G": root.f_globals, "L": root.f_locals}
+    base = getattr(source, "base", None)
+    if base is None:
+        return source.get_value(scope, {}, values)
+    given = {"base": _value(tx, base, values)}
+    values[source] = found = eval(_expression(source._name_template), scope, given)
+    return found
+
+
+@functools.lru_cache(4096)
+def _expression(template: str) -> CodeType:
+    return compile(template.format("base"), "<source>", "eval")
 
 
 @functools.cache
@@ -212,7 +232,8 @@ def _only_bases(source: Any) -> bool:
 
 def _is_of(source: Any, base: Any) -> bool:
     """Whether a source is something of `base`, or `base` itself."""
-    while source != base:
+    key = hash(base)  # sources keep theirs
+    while hash(source) != key or source != base:
         source = getattr(source, "base", None)
         if source is None:
             return False
