@@ -48,12 +48,6 @@ class Reuse:
             known[entry.body_gmod] = Traced(tx, entry, set(self.moved))
         self.traced = known[entry.body_gmod]
         self.of_source = dict(self.moved)
-        self.by_key: dict[Any, Any] = {}
-
-    @functools.cached_property
-    def values(self) -> dict[Any, Any]:
-        """By which a source of the first layer has the value of what it is for this one."""
-        return {old: _value(self.tx, new, {}) for old, new in self.moved.items()}
 
     def settled(self, *, guarded: bool) -> bool:
         """Whether it does; `guarded`: what is captured is called again."""
@@ -63,7 +57,7 @@ class Reuse:
             return False
         if any(self._by_base(old) not in (old, new) for old, new in self.given.items()):
             return False  # the first layer was given what is its own, and this one was not
-        if not all(map(self._holds, self.traced.checks)):
+        if not self._hold():
             return False
         if guarded:
             for check in self.traced.checks:
@@ -103,18 +97,21 @@ class Reuse:
         }
         return dataclasses.replace(source, **inner)
 
-    def _value(self, source: Any) -> Any:
-        """The value of what a source of the first layer is for this one."""
-        if source not in self.traced.keyed:
-            return _value(self.tx, source, self.values)
-        return _value(self.tx, self._moved(source), self.by_key)
-
-    def _holds(self, check: _Check) -> bool:
+    def _hold(self) -> bool:
+        """Whether this layer has all that is guarded of the first one."""
+        scope, found = _scope(self.tx), []
         try:
-            value = self._value(check.guard.originating_source)
-            if check.same_as is not None:
-                return value is self._value(check.same_as)
-            return check.spec.eval_fn(value, check.expected)
+            for base, step in self.traced.steps:
+                if base is None:
+                    found.append(self._moved(step).get_value(scope, {}, {}))
+                else:
+                    found.append(eval(step, scope, {"base": found[base]}))
+            return all(
+                found[check.at] is found[check.same]
+                if check.same is not None
+                else check.spec.eval_fn(found[check.at], check.expected)
+                for check in self.traced.checks
+            )
         except Exception:  # there is no such attribute, or item
             return False
 
@@ -122,8 +119,8 @@ class Reuse:
         from torch._dynamo.guards import GuardBuilder, install_guard
 
         make = check.guard.create_fn
-        if check.same_as is not None:
-            make = functools.partial(make, source_b=self._moved(check.same_as))
+        if check.same is not None:
+            make = functools.partial(make, source_b=self._moved(make.keywords["source_b"]))
         elif check.guard.create_fn_name() == "TENSOR_MATCH":
             if check.guard.originating_source in self.traced.inputs:
                 return  # Dynamo guards it when it makes it an input of the region
@@ -135,12 +132,16 @@ class Reuse:
 
 @dataclass(frozen=True)
 class _Check:
-    """A guard of a traced layer: what Dynamo asks of the value, or which object it must be."""
+    """A guard of a traced layer: what Dynamo asks of a value, or which other one it must be.
+
+    `at`, `same`: by which of the `steps` the values are found.
+    """
 
     guard: Any
-    spec: Any
-    expected: Any
-    same_as: Any
+    at: int
+    spec: Any = None
+    expected: Any = None
+    same: int | None = None
 
 
 class Traced:
@@ -149,8 +150,9 @@ class Traced:
     def __init__(self, tx: Any, entry: Any, sources: set[Any]) -> None:
         self.sources = sources
         self.checks: list[_Check] = []
-        self.keyed: set[Any] = set()
-        """Sources that are found by a key that is a source itself, which may be a layer's own."""
+        self.steps: list[tuple[int | None, Any]] = []
+        """How values are found: by an expression of that of an earlier step, or by a source."""
+        self.step_of: dict[Any, int] = {}
         self.inputs = {
             item.source for item in entry.subgraph_input_mapping if hasattr(item, "source")
         }
@@ -175,59 +177,50 @@ class Traced:
         """Note the guards; answers whether all of them can be asked of another layer."""
         from torch._dynamo.guards import GUARD_VALUE_DISPATCH, GuardCheckSpec
 
-        values: dict[Any, Any] = {}
+        scope, values = _scope(tx), {}
         for guard in tx.output.guards:
             source = guard.originating_source
             if not self._is_of(source):
                 continue
             other = getattr(guard.create_fn, "keywords", {}).get("source_b")
-            self.keyed |= {x for x in (source, other) if not _only_bases(x)}
+            at = self._step(source)
             if other is not None:
-                self.checks.append(_Check(guard, None, None, other))
+                self.checks.append(_Check(guard, at, same=self._step(other)))
                 continue
             spec = GUARD_VALUE_DISPATCH.get(guard.create_fn_name())
             if not isinstance(spec, GuardCheckSpec):
                 return False
-            expected = spec.get_metadata_fn(guard, _value(tx, source, values))
-            self.checks.append(_Check(guard, spec, expected, None))
+            expected = spec.get_metadata_fn(guard, source.get_value(scope, {}, values))
+            self.checks.append(_Check(guard, at, spec, expected))
         return True
 
+    def _step(self, source: Any) -> int:
+        """By which step the value of a source is found.
 
-def _value(tx: Any, source: Any, values: dict[Any, Any]) -> Any:
-    """What a source is of; `values` keeps those of its bases.
+        As `Source.get_value` does, which compiles the expression each time. A source by a key that
+        is a source itself, and what the layers are found by, are asked for their values.
+        """
+        if source not in self.step_of:
+            fields = [x.name for x in dataclasses.fields(source) if x.name != "base"]
+            keyed = any(hasattr(getattr(source, name), "guard_source") for name in fields)
+            if keyed or source in self.sources or not hasattr(source, "base"):
+                step = (None, source)
+            else:
+                step = (self._step(source.base), _expression(source._name_template))
+            self.step_of[source] = len(self.steps)
+            self.steps.append(step)
+        return self.step_of[source]
 
-    As `Source.get_value`, which compiles the expression each time.
-    """
-    if source in values:
-        return values[source]
+
+def _scope(tx: Any) -> dict[str, Any]:
+    """What the expressions of sources are of."""
     root = tx.output.root_tx
-    scope = {"G": root.f_globals, "L": root.f_locals}
-    base = getattr(source, "base", None)
-    if base is None:
-        return source.get_value(scope, {}, values)
-    given = {"base": _value(tx, base, values)}
-    values[source] = found = eval(_expression(source._name_template), scope, given)
-    return found
+    return {"G": root.f_globals, "L": root.f_locals}
 
 
 @functools.lru_cache(4096)
 def _expression(template: str) -> CodeType:
     return compile(template.format("base"), "<source>", "eval")
-
-
-@functools.cache
-def _sources_in(kind: type) -> tuple[str, ...]:
-    """The fields of a kind of source that may be sources themselves, beside its base."""
-    return tuple(x.name for x in dataclasses.fields(kind) if x.name not in ("base", "member"))
-
-
-def _only_bases(source: Any) -> bool:
-    """Whether a source is reached from its first base by names and numbers alone."""
-    while hasattr(source, "base"):
-        if any(hasattr(getattr(source, x), "guard_source") for x in _sources_in(type(source))):
-            return False
-        source = source.base
-    return True
 
 
 def _is_of(source: Any, base: Any) -> bool:
