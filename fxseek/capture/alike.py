@@ -36,6 +36,7 @@ class Regions:
 
     `begun`: a region has been entered; `calls`: how many calls of regions were captured; `traced`:
     how many regions were traced for it. `guarded`: layers that are not traced are guarded too.
+    `known`: what is known of each traced region, by its graph.
     """
 
     def __init__(self, find: Callable[[], dict[nn.Module, str]], *, guarded: bool) -> None:
