@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fxseek import _torch
+from fxseek.passes.facts import tensors_of
 
 __all__ = ["Calls"]
 
@@ -28,8 +29,8 @@ class Calls:
         """What the operation gives for these arguments."""
         if func not in self._functional:
             self._functional[func] = _is_functional(func)
-        operands = [*args, *kwargs.values()] if self._functional[func] else [func]
-        kinds = [_kind(x) for x in operands]
+        operands = [*args, *kwargs.values()]
+        kinds = [_kind(x) for x in operands] if self._functional[func] else [None]
         if None in kinds:
             return func(*args, **kwargs)
         call = (func, *kwargs, *kinds)
@@ -78,7 +79,7 @@ class _Result(NamedTuple):
     tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 
     @staticmethod
-    def of(out: Any, operands: Iterable[Any]) -> _Result | None:
+    def of(out: Any, operands: list[Any]) -> _Result | None:
         """None where it is more than new tensors without gaps in their memory."""
         several = None if isinstance(out, Tensor) else type(out)
         tensors = (out,) if several is None else tuple(out)
@@ -86,7 +87,7 @@ class _Result(NamedTuple):
             return None
         result = _Result(several, tuple((x.shape, x.stride(), x.dtype) for x in tensors))
         own = {_torch.storage_key(x) for x in tensors}
-        shared = own & {_torch.storage_key(x) for x in operands if isinstance(x, Tensor)}
+        shared = own & {_torch.storage_key(x) for x in tensors_of(operands)}
         made = result.again()
         alike = zip(tensors, (made,) if several is None else made, strict=True)
         if (
