@@ -83,8 +83,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tunings", default="full,lora", help="some of %(default)s")
     selecting = [way for way in ways.WAYS if way not in ways.PARTS]
     add("--methods", default=",".join(selecting), help="'parts', or some of %(default)s")
-    help = "timed steps of each way (default: 5, above 1024 tokens 3, in parts above 2048 one)"
-    add("--repeats", type=int, help=help)
+    few = "default: 5, above 1024 tokens 3; in parts, above 2048 the one that counts bytes"
+    add("--repeats", type=int, help=f"steps of each way to time ({few})")
     add("--output", default=str(PAGE), help="the page to write into, - for none (%(default)s)")
     add("--keep", type=Path, help="a file that remembers results, made if missing")
     options = parser.parse_args(arguments)
@@ -134,8 +134,11 @@ def remembered(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
 
 
 def repeats(tokens: int, options: argparse.Namespace) -> int:
-    """How many steps of each way are timed."""
-    few = 1 if options.in_parts and tokens > 2048 else 3
+    """How many steps of each way are timed on their own; 0: the one that counts bytes is timed.
+
+    So long a step takes minutes, and what the profiler takes is little beside it.
+    """
+    few = 0 if options.in_parts and tokens > 2048 else 3
     return options.repeats or (5 if tokens <= 1024 else few)
 
 
@@ -188,6 +191,8 @@ def measure(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
                 result.failed = first_step(way, models[way], batch, result, device)
             elif number == 1:
                 count(models[way], batch, result, device)
+                if repeats(tokens, options):
+                    result.seconds.clear()
             else:
                 with common.timed(device, result.seconds):
                     models[way](**batch).loss.backward()
@@ -227,14 +232,15 @@ def first_step(
 def count(
     model: nn.Module, batch: dict[str, Tensor], result: Measured, device: torch.device
 ) -> None:
-    """Count the bytes that a step keeps for its backward, and its peak."""
+    """Count the bytes that a step keeps for its backward, and its peak; time it too."""
 
     def step() -> None:
-        # The hooks keep what autograd would keep, for as long: they don't change the peak.
-        with common.SavedBytes(model) as saved:
-            loss = model(**batch).loss
-            result.saved_bytes = saved.bytes()
-        loss.backward()
+        with common.timed(device, result.seconds):
+            # The hooks keep what autograd would keep, for as long: they don't change the peak.
+            with common.SavedBytes(model) as saved:
+                loss = model(**batch).loss
+                result.saved_bytes = saved.bytes()
+            loss.backward()
 
     result.peak_bytes = peak.step_peak(step, model.parameters(), device)
 

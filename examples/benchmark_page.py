@@ -115,7 +115,7 @@ def setting(parts: Parts, options: argparse.Namespace) -> str:
         f"### {source.name}, {options.device}, {span(options.tokens)} tokens\n\n"
         f"Batch {options.batch}, {options.dtype}, {share}, "
         f"fxseek's learn stage run by `{options.backend}`; "
-        f"{'one timed step' if counts == [1] else f'medians of {span(counts)} steps'}.\n\n"
+        f"{'one step each' if counts == [1] else f'medians of {span(counts)} steps'}.\n\n"
         f"Machine: {machine}. Versions: Python {platform.python_version()}, {versions}. "
         f"Command: `{options.command}`."
     )

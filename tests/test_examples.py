@@ -136,13 +136,13 @@ def test_rows_are_padded_to_the_longest() -> None:
 
 
 def test_the_held_out_loss_is_a_mean_over_tokens_and_keeps_no_graph() -> None:
-    class Model(nn.Linear):
+    class Model(nn.Module):
         def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
             assert not self.training and not torch.is_grad_enabled()
             return SimpleNamespace(loss=input_ids.float().mean())
 
     rows = [common.Row([1, 2, 3], [common.IGNORED, 2, 3]), common.Row([8, 8], [8, 8])]
-    model = Model(1, 1).train()
+    model = Model().train()
     assert common.held_out_loss(model, rows, pad_id=0, device="cpu") == (2.0 * 2 + 8.0) / 3
     assert model.training
 
@@ -453,6 +453,23 @@ def test_the_benchmark_writes_its_tables_between_its_markers(
     )
     assert second.count("<!-- measured: ") == 1
     assert "LoRA" not in second
+
+
+def test_long_rows_are_captured_by_a_short_one_and_timed_as_they_are_counted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = benchmark.parse(["--methods", "parts"])
+    assert options.tokens == [1024, 2048, 4096, 8192]
+    assert [benchmark.repeats(tokens, options) for tokens in options.tokens] == [5, 3, 0, 0]
+    monkeypatch.setattr(benchmark, "SHORT", 16)
+    monkeypatch.setattr(benchmark, "repeats", lambda tokens, options: 0)
+    (page := tmp_path / "page.md").write_text("")
+    arguments = ["--tokens", "64", "--methods", "ordinary,random", "--tunings", "full"]
+    text = run_benchmark(monkeypatch, folder, page, *arguments)
+    assert "one step each" in text
+    row = next(line for line in text.splitlines() if line.startswith("| fxseek, random"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert float(cells[3]) > 0 and float(cells[8]) >= 0
 
 
 @pytest.mark.sweep
