@@ -182,12 +182,11 @@ def _symbol(size: int | torch.SymInt) -> sympy.Symbol:
 
 def _virtual_tokens(graph: fx.Graph, sizes: Sizes) -> int:
     """How many tokens most values with gradient have beyond those of the input."""
+    valued = (node for node in graph.nodes if is_tensor(node) and needs_grad(node))
+    met = Counter(size for node in valued for size in sizes.shape(example(node)))
     counts: Counter[int] = Counter()
-    for node in graph.nodes:
-        if not (is_tensor(node) and needs_grad(node)):
-            continue
-        for size in sizes.shape(example(node)):
-            beyond = size - sizes.tokens
-            if beyond.is_Integer and beyond >= 0:
-                counts[int(beyond)] += 1
+    for size, times in met.items():
+        beyond = size - sizes.tokens
+        if beyond.is_Integer and beyond >= 0:
+            counts[int(beyond)] += times
     return counts.most_common(1)[0][0] if counts else 0
