@@ -136,7 +136,7 @@ def remembered(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
 def repeats(tokens: int, options: argparse.Namespace) -> int:
     """How many steps of each way are timed on their own; 0: the one that counts bytes is timed.
 
-    So long a step takes minutes; the profiler adds some 1 % at 2048 tokens, and less to longer ones.
+    So long a step takes minutes; the profiler adds some 1 % at 2048 tokens.
     """
     few = 0 if options.in_parts and tokens > 2048 else 3
     return options.repeats or (5 if tokens <= 1024 else few)
