@@ -190,9 +190,9 @@ def measure(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
             if number == 0:
                 result.failed = first_step(way, models[way], batch, result, device)
             elif number == 1:
-                count(models[way], batch, result, device)
-                if repeats(tokens, options):
-                    result.seconds.clear()
+                seconds = count(models[way], batch, result, device)
+                if not repeats(tokens, options):
+                    result.seconds = seconds
             else:
                 with common.timed(device, result.seconds):
                     models[way](**batch).loss.backward()
@@ -231,11 +231,12 @@ def first_step(
 
 def count(
     model: nn.Module, batch: dict[str, Tensor], result: Measured, device: torch.device
-) -> None:
-    """Count the bytes that a step keeps for its backward, and its peak; time it too."""
+) -> list[float]:
+    """Count the bytes that a step keeps for its backward, and its peak; returns its seconds."""
+    seconds: list[float] = []
 
     def step() -> None:
-        with common.timed(device, result.seconds):
+        with common.timed(device, seconds):
             # The hooks keep what autograd would keep, for as long: they don't change the peak.
             with common.SavedBytes(model) as saved:
                 loss = model(**batch).loss
@@ -243,6 +244,7 @@ def count(
             loss.backward()
 
     result.peak_bytes = peak.step_peak(step, model.parameters(), device)
+    return seconds
 
 
 def text(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 import torch
@@ -206,7 +205,8 @@ class Traced:
             if keyed or source in self.sources or not hasattr(source, "base"):
                 step = (None, source)
             else:
-                step = (self._step(source.base), _expression(source._name_template))
+                expression = source._name_template.format("base")
+                step = (self._step(source.base), compile(expression, "<source>", "eval"))
             self.step_of[source] = len(self.steps)
             self.steps.append(step)
         return self.step_of[source]
@@ -216,11 +216,6 @@ def _scope(tx: Any) -> dict[str, Any]:
     """What the expressions of sources are of."""
     root = tx.output.root_tx
     return {"G": root.f_globals, "L": root.f_locals}
-
-
-@functools.lru_cache(4096)
-def _expression(template: str) -> CodeType:
-    return compile(template.format("base"), "<source>", "eval")
 
 
 def _is_of(source: Any, base: Any) -> bool:
