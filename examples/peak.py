@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import common
+
+MEMORY = "[memory]"  # how torch names allocations in a trace
 
 
 def step_peak(
@@ -43,16 +46,23 @@ def step_peak(
 
 
 def trace_of(step: Callable[[], object]) -> list[dict[str, Any]]:
-    """Run ``step``, and return the events of its Chrome trace, each allocation among them."""
-    # With acc_events torch 2.12 has no remark to make.
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiler:
-        step()
+    """Run ``step``, and return the allocations among the events of its Chrome trace."""
+    with warnings.catch_warnings():
+        # Torch 2.12 says that it keeps the events of one cycle. All of them in Python, as
+        # acc_events has it, would take gigabytes.
+        warnings.filterwarnings("ignore", ".*Profiler clears events")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        trace = json.loads(path.read_text(encoding="utf-8"), object_hook=_allocation)
+    return [event for event in trace["traceEvents"] if event is not None]
+
+
+def _allocation(found: dict[str, Any]) -> dict[str, Any] | None:
+    """What is kept of a trace, of whose events only allocations are wanted: there are millions."""
+    return None if found.get("name", MEMORY) != MEMORY else found
 
 
 def _cuda_peak(
@@ -72,14 +82,14 @@ def peak_of(events: Iterable[Mapping[str, Any]], left_out: set[int] = frozenset(
     """The largest running sum of a trace's memory events on the CPU, in bytes; at least 0.
 
     Args:
-        events: A Chrome trace's; "[memory]" ones hold ``Bytes``, negative where memory is freed,
-            and ``Addr``.
+        events: A Chrome trace's. Those named `MEMORY` hold ``Bytes``, negative where memory is
+            freed, and ``Addr``.
         left_out: Addresses. The allocation that is alive there in the end isn't counted.
     """
     cpu = 0  # c10::DeviceType
     memory = [
         event for event in events
-        if event["name"] == "[memory]" and event["args"]["Device Type"] == cpu
+        if event["name"] == MEMORY and event["args"]["Device Type"] == cpu
     ]  # fmt: skip
     memory.sort(key=lambda event: event["ts"])
     changes = [int(event["args"]["Bytes"]) for event in memory]
