@@ -51,6 +51,9 @@ class Sizes:
     _unified: dict[int | sympy.Expr, sympy.Expr] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _shapes: dict[int, tuple[torch.Tensor, tuple[sympy.Expr, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def expression(self, size: int | torch.SymInt) -> sympy.Expr:
         """One size, as an expression in the unified symbols."""
@@ -62,7 +65,9 @@ class Sizes:
 
     def shape(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
         """All sizes of an example value."""
-        return tuple(self.expression(size) for size in value.shape)
+        if id(value) not in self._shapes:  # whose id is its own as long as it is held
+            self._shapes[id(value)] = value, tuple(map(self.expression, value.shape))
+        return self._shapes[id(value)][1]
 
     def has_tokens(self, expression: sympy.Expr) -> bool:
         """Whether a size depends on the number of tokens."""

@@ -194,9 +194,9 @@ def made_from_rows(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
         rule = find_rule(node)
         operands = node.all_input_nodes
         if (
-            per_token(node, facts)
-            and not needs_grad(node)
+            not needs_grad(node)
             and not any(map(needs_grad, operands))
+            and per_token(node, facts)
             and (rule is None or rule.family != "random")
             and all(
                 x in found or x.op == "placeholder" or not facts.token_sized(x)
