@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tunings", default="full,lora", help="some of %(default)s")
     selecting = [way for way in ways.WAYS if way not in ways.PARTS]
     add("--methods", default=",".join(selecting), help="'parts', or some of %(default)s")
-    few = "default: 5, above 1024 tokens 3; in parts, above 2048 the one that counts bytes"
+    few = "default: 5, above 1024 tokens 3, in parts above 4096 1"
     add("--repeats", type=int, help=f"steps of each way to time ({few})")
     add("--output", default=str(PAGE), help="the page to write into, - for none (%(default)s)")
     add("--keep", type=Path, help="a file that remembers results, made if missing")
@@ -134,12 +134,17 @@ def remembered(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
 
 
 def repeats(tokens: int, options: argparse.Namespace) -> int:
-    """How many steps of each way are timed on their own; 0: the one that counts bytes is timed.
-
-    So long a step takes minutes; the profiler adds some 1 % at 2048 tokens.
-    """
-    few = 0 if options.in_parts and tokens > 2048 else 3
+    """How many steps of each way are timed."""
+    few = 1 if options.in_parts and tokens > 4096 else 3
     return options.repeats or (5 if tokens <= 1024 else few)
+
+
+def count_is_timed(tokens: int, options: argparse.Namespace) -> bool:
+    """Whether the step that counts bytes is one of those that are timed: where they take minutes.
+
+    The profiler adds some 1 % at 2048 tokens.
+    """
+    return options.in_parts and tokens > 2048
 
 
 def apart(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
@@ -178,7 +183,9 @@ def measure(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
         if not result.failed
     }
     description = f"{tuning}, {tokens} tokens"
-    bar = tqdm(range(UNTIMED + repeats(tokens, options)), description, unit="round")
+    counted = count_is_timed(tokens, options)
+    rounds = UNTIMED + repeats(tokens, options) - int(counted)
+    bar = tqdm(range(rounds), description, unit="round")
     for number in bar:
         # Each round starts with another way, so that none always follows the same neighbour.
         turn = number % len(part)
@@ -191,7 +198,7 @@ def measure(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
                 result.failed = first_step(way, models[way], batch, result, device)
             elif number == 1:
                 seconds = count(models[way], batch, result, device)
-                if not repeats(tokens, options):
+                if counted:
                     result.seconds = seconds
             else:
                 with common.timed(device, result.seconds):

@@ -276,7 +276,7 @@ def targets(parts: Parts, options: argparse.Namespace) -> str | None:
 
 
 def part_targets(parts: Parts, options: argparse.Namespace) -> str | None:
-    """The targets of learning in parts: what the part size that comes nearest reaches."""
+    """The targets of learning in parts, and whether each part size reaches them with LoRA."""
     rows = []
     for (tuning, tokens), part in parts.items():
         if tuning != "lora" or tokens < PART_TARGET_TOKENS:

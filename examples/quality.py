@@ -5,8 +5,9 @@
 
 First a few steps of each way are timed, in turns with those of gradient checkpointing. Then each
 run trains a real model for some steps. Each timing and each run adds a line to a file; what is in
-the file is not run again, so that a call that was stopped goes on where it was. The page has each
-way's held-out loss against steps and against seconds, as the mean and deviation over seeds.
+the file is not run again, whatever machine ran it, so that a call that was stopped goes on where it
+was. The page has each way's held-out loss against steps and against seconds, as the mean and
+deviation over seeds.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tunings", default="lora,full", help="some of %(default)s")
     add("--arms", default=",".join(ARMS), help="some of %(default)s")
     add("--seeds", type=int, default=3, help="runs of each way (%(default)s)")
+    add("--first-seed", type=int, default=0, help="the first run's seed (%(default)s)")
     add("--steps", type=int, default=48, help="training steps (%(default)s)")
     add("--every", type=int, default=12, help="steps between two evaluations (%(default)s)")
     add("--batch", type=int, default=4, help="rows of a step (%(default)s)")
@@ -209,7 +211,7 @@ def settings(options: argparse.Namespace, model: str) -> Iterator[Line]:
     """
     seeds: list[int | None] = [None] if "timings" in options.what else []
     if "runs" in options.what:
-        seeds += range(options.seeds)
+        seeds += range(options.first_seed, options.first_seed + options.seeds)
     for tuning in options.tunings:
         for seed in seeds:
             for arm in options.arms:

@@ -16,7 +16,7 @@ from common import ExampleError
 Run = dict[str, Any]
 
 SETTING = ("model", "data", "tuning", "tokens", "batch", "steps", "every", "held_out", "rate",
-           "dtype", "device")  # fmt: skip
+           "dtype")  # fmt: skip
 """What runs of one table have in common."""
 STEP = ("model", "data", "tuning", "tokens", "batch", "dtype")
 """What a step's time depends on, on one machine."""
@@ -29,9 +29,10 @@ answers have labels, and a ratio counts all tokens of a row: where prompts are l
 select among labelled tokens learn a larger share of those. On CUDA, products are in TF32.
 
 *Gain* is how much the loss has fallen, as a share of what ordinary training gains with that seed
-in the same number of steps; *at equal time*, as a share of what gradient checkpointing gains in the
-seconds that the way's own steps took. Both are the mean and the deviation over seeds. *Step* is a
-step's time over that of gradient checkpointing, measured in turns.
+on that kind of device in the same number of steps; *at equal time*, as a share of what gradient
+checkpointing gains in the seconds that the way's own steps took. Both are the mean and the
+deviation over seeds. *Step* is a step's time over that of gradient checkpointing, measured in
+turns.
 """
 
 
@@ -57,7 +58,7 @@ def read(path: Path) -> list[Run]:
 
 
 def key(run: Run) -> tuple[Any, ...]:
-    """What a run is, without what it found."""
+    """What a run is, without what it found, and wherever it ran."""
     return (*setting(run), run["arm"], run["seed"])
 
 
@@ -92,8 +93,20 @@ def arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def gained(some: Iterable[Run], runs: Iterable[Run], at: float | None = None) -> list[float]:
     """Each run's gain, at the end or a step, as a share of ordinary training's in the end."""
-    ordinary = {run["seed"]: gain(run) for run in runs if run["arm"] == "ordinary"}
-    return [gain(run, at) / ordinary[run["seed"]] for run in some if run["seed"] in ordinary]
+    return [gain(run, at) / gain(ordinary) for run, ordinary in against_ordinary(some, runs)]
+
+
+def against_ordinary(some: Iterable[Run], runs: Iterable[Run]) -> list[tuple[Run, Run]]:
+    """Each run and ordinary training's with its seed, where the same kind of device has run both.
+
+    On another machine, the text of a seed may be another: what is installed differs.
+    """
+    ordinary = {(run["seed"], run["device"]): run for run in runs if run["arm"] == "ordinary"}
+    return [
+        (run, ordinary[run["seed"], run["device"]])
+        for run in some
+        if (run["seed"], run["device"]) in ordinary
+    ]
 
 
 def paces(timings: Iterable[Run]) -> dict[str, float]:
@@ -104,11 +117,10 @@ def paces(timings: Iterable[Run]) -> dict[str, float]:
 def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
     """One setting's table."""
     first, pace = runs[0], paces(timings)
-    ordinary = {run["seed"]: run for run in runs if run["arm"] == "ordinary"}
     header = ["", "seeds", "step", "held-out loss", "gain", "at equal time"]
     rows = []
     for arm, some in arms(runs).items():
-        pairs = [(run, ordinary[run["seed"]]) for run in some if run["seed"] in ordinary]
+        pairs = against_ordinary(some, runs)
         gains = gained(some, runs)
         timely = []
         if pace.get(arm, math.inf) <= 1:  # behind the last step there is nothing to compare with
@@ -126,12 +138,26 @@ def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
     machines = ", ".join(sorted({line["machine"] for line in timings}))
     title = (
         f"## {first['data']}, {first['tuning']}\n\n{first['model']}, {first['dtype']}, on "
-        f"{first['machine']}: {first['steps']} steps of {first['batch']} rows of up to "
+        f"{machines_of(runs)}: {first['steps']} steps of {first['batch']} rows of up to "
         f"{first['tokens']} tokens, learning rate {first['rate']:g}, {first['held_out']} held-out "
         f"rows. Held-out loss before: {spread([run['losses'][0][1] for run in runs], '{:.3f}')}. "
         f"{f'Steps were timed on {machines}.' if machines else 'No step was timed.'}\n"
     )
     return f"{title}\n{common.table(header, rows)}\n\n![Held-out loss]({plot})\n"
+
+
+def machines_of(runs: Iterable[Run]) -> str:
+    """Where runs ran; of several machines, which seeds each."""
+    seeds: dict[str, set[int]] = {}
+    for run in runs:
+        seeds.setdefault(run["machine"], set()).add(run["seed"])
+    if len(seeds) == 1:
+        return next(iter(seeds))
+    named = [
+        f"{name} ({'seed' if len(some) == 1 else 'seeds'} {', '.join(map(str, sorted(some)))})"
+        for name, some in seeds.items()
+    ]
+    return " and ".join(named)
 
 
 def gain(run: Run, at: float | None = None) -> float:

@@ -235,11 +235,11 @@ def in_parts(
     body = then(hoist_gathers, body)
     if config.recompute != "none":
         body = then(expand_latents, body, graph, facts)
-    mixing = then(find_mixing, body)
+    mixing = then(find_mixing, body, facts)
     if isinstance(mixing, str):
         return mixing
     body, masks = masked_once(then, body, config)
-    body = then(join_values, body)
+    body = then(join_values, body, mixing)
     plan = then(schedule, body, structure, config)
     return Parts(body, plan, cut.entry, cut.rows, mixing, masks, draws(body))
 

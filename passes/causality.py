@@ -8,7 +8,7 @@ looks at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -17,12 +17,12 @@ from fxseek import _torch
 from fxseek.ops.attention import attend_rows
 from fxseek.ops.masks import HIDDEN
 from fxseek.ops.rows import Rows, scatter_entries, scatter_rows
-from fxseek.passes.facts import ancestors, example, tensors_of, where
+from fxseek.passes.facts import Facts, ancestors, example, tensors_of, where
 from fxseek.passes.ir import Gathered, Piece, Prefilled
 from fxseek.passes.latents import is_expanded
 from fxseek.passes.rules import argument, called, find_rule, operation
 
-__all__ = ["Hides", "Mixing", "find_mixing"]
+__all__ = ["Hides", "Mixing", "find_mixing", "size_arguments"]
 
 
 class Hides(NamedTuple):
@@ -38,20 +38,26 @@ class Mixing(NamedTuple):
 
     `must_hide`: the masks of each attention, which hide later tokens if the model is causal (a step
     looks at them); `cuts`: captured values of which a part need not read the tokens behind its last
-    query.
+    query; `views`: of the body, what views such values on the way to an attention, and the
+    dimension of the tokens in it.
     """
 
     must_hide: tuple[tuple[Hides, ...], ...]
     cuts: frozenset[fx.Node]
+    views: Mapping[fx.Node, int]
 
 
-def find_mixing(body: Piece) -> Mixing | str:
-    """How tokens read each other in a learn stage; or why a part of them might read later ones."""
+def find_mixing(body: Piece, facts: Facts) -> Mixing | str:
+    """How tokens read each other in a learn stage; or why a part of them might read later ones.
+
+    `facts` are those of the captured graph.
+    """
     found = _Reads(body)
     reason = found.look()
     if reason is not None:
         return reason
-    return Mixing(tuple(found.masks), frozenset(found.cuts()))
+    cuts, views = _Cuts(body, facts, found).find()
+    return Mixing(tuple(found.masks), cuts, views)
 
 
 class _Reads:
@@ -179,24 +185,94 @@ class _Reads:
         self.masks[tuple(masks)] = None
         return None
 
-    def cuts(self) -> set[fx.Node]:
-        """The captured nodes of keys and values that attentions read as they are, both of them."""
-        whole = {
-            node
-            for node, users in self.read.items()
-            if all(user.target is attend_rows for user in users) and _ends_in_tokens(node)
-        }
+
+class _Cuts:
+    """Which values need not be whole: keys and values that attentions read as they are."""
+
+    def __init__(self, body: Piece, facts: Facts, found: _Reads) -> None:
+        self.facts = facts
+        self.given = found.given
+        self.read = found.read
+        self.attentions = [node for node in body.graph.nodes if node.target is attend_rows]
+        self.views: dict[fx.Node, tuple[fx.Node, int]] = {}
+        """Of each view, the value that it views, and where its tokens are."""
+
+    def find(self) -> tuple[frozenset[fx.Node], dict[fx.Node, int]]:
+        """As `Mixing` has them."""
+        readers = {node: found for node in self.read if (found := self._readers(node)) is not None}
+        cut = set(readers)
         alone: set[Any] = {None}
-        while alone:
-            read = [self._sources(*user.args[1:3]) for node in whole for user in self.read[node]]
-            alone = {x for found in read if not whole.issuperset(found) for x in found} & whole
-            whole -= alone
-        return {node.meta["origin"] for node in whole}
+        while alone:  # an attention has as many keys as values
+            read = [self._sources(*user.args[1:3]) for node in cut for user in readers[node]]
+            alone = {x for found in read if not cut.issuperset(found) for x in found} & cut
+            cut -= alone
+        if any(self._lengthen(some, cut) for some in self._alike()):
+            cut.clear()
+        views = {view: row for view, (viewed, row) in self.views.items() if viewed in cut}
+        return frozenset(node.meta["origin"] for node in cut), views
+
+    def _alike(self) -> Iterable[list[fx.Node]]:
+        """The attentions that share a mask."""
+        found: dict[Any, list[fx.Node]] = {}
+        for node in self.attentions:
+            mask = node.kwargs.get("mask"), node.kwargs.get("is_causal")
+            found.setdefault(mask, []).append(node)
+        return found.values()
+
+    def _lengthen(self, attentions: Iterable[fx.Node], cut: Set[fx.Node]) -> bool:
+        """Whether one has more keys than an earlier one, for which their mask is made."""
+        shorter = [not cut.isdisjoint(self._sources(*node.args[1:3])) for node in attentions]
+        return shorter != sorted(shorter)
+
+    def _readers(self, scattered: fx.Node) -> set[fx.Node] | None:
+        """The attentions that read a value; None where something else reads it, or may."""
+        rows = scattered.args[3]
+        assert isinstance(rows, Rows)
+        if rows.packed:
+            return None
+        expanded = any(is_expanded(user) for user in scattered.users)
+        if not expanded:
+            return self._through_views(scattered, scattered, rows.row)
+        ends = rows.row == _rank(scattered) - 2
+        users = self.read[scattered]
+        return users if ends and all(user.target is attend_rows for user in users) else None
+
+    def _through_views(self, scattered: fx.Node, value: fx.Node, row: int) -> set[fx.Node] | None:
+        found: set[fx.Node] = set()
+        for user in value.users:
+            if user.target is attend_rows:
+                if row != _rank(value) - 2:
+                    return None
+                found.add(user)
+                continue
+            after = self._row_of_view(user)
+            more = None if after is None else self._through_views(scattered, user, after)
+            if more is None or after is None:
+                return None
+            self.views[user] = scattered, after
+            found |= more
+        return found
+
+    def _row_of_view(self, node: fx.Node) -> int | None:
+        """Where the tokens are in a view, if it can be one of fewer tokens; else None."""
+        if operation(node) not in _VIEWS:
+            return None
+        plan = self.facts.plans.get(node.meta["origin"])
+        if plan is None or not isinstance(plan.rows, Rows) or plan.rows.packed:
+            return None
+        row, sizes = plan.rows.row, size_arguments(node)
+        if not sizes:
+            return row
+        fixed = len(sizes) != _rank(node) or (isinstance(sizes[row], int) and sizes[row] >= 0)
+        return None if fixed else row
 
     def _sources(self, *values: Any) -> set[Any]:
-        """What values are, or what they are expanded from that has tokens."""
+        """What values are, or what they are views of, or expanded from, that has tokens."""
         found: set[Any] = set()
         for value in values:
+            if value in self.views:
+                found.add(self.views[value][0])
+                continue
             if value in self.read or not is_expanded(value):
                 found.add(value)
                 continue
@@ -207,12 +283,16 @@ class _Reads:
         return found
 
 
-def _ends_in_tokens(scattered: fx.Node) -> bool:
-    """Whether tokens are in the last dimension but one of a scattered value, and only they."""
-    rows = scattered.args[3]
-    assert isinstance(rows, Rows)
-    rank = example(scattered.meta["origin"]).dim()
-    return not rows.packed and rows.row == rank - 2
+def size_arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes that a view is given, one of each of its dimensions; () where it is given none."""
+    if operation(node) not in ("view", "reshape"):
+        return ()
+    sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    return tuple(sizes)
+
+
+def _rank(node: fx.Node) -> int:
+    return example(node.meta["origin"]).dim()
 
 
 def _moves_only(node: fx.Node) -> bool:
@@ -221,6 +301,7 @@ def _moves_only(node: fx.Node) -> bool:
     return found is not None and (found.layout or found.name in ("getitem", "cat"))
 
 
+_VIEWS = ("view", "reshape", "transpose", "permute")
 _ENTRYWISE = ("add", "sub", "mul", "div", "tanh", "to", "where", "masked_fill", "clone")
 """What may be done to scores between the product and the softmax."""
 _GREATEST = ("max", "amax")

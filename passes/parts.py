@@ -17,7 +17,7 @@ Of a model that isn't shown to be causal (`causality.py`) all kept tokens are le
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from fxseek.config import SeekConfig
 from fxseek.ops.attention import attend_rows
 from fxseek.ops.parts import join_rows, pass_joint
 from fxseek.ops.rows import Rows, pass_kept, scatter_rows
-from fxseek.passes.causality import Mixing
+from fxseek.passes.causality import Mixing, size_arguments
 from fxseek.passes.facts import Facts, ancestors, descendants, walk_up, where
 from fxseek.passes.head import Head
 from fxseek.passes.ir import Gathered, Input, Joined, Piece, placeholder_of
@@ -137,8 +137,11 @@ def _draws(node: fx.Node) -> bool:
     return drops != 0.0 and argument(node, 2, "training", True) is not False
 
 
-def join_values(body: Piece) -> Piece:
-    """Let a body take values that parts share in the place of scattering rows into full ones."""
+def join_values(body: Piece, mixing: Mixing) -> Piece:
+    """Let a body take values that parts share in the place of scattering rows into full ones.
+
+    Views of those that are cut get as many tokens as these have.
+    """
     graph = body.graph
     items: dict[fx.Node, Input] = dict(body.placeholders())
     start = next(iter(graph.nodes))
@@ -152,12 +155,29 @@ def join_values(body: Piece) -> Piece:
                 joint = placeholder_of(graph, item)
             items[joint] = item
             node.target, node.args = join_rows, (joint, rows)
+            if item.node in mixing.cuts:
+                with graph.inserting_after(node):
+                    tokens = graph.call_method("size", (node, at.row))
+                _resize(node, tokens, mixing.views)
+                if not tokens.users:
+                    graph.erase_node(tokens)
         elif node.target is pass_kept:
             value, _, at, *_ = node.args
             assert isinstance(value, fx.Node)
             node.target, node.args = pass_joint, (value, _joint_of(value) or joint, at)
     graph.lint()
     return body.edited(items)
+
+
+def _resize(value: fx.Node, tokens: fx.Node, views: Mapping[fx.Node, int]) -> None:
+    """Give the views of a value so many tokens."""
+    for view in list(value.users):
+        if view in views:
+            sizes = list(size_arguments(view))
+            if sizes and isinstance(sizes[views[view]], fx.Node):
+                sizes[views[view]] = tokens
+                view.args = (value, tuple(sizes))
+            _resize(view, tokens, views)
 
 
 def _joint_of(expanded: fx.Node) -> Any:

@@ -460,9 +460,11 @@ def test_long_rows_are_captured_by_a_short_one_and_timed_as_they_are_counted(
 ) -> None:
     options = benchmark.parse(["--methods", "parts"])
     assert options.tokens == [1024, 2048, 4096, 8192]
-    assert [benchmark.repeats(tokens, options) for tokens in options.tokens] == [5, 3, 0, 0]
+    assert [benchmark.repeats(tokens, options) for tokens in options.tokens] == [5, 3, 3, 1]
+    counted = [benchmark.count_is_timed(tokens, options) for tokens in options.tokens]
+    assert counted == [False, False, True, True]
     monkeypatch.setattr(benchmark, "SHORT", 16)
-    monkeypatch.setattr(benchmark, "repeats", lambda tokens, options: 0)
+    monkeypatch.setattr(benchmark, "count_is_timed", lambda tokens, options: True)
     (page := tmp_path / "page.md").write_text("")
     arguments = ["--tokens", "64", "--methods", "ordinary,random", "--tunings", "full"]
     text = run_benchmark(monkeypatch, folder, page, *arguments)
@@ -666,6 +668,20 @@ def test_gain_is_read_between_evaluations() -> None:
     assert [quality_page.gain(run, at) for at in (0, 5, 10, 15, 99)] == [0, 0.5, 1.0, 1.25, 1.5]
     assert quality_page.spread([1.0, 3.0], "{:.1f}", " %") == "2.0 ± 1.4 %"
     assert quality_page.spread([1.0], "{:.1f}") == "1.0"
+
+
+def test_gain_is_a_share_of_what_the_same_kind_of_device_gained() -> None:
+    def run_of(arm: str, seed: int, device: str, end: float) -> dict[str, Any]:
+        losses = [[0, 3.0], [10, end]]
+        machine = {"cuda": "a GPU", "cpu": "2 threads"}[device]
+        return {"arm": arm, "seed": seed, "device": device, "machine": machine, "losses": losses}
+
+    ordinary = [run_of("ordinary", 0, "cuda", 2.0), run_of("ordinary", 1, "cpu", 1.0)]
+    other = [run_of("every", seed, "cpu", 2.0) for seed in (0, 1)]
+    assert quality_page.gained(other, [*ordinary, *other]) == [0.5]
+    named = quality_page.machines_of([*ordinary, *other])
+    assert named == "a GPU (seed 0) and 2 threads (seeds 0, 1)"
+    assert quality_page.machines_of(other) == "2 threads"
 
 
 def test_the_gpu_benchmark_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,6 +146,38 @@ def test_families(cell):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
+WHOLE = ("diffllama", "jetmoe")
+"""Their attentions read keys or values that are made of several others."""
+DECODERS = [
+    name
+    for name, family in FAMILIES.items()
+    if family.task == "causal" and family.dense and "sdpa" in family.attentions
+    if not family.refused and not family.mixer and name not in WHOLE
+]
+
+
+@pytest.mark.parametrize("name", sampled(DECODERS, ("llama", "phi3", "gpt2")))
+def test_no_key_behind_the_last_query_is_read(name, monkeypatch):
+    seen: list[tuple[int, int]] = []
+    value = Joint.value
+
+    def watched(self: Joint) -> Tensor:
+        found = value(self)
+        last = int(self.part.positions.max())
+        seen.append((last, found.shape[self.at.row]))
+        return found
+
+    monkeypatch.setattr(Joint, "value", watched)
+    model, arguments = FAMILIES[name].make("sdpa"), FAMILIES[name].batch()
+    gradients(model, arguments, 0.5, learn_chunk=3)
+    tokens = arguments["labels"].shape[1]
+    assert seen and all(keys <= min(-(-(last + 1) // 16) * 16, tokens) for last, keys in seen)
+    seen.clear()
+    fxseek.uncompile(model)
+    gradients(model, arguments, 1.0, learn_chunk=3)
+    assert seen and all(keys == last + 1 for last, keys in seen)
+
+
 @pytest.mark.parametrize("name", sampled(TUNERS, ("lora",)))
 def test_tuners(name):
     model, arguments = TUNERS[name].make(), rows(padding="right")
