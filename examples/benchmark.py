@@ -205,8 +205,8 @@ def measure(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
                     models[way](**batch).loss.backward()
             model.zero_grad(set_to_none=True)
             gc.collect()
-        if number < UNTIMED:
-            common.trim()
+            if number < UNTIMED:
+                common.trim()
     return part
 
 
