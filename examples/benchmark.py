@@ -204,9 +204,10 @@ def measure(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
                 with common.timed(device, result.seconds):
                     models[way](**batch).loss.backward()
             model.zero_grad(set_to_none=True)
-            gc.collect()
             if number < UNTIMED:
                 common.trim()
+            else:
+                gc.collect()
     return part
 
 

@@ -17,7 +17,7 @@ from fxseek import _torch
 from fxseek.ops.attention import attend_rows
 from fxseek.ops.masks import HIDDEN
 from fxseek.ops.rows import Rows, scatter_entries, scatter_rows
-from fxseek.passes.facts import Facts, ancestors, example, tensors_of, where
+from fxseek.passes.facts import Facts, ancestors, example, listed, tensors_of, where
 from fxseek.passes.ir import Gathered, Piece, Prefilled
 from fxseek.passes.latents import is_expanded
 from fxseek.passes.rules import argument, called, find_rule, operation
@@ -287,8 +287,7 @@ def size_arguments(node: fx.Node) -> tuple[Any, ...]:
     """The sizes that a view is given, one of each of its dimensions; () where it is given none."""
     if operation(node) not in ("view", "reshape"):
         return ()
-    sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    return tuple(sizes)
+    return listed(node)
 
 
 def _rank(node: fx.Node) -> int:

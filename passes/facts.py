@@ -211,6 +211,12 @@ def switches_mode(node: fx.Node) -> bool:
     return enters_autocast(node) or leaves_autocast(node) or switches_grad(node)
 
 
+def listed(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments behind the first, which a caller may also give as one list: sizes, an order."""
+    rest: Any = node.args[1:]
+    return tuple(rest[0] if rest and isinstance(rest[0], (list, tuple)) else rest)
+
+
 def where(node: fx.Node) -> str:
     """The user's own source line of a node, for messages: the innermost one outside torch."""
     trace = node.meta.get("stack_trace") or ""

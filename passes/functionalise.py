@@ -30,7 +30,15 @@ from torch.fx.node import map_arg
 
 from fxseek import _torch
 from fxseek.errors import GraphError
-from fxseek.passes.facts import example, is_tensor, needs_grad, switches_grad, tensors_of, where
+from fxseek.passes.facts import (
+    example,
+    is_tensor,
+    listed,
+    needs_grad,
+    switches_grad,
+    tensors_of,
+    where,
+)
 from fxseek.passes.writes import (
     BOOLEAN,
     check_function,
@@ -343,9 +351,7 @@ class _Functionalise:
             if name in ("transpose", "swapaxes", "swapdims") and not view.kwargs:
                 return self._make(node, parent, torch.transpose, value, *made.args[1:])
             if name == "permute" and not view.kwargs:
-                dims: Any = made.args[1:]
-                if isinstance(dims[0], (tuple, list)):
-                    dims = dims[0]
+                dims = listed(made)
                 if all(isinstance(dim, int) for dim in dims):
                     places = [dim % len(dims) for dim in dims]
                     back = [places.index(dim) for dim in range(len(dims))]

@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 from fxseek.ops.attention import attend_all
 from fxseek.ops.masks import MaskMaker, queries_of
 from fxseek.ops.rows import Rows
-from fxseek.passes.facts import Sizes, example, is_tensor
+from fxseek.passes.facts import Sizes, example, is_tensor, listed
 from fxseek.passes.head import Head
 from fxseek.passes.ir import Gathered, Piece, Prefilled, origin
 from fxseek.passes.modes import erase_unread
@@ -157,10 +157,9 @@ class _Rows:
         return self.graph.call_function(queries_of, (self._leaf(node), self.kept))
 
     def _expanded(self, node: fx.Node) -> fx.Node:
-        source, *given = node.args
+        source = node.args[0]
         assert isinstance(source, fx.Node)
-        sizes = list(given[0]) if isinstance(given[0], (list, tuple)) else given
-        sizes = [self._leaf(size) if isinstance(size, fx.Node) else size for size in sizes]
+        sizes = [self._leaf(size) if isinstance(size, fx.Node) else size for size in listed(node)]
         sizes[-2] = self.graph.call_method("size", (self.kept, 1))
         return self.graph.call_method("expand", (self._rows(source), *sizes))
 

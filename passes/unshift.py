@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxseek._torch import size_expression
-from fxseek.passes.facts import Sizes, example, is_tensor, made_call, written_out
+from fxseek.passes.facts import Sizes, example, is_tensor, listed, made_call, written_out
 from fxseek.passes.rules import argument, operation
 from fxseek.passes.rules.loss import TokenLoss
 
@@ -99,8 +99,7 @@ def _before_transpose(node: fx.Node) -> fx.Node | None:
         swapped = {argument(node, i, f"dim{i - 1}") for i in (1, 2)}
         swapped = {dim % 3 for dim in swapped if isinstance(dim, int)}
     elif name == "permute":
-        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        swapped = {1, 2} if [dim % 3 for dim in order] == [0, 2, 1] else set()  # type: ignore[operator]
+        swapped = {1, 2} if [dim % 3 for dim in listed(node)] == [0, 2, 1] else set()
     else:
         swapped = set()
     source = node.args[0] if swapped == {1, 2} else None
