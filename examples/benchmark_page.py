@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,8 @@ def setting_key(options: argparse.Namespace) -> str:
 
 def key(options: argparse.Namespace) -> str:
     """The name of a setting's markers: another run of the same setting takes its place."""
-    return f"{setting_key(options)} tokens {','.join(map(str, options.tokens))}"
+    tunings, tokens = ",".join(options.tunings), ",".join(map(str, options.tokens))
+    return f"{setting_key(options)} {tunings} tokens {tokens}"
 
 
 def write(path: Path, parts: Parts, options: argparse.Namespace) -> None:
@@ -69,7 +71,7 @@ def write(path: Path, parts: Parts, options: argparse.Namespace) -> None:
     if len({tokens for _, tokens in parts}) > 1 and not options.in_parts:
         import benchmark_plots
 
-        name = f"benchmark-{options.device}-{options.dtype}-batch{options.batch}".replace(":", "")
+        name = "benchmark-" + re.sub(r"[^\w.]+", "-", key(options))  # no two settings share a plot
         plots = benchmark_plots.write(path.parent, name, parts, options)
     page = path.read_text(encoding="utf-8")
     path.write_text(put(page, key(options), text(parts, options, plots)), encoding="utf-8")
@@ -111,8 +113,10 @@ def setting(parts: Parts, options: argparse.Namespace) -> str:
     counts = sorted({len(way.seconds) for part in parts.values() for way in part.values()} - {0})
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     share = "in parts" if options.in_parts else f"ratio {options.ratio}"
+    tunings = " and ".join(TUNINGS[tuning].split(" (")[0] for tuning in options.tunings)
+    title = f"{source.name}, {options.device}, {share}: {tunings}, {span(options.tokens)} tokens"
     return (
-        f"### {source.name}, {options.device}, {span(options.tokens)} tokens\n\n"
+        f"### {title}\n\n"
         f"Batch {options.batch}, {options.dtype}, {share}, "
         f"fxseek's learn stage run by `{options.backend}`; "
         f"{'one step each' if counts == [1] else f'medians of {span(counts)} steps'}.\n\n"
