@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tunings", default="full,lora", help="some of %(default)s")
     selecting = [way for way in ways.WAYS if way not in ways.PARTS]
     add("--methods", default=",".join(selecting), help="'parts', or some of %(default)s")
-    few = "default: 5, above 1024 tokens 3, in parts above 4096 1"
+    few = "default: 5, above 1024 tokens 3, in parts above 2048 1"
     add("--repeats", type=int, help=f"steps of each way to time ({few})")
     add("--output", default=str(PAGE), help="the page to write into, - for none (%(default)s)")
     add("--keep", type=Path, help="a file that remembers results, made if missing")
@@ -135,7 +135,7 @@ def remembered(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
 
 def repeats(tokens: int, options: argparse.Namespace) -> int:
     """How many steps of each way are timed."""
-    few = 1 if options.in_parts and tokens > 4096 else 3
+    few = 1 if options.in_parts and tokens > 2048 else 3
     return options.repeats or (5 if tokens <= 1024 else few)
 
 

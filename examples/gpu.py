@@ -185,9 +185,10 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
     device = torch.device(arguments.device)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     until = time.monotonic() + 60 * arguments.minutes
+    config = fxseek.SeekConfig(chunk_bytes=arguments.chunk_bytes).on(device.type)
     given = {
         "learn_chunk": arguments.learn_chunk, "prefill_chunk": arguments.prefill_chunk,
-        "chunk_bytes": arguments.chunk_bytes,
+        "chunk_bytes": config.chunk_bytes,
     }  # fmt: skip
     here = card, torch.__version__
     known = [point for point in gpu_page.read(out) if (point.card, point.torch) == here]

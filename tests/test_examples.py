@@ -463,7 +463,7 @@ def test_long_rows_are_captured_by_a_short_one_and_timed_as_they_are_counted(
 ) -> None:
     options = benchmark.parse(["--methods", "parts"])
     assert options.tokens == [1024, 2048, 4096, 8192]
-    assert [benchmark.repeats(tokens, options) for tokens in options.tokens] == [5, 3, 3, 1]
+    assert [benchmark.repeats(tokens, options) for tokens in options.tokens] == [5, 3, 1, 1]
     counted = [benchmark.count_is_timed(tokens, options) for tokens in options.tokens]
     assert counted == [False, False, True, True]
     monkeypatch.setattr(benchmark, "SHORT", 16)
@@ -716,6 +716,19 @@ def test_the_gpu_benchmark_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "line 1 is no point" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         gpu.parse(["--ways", "2.0"])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+def test_every_way_of_the_gpu_benchmark(tuning: str, tmp_path: Path) -> None:
+    out = tmp_path / "points.jsonl"
+    sizes = ["--tokens", "16", "--most", "16", "--learn-chunk", "8", "--prefill-chunk", "8"]
+    always = ["--device", "cpu", "--models", f"tiny {tuning}", "--out", str(out), *sizes]
+    for _ in range(2):  # the second finds all points in the file
+        assert gpu.main([*always, "--ways", ",".join(gpu.WAYS)]) == 0
+    points = gpu_page.read(out)
+    assert [point.way for point in points] == list(gpu.WAYS)
+    assert all(point.seconds for point in points)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The way to run a step that stays within a memory budget and takes the least time."""
+"""The first way to run a step that fits a memory budget, of what usually costs the least time."""
 
 from __future__ import annotations
 

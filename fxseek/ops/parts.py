@@ -23,9 +23,10 @@ class Part:
     """The part of the kept tokens that is being run.
 
     `kept`: LongTensor[batch, kept], all of them, ascending; `filled`: Bool[batch, kept] or None, as
-    a `Selection` has them; `slots`: those of the part; `keys`: how many tokens its queries may
-    read, None where that is not known; `backward`: its backward is under way; `writes`: the rows
-    that it makes are what later parts read.
+    a `Selection` has them; `slots`: those of the part; `keys`: how many tokens are read for its
+    queries, None where that is not known; `seen`: how many slots of a row may hold these;
+    `backward`: its backward is under way; `writes`: the rows that it makes are what later parts
+    read.
     """
 
     def __init__(self, kept: Tensor, filled: Tensor | None, *, writes: bool = False) -> None:
@@ -33,12 +34,14 @@ class Part:
         self.filled = filled
         self.slots = slice(0, kept.shape[1])
         self.keys: int | None = None
+        self.seen = kept.shape[1]
         self.backward = False
         self.writes = writes
 
-    def begin(self, slots: slice, keys: int | None) -> None:
-        """Go on with this part."""
-        self.slots, self.keys, self.backward = slots, keys, False
+    def begin(self, slots: slice, reads: tuple[int, int] | None) -> None:
+        """Go on with this part; `reads`: `keys` and `seen`, where they are known."""
+        self.slots, self.backward = slots, False
+        self.keys, self.seen = reads or (None, self.kept.shape[1])
 
     @property
     def positions(self) -> Tensor:
@@ -136,12 +139,23 @@ class Joint:
         self.waiting += earlier.to(self.waiting)
 
     def _check(self, slope: Tensor, at: Rows, slots: slice) -> None:
-        """Note whether gradient has arrived behind a part."""
+        """Note whether gradient has arrived behind a part, at tokens that were read.
+
+        Of tokens that were cut off none can. Some are read behind a row's last query for the sake
+        of other rows, and of kernels that want whole numbers of keys.
+        """
         part = self.part
-        if slots.stop == part.kept.shape[1] or (self.cuts and part.keys is not None):
+        keys = part.keys if self.cuts else None
+        behind = slice(slots.stop, part.kept.shape[1] if keys is None else part.seen)
+        if behind.stop <= behind.start:
             return
-        later = gather_rows(slope, part.kept[:, slots.stop :], at)
-        left_out = part.left_out(slice(slots.stop, None))
+        positions = part.kept[:, behind]
+        left_out = part.left_out(behind)
+        if keys is not None:
+            cut = positions >= keys
+            left_out = cut if left_out is None else left_out | cut
+            positions = positions.clamp(max=keys - 1)
+        later = gather_rows(slope, positions, at)
         arrived = later.abs() > 0  # not where it is NaN, as it is elsewhere then
         if left_out is not None:
             arrived &= ~placed(left_out, later, at)

@@ -84,9 +84,11 @@ class LearnInParts(Learn):
 class _Step:
     """What the parts of one step share.
 
-    `values`: what the body reads, by captured node; `slots`: those of each part; `keys`: how many
-    tokens the queries of each may read, None where that is not known; `idle`: how many more parts
-    another process has, so that this one joins in their gathers of the body's parameters.
+    `values`: what the body reads, by captured node; `slots`: those of each part; `reads`: how many
+    tokens are read for the queries of each, and which slots hold these, None where that is not
+    known; `runs`: the positions of each where they are consecutive, and the same in all rows;
+    `idle`: how many more parts another process has, so that this one joins in their gathers of the
+    body's parameters.
     """
 
     def __init__(self, learn: LearnInParts, env: Env, selection: Selection) -> None:
@@ -108,7 +110,8 @@ class _Step:
                 "fxseek: %s", ONE_PART.format(reason="an attention mask shows later tokens")
             )
         self.slots = slices_of(count, count if ahead else learn.size)
-        self.keys = self._keys(count, known=not ahead and bool(learn.parts.mixing.cuts))
+        self.reads = self._reads(count, known=not ahead and bool(learn.parts.mixing.cuts))
+        self.runs = self._runs()
         self.idle = 0
         if learn.team is not None:
             most = learn.team.largest(torch.tensor([len(self.slots)]))
@@ -140,18 +143,47 @@ class _Step:
             for masks in self.learn.parts.mixing.must_hide
         )
 
-    def _keys(self, count: int, *, known: bool) -> Sequence[int | None]:
-        """One more than the last position of each part, raised to a multiple of `_ALIGNED`."""
+    def _reads(self, count: int, *, known: bool) -> Sequence[tuple[int, int] | None]:
+        """How many tokens are read for each part, and how many slots of a row hold them at most.
+
+        They are those up to the last query of any row; their number is raised to a multiple of
+        `_ALIGNED`, except where all positions are kept.
+        """
         if not known:
             return [None] * len(self.slots)
         kept, stops = self.selection.kept, [part.stop for part in self.slots]
         if self.selection.consecutive is not None:
-            return stops
+            return [(stop, stop) for stop in stops]
         if not _torch.has_values(kept):
-            ends = [-(-self.tokens * stop // count) for stop in stops]
-        else:  # filled slots are behind the others, whatever their positions are
-            ends = (kept.cummax(1).values[:, [stop - 1 for stop in stops]].amax(0) + 1).tolist()
-        return [min(-(-end // _ALIGNED) * _ALIGNED, self.tokens) for end in ends]
+            return [(self._aligned(-(-self.tokens * stop // count)), stop) for stop in stops]
+        ascending = kept.cummax(1).values  # filled slots are behind the others, wherever they are
+        last = ascending[:, [stop - 1 for stop in stops]].amax(0)
+        tokens = [self._aligned(end) for end in (last + 1).tolist()]
+        bounds = torch.tensor(tokens, device=kept.device).repeat(len(kept), 1)
+        slots = torch.searchsorted(ascending, bounds).amax(0).tolist()
+        return [*zip(tokens, slots, strict=True)]
+
+    def _aligned(self, tokens: int) -> int:
+        return min(-(-tokens // _ALIGNED) * _ALIGNED, self.tokens)
+
+    def _runs(self) -> list[range | None]:
+        """The positions of each part where they are consecutive, and the same in all rows."""
+        kept, filled = self.selection.kept, self.selection.filled
+        if self.selection.consecutive is not None:
+            return [self.selection.consecutive[part] for part in self.slots]
+        if not _torch.has_values(kept):
+            return [None] * len(self.slots)
+        last = [part.stop - 1 for part in self.slots]
+        first = kept[:, [part.start for part in self.slots]]
+        steps = torch.tensor([part.stop - part.start - 1 for part in self.slots])
+        same = (first == first[:1]) & (kept[:, last] - first == steps.to(kept.device))
+        if filled is not None:
+            same &= ~filled[:, last]
+        found = torch.where(same.all(0), first[0], -1).tolist()
+        return [
+            range(start, start + part.stop - part.start) if start >= 0 else None
+            for start, part in zip(found, self.slots, strict=True)
+        ]
 
     # ---- the parts -----------------------------------------------------------------------
 
@@ -167,7 +199,7 @@ class _Step:
 
         def run(slots: slice) -> tuple[Tensor]:
             self.random[slots.start] = _RandomStates(kept)
-            part.begin(slots, self.keys[self.slots.index(slots)])
+            part.begin(slots, self.reads[self.slots.index(slots)])
             return (self._run(self.values, joints, part, known),)
 
         with torch.no_grad():
@@ -202,7 +234,7 @@ class _Step:
             values[node] = values[node].detach().requires_grad_()
         part, known = Part(self.selection.kept, self.selection.filled), _known(values)
         for _ in range(self.idle):  # while no gradient waits; nor does any arrive
-            part.begin(self.slots[-1], self.keys[-1])
+            part.begin(self.slots[-1], self.reads[-1])
             with torch.enable_grad(), self.precision():
                 exits = self._run(values, self._joints(values, part), part, known)
             part.backward = True
@@ -211,7 +243,7 @@ class _Step:
         batch, exit_at = len(self.selection.kept), self.learn.parts.rows
         for index, _ in few(range(len(self.slots))[::-1], slope):
             slots = self.slots[index]
-            part.begin(slots, self.keys[index])
+            part.begin(slots, self.reads[index])
             states = self.random.get(slots.start)
             with nullcontext() if states is None else states.again():
                 with torch.enable_grad(), self.precision():
@@ -244,8 +276,8 @@ class _Step:
         """The exits of a part."""
         learn, slots, chosen = self.learn, part.slots, self.selection
         filled = part.left_out(slots)
-        consecutive = None if chosen.consecutive is None else chosen.consecutive[slots]
-        selection = Selection(part.positions, chosen.weights[:, slots], filled, consecutive)
+        run = self.runs[self.slots.index(slots)]
+        selection = Selection(part.positions, chosen.weights[:, slots], filled, run)
         env = Env((), {})
         env.values.update(values)
         for joint in joints.values():
@@ -277,7 +309,10 @@ class _Parts(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = dict(zip(ctx.nodes, ctx.saved_tensors, strict=True))
         with nullcontext() if ctx.step.learn.team is None else telling():
-            return None, None, *ctx.step.backward(saved, ctx.trained, slope)
+            slopes = ctx.step.backward(saved, ctx.trained, slope)
+        if not _torch.keeps_graph():
+            ctx.step.values.clear()  # what waits on the host is freed with the saved tensors
+        return None, None, *slopes
 
 
 class _RandomStates:

@@ -112,6 +112,7 @@ ANY_SELECTION: dict[str, st.SearchStrategy[Any]] = {
     "select": st.sampled_from(("topk", "sample")),
     "supervised_only": st.booleans(),
     "seed": st.integers(0, 99),
+    "learn_chunk": st.sampled_from((None, 1, 2, 3, 5, 7)),
 }
 ANY_SCORE = ANY_SELECTION | {
     "score": st.sampled_from(("tokenseek", "context", "gradient", "random")),

@@ -18,10 +18,12 @@ from torch import Tensor, fx, nn
 import fxseek
 from fxseek.ops.loss import cross_entropy_parts
 from fxseek.ops.masks import MaskRows
+from fxseek.ops.parts import Joint
 from fxseek.ops.rows import Rows, gather_rows, scatter_rows
 from fxseek.passes.ditch import _Ditch
 from fxseek.passes.rules import RowsOf
 from fxseek.passes.rules.registry import RULES
+from fxseek.run import parts as run_parts
 
 
 def model_of(**config: Any) -> nn.Module:
@@ -133,6 +135,63 @@ def test_the_embedding_of_the_wrong_tokens(inputs, monkeypatch):
     monkeypatch.setattr("fxseek.run.stages.gather_rows", last_tokens)
     with pytest.raises(fxseek.GradientMismatch):
         check(compiled(), inputs)
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+def in_parts(attention: str) -> nn.Module:
+    """Of the six tokens that are kept, three at a time."""
+    model = model_of(attention=attention).train()
+    return fxseek.compile(model, 0.4, score="random", learn_chunk=3)
+
+
+ATTENTIONS = pytest.mark.parametrize("attention", ["sdpa", "sdpa_causal", "eager"])
+
+
+@ATTENTIONS
+def test_no_part_left_out(attention, inputs):
+    check(in_parts(attention), inputs)
+
+
+@ATTENTIONS
+def test_parts_in_the_wrong_order(attention, inputs, monkeypatch):
+    few = run_parts.few
+    monkeypatch.setattr(run_parts, "few", lambda parts, like: few(parts[::-1], like))
+    with pytest.raises(fxseek.GradientMismatch):
+        check(in_parts(attention), inputs)
+
+
+@ATTENTIONS
+def test_gradients_for_earlier_parts_dropped(attention, inputs, monkeypatch):
+    monkeypatch.setattr(Joint, "_add", lambda *_: None)
+    with pytest.raises(fxseek.GradientMismatch):
+        check(in_parts(attention), inputs)
+
+
+@ATTENTIONS
+def test_keys_and_values_of_a_part_itself_left_out(attention, inputs, monkeypatch):
+    receive = Joint.receive
+
+    def of_later_parts(self: Joint, slope: Tensor, slots: slice) -> Tensor:
+        own = gather_rows(slope, self.part.kept[:, slots], self.at)
+        return receive(self, slope, slots) - own
+
+    monkeypatch.setattr(Joint, "receive", of_later_parts)
+    with pytest.raises(fxseek.GradientMismatch):
+        check(in_parts(attention), inputs)
+
+
+@ATTENTIONS
+def test_a_part_whose_loss_is_a_mean_of_its_own(attention, inputs, monkeypatch):
+    rows_of = run_parts.rows_of_chunk
+
+    def of_half(slope: Tensor, at: Rows, batch: int, slots: slice) -> Tensor:
+        return 2 * rows_of(slope, at, batch, slots)
+
+    monkeypatch.setattr(run_parts, "rows_of_chunk", of_half)
+    with pytest.raises(fxseek.GradientMismatch):
+        check(in_parts(attention), inputs)
 
 
 # ---- the plans, and what the passes decide ---------------------------------------------------

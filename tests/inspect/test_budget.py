@@ -155,6 +155,9 @@ def test_out_of_reach(peaks: Peaks):
     fits = int(length[1])
     assert TOKENS // 2 < fits < TOKENS
     within_budget(model(), given, fits, ROWS)
+    ratio = re.search(r"What would fit: ratio=(0\.\d+), or", text)
+    assert ratio is not None
+    within_budget(model(), dataclasses.replace(given, ratio=float(ratio[1])), TOKENS, ROWS)
     fxseek.uncompile(compiled)
     compiled(**inputs).loss.backward()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peaks import training_peak
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import fxseek
 from fxseek.inspect.kernels import Kernels
@@ -68,6 +69,8 @@ def with_lora(model: Any) -> Any:
         ("full", torch.float32, {"ratio": 0.5, "score": "context"}),
         ("full", torch.float32, {"ordinary": True}),
         ("lora", torch.bfloat16, {"ratio": 0.3}),
+        ("lora", torch.bfloat16, {"ratio": 1.0, "learn_chunk": 24}),
+        ("full", torch.float32, {"ratio": 0.5, "score": "random", "learn_chunk": 24}),
         ("lora", torch.bfloat16, {"ordinary": True}),
     ],
 )
@@ -149,6 +152,51 @@ def test_what_the_documentation_promises_fits(name, tuning, tokens, batch, optio
     options = {"recompute": "block", "prefill_chunk": 2048, "chunk_bytes": 2**26, **options}
     found = fxseek.estimate(llama_3(name), tokens, batch, tuning=tuning, **options)
     assert found.peak_bytes < most
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
+COLUMNS: tuple[dict[str, Any], ...] = ({}, {"kv_grad_dtype": "model"}, {"kv": "offload"})
+
+
+def every_token() -> list[tuple[str, str, int, dict[str, Any], float]]:
+    """What the page says of all tokens in parts: model, tuning, tokens, options, GiB."""
+    cases, model, tuning = [], "", ""
+    lines = iter(PAGE.read_text().splitlines())
+    for line in lines:
+        if line.startswith("| model, tuning | tokens | K/V on the device |"):
+            break
+    next(lines)
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines):
+        name, tokens, *numbers = (cell.strip() for cell in line.split("|")[1:6])
+        if name:
+            model, tuning = name.split(", ")
+        options: dict[str, Any] = {"learn_chunk": 256 if model == "Llama-3.1-8B" else 512}
+        if model != "Llama-3.2-1B":
+            options["recompute"] = "block"
+        for column, number in zip(COLUMNS, numbers, strict=True):
+            if number:
+                count = int(tokens.replace(" ", ""))
+                cases.append((model, tuning, count, options | column, float(number.split()[0])))
+    return cases
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("name", "tuning", "tokens", "options", "gib"), every_token(), ids=str)
+def test_what_the_documentation_says_of_every_token(name, tuning, tokens, options, gib):
+    config = qwen3_8b() if name == "Qwen3-8B" else llama_3(name)
+    found = fxseek.estimate(
+        config, tokens, 1, 1.0, tuning=tuning.lower(), device="cuda", optimizer=None,
+        prefill_chunk=2048, chunk_bytes=2**26, **options,
+    )  # fmt: skip
+    assert found.peak_bytes / 2**30 == pytest.approx(gib, abs=0.051)
+
+
+def qwen3_8b() -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+        max_position_embeddings=40960,
+    )  # fmt: skip
 
 
 def test_a_ratio_by_mass_is_the_most_that_it_may_come_to():

@@ -121,9 +121,17 @@ def accumulated(model: nn.Module, watch: Watch, batches: slice) -> dict[str, Ten
     return result
 
 
-@pytest.mark.parametrize("score", ["tokenseek", pytest.param("random", marks=pytest.mark.sweep)])
-def test_accumulated_gradients_are_those_of_masked_backprop(score, tmp_path):
-    model = compiled(tiny_llama(), score=score)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score": "tokenseek"},
+        pytest.param({"score": "random"}, marks=pytest.mark.sweep),
+        {"score": "random", "learn_chunk": 2},
+    ],
+    ids=str,
+)
+def test_accumulated_gradients_are_those_of_masked_backprop(options, tmp_path):
+    model = compiled(tiny_llama(), **options)
     start = copy.deepcopy(model)
     args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2, max_grad_norm=0)
     trainer, watch = watched(model, args, train_dataset=Rows(8))
@@ -522,6 +530,7 @@ def test_ddp_on_two_processes(tmp_path):
     for found in outcomes:
         for way in ("gradients", "in_parts"):
             assert compare(found[way], wanted).error <= 1e-5, way
+        assert "learned in parts of 2 tokens" in found["explained"]
         assert "compile the inner module before wrapping" in found["compile_ddp"]
         for way in ("compile_fsdp", "fsdp_after"):
             assert "the first FSDP" in found[way], (way, found[way])

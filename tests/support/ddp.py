@@ -112,6 +112,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     in_parts = accelerator.prepare(fxseek.compile(tiny_llama(), learn_chunk=2, **OPTIONS))
     accelerator.backward(in_parts(**rows(2 * rank, 2 * rank + 2)).loss)
     found["in_parts"] = {name: p.grad for name, p in in_parts.module.named_parameters()}
+    found["explained"] = str(fxseek.explain(in_parts.module, **rows(0, 2)))
     found["compile_ddp"] = refusal(lambda: fxseek.compile(wrapped))
 
     from torch.distributed.fsdp import FullyShardedDataParallel
