@@ -135,6 +135,8 @@ def test_with_other_settings(case):
     assert_in_parts(llama(), rows(padding="right"), 3, **CASES[case])
 
 
+GENERAL = ("gemma3n",)
+"""Causal models of which an operation takes the general path, so that it may mix tokens."""
 FAST = ("llama", "gemma2", "mpt")
 CELLS = [
     f"{name}-{attention}"
@@ -159,7 +161,7 @@ def test_families(cell):
             other, found = gradients(model, arguments, ratio, learn_chunk=3)
             in_parts = parts_of(model)
             fxseek.uncompile(model)
-            if family.task == "causal" and not family.mixer:
+            if family.task == "causal" and not family.mixer and name not in GENERAL:
                 assert isinstance(in_parts, Parts), in_parts
             assert in_parts  # the reason why not
             torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
