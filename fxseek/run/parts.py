@@ -84,11 +84,11 @@ class LearnInParts(Learn):
 class _Step:
     """What the parts of one step share.
 
-    `values`: what the body reads, by captured node; `slots`: those of each part; `reads`: how many
-    tokens are read for the queries of each, and which slots hold these, None where that is not
-    known; `runs`: the positions of each where they are consecutive, and the same in all rows;
-    `idle`: how many more parts another process has, so that this one joins in their gathers of the
-    body's parameters.
+    `values`: what the body reads, by captured node; `slots`: those of each part; `idle`: how many
+    more parts another process has, so that this one joins in their gathers of the body's
+    parameters. By the first slot of a part: `reads`, how many tokens are read for its queries, and
+    which slots hold these, None where that is not known; `runs`, its positions where they are
+    consecutive, and the same in all rows; `random`, the generators' states before it was run.
     """
 
     def __init__(self, learn: LearnInParts, env: Env, selection: Selection) -> None:
@@ -110,15 +110,15 @@ class _Step:
                 "fxseek: %s", ONE_PART.format(reason="an attention mask shows later tokens")
             )
         self.slots = slices_of(count, count if ahead else learn.size)
-        self.reads = self._reads(count, known=not ahead and bool(learn.parts.mixing.cuts))
-        self.runs = self._runs()
+        starts, known = [part.start for part in self.slots], not ahead and learn.parts.mixing.cuts
+        self.reads = dict(zip(starts, self._reads(count, known=bool(known)), strict=True))
+        self.runs = dict(zip(starts, self._runs(), strict=True))
+        self.random: dict[int, _RandomStates] = {}
         self.idle = 0
         if learn.team is not None:
             most = learn.team.largest(torch.tensor([len(self.slots)]))
             self.idle = int(most) - len(self.slots)
         self.precision = same_autocast(kept.device.type)
-        self.random: dict[int, _RandomStates] = {}
-        """By the first slot of a part."""
 
     def _trained(self, node: fx.Node) -> bool:
         value = self.values[node]
@@ -199,7 +199,7 @@ class _Step:
 
         def run(slots: slice) -> tuple[Tensor]:
             self.random[slots.start] = _RandomStates(kept)
-            part.begin(slots, self.reads[self.slots.index(slots)])
+            part.begin(slots, self.reads[slots.start])
             return (self._run(self.values, joints, part, known),)
 
         with torch.no_grad():
@@ -233,17 +233,17 @@ class _Step:
         for node in trained:
             values[node] = values[node].detach().requires_grad_()
         part, known = Part(self.selection.kept, self.selection.filled), _known(values)
+        last = self.slots[-1]
         for _ in range(self.idle):  # while no gradient waits; nor does any arrive
-            part.begin(self.slots[-1], self.reads[-1])
+            part.begin(last, self.reads[last.start])
             with torch.enable_grad(), self.precision():
                 exits = self._run(values, self._joints(values, part), part, known)
             part.backward = True
             torch.autograd.backward(exits, torch.zeros_like(exits))
         joints = self._joints(values, part)
         batch, exit_at = len(self.selection.kept), self.learn.parts.rows
-        for index, _ in few(range(len(self.slots))[::-1], slope):
-            slots = self.slots[index]
-            part.begin(slots, self.reads[index])
+        for slots, _ in few(self.slots[::-1], slope):
+            part.begin(slots, self.reads[slots.start])
             states = self.random.get(slots.start)
             with nullcontext() if states is None else states.again():
                 with torch.enable_grad(), self.precision():
@@ -276,7 +276,7 @@ class _Step:
         """The exits of a part."""
         learn, slots, chosen = self.learn, part.slots, self.selection
         filled = part.left_out(slots)
-        run = self.runs[self.slots.index(slots)]
+        run = self.runs[slots.start]
         selection = Selection(part.positions, chosen.weights[:, slots], filled, run)
         env = Env((), {})
         env.values.update(values)

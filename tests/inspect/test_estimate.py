@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peaks import training_peak
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fxseek
+from estimate import LLAMA_3, llama_3
 from fxseek.inspect.kernels import Kernels
 from fxseek.inspect.memory import CATEGORIES, module_tensors
+from gpu import config_of
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers' and peft's own
@@ -22,22 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:FutureWarning",
     "ignore:.*should not be instantiated:DeprecationWarning",
 )
-
-LLAMA_3 = {
-    "Llama-3.2-1B": (2048, 8192, 16, 32, 64, True),
-    "Llama-3.2-3B": (3072, 8192, 28, 24, 128, True),
-    "Llama-3.1-8B": (4096, 14336, 32, 32, 128, False),
-    "Llama-3.1-70B": (8192, 28672, 80, 64, 128, False),
-}
-
-
-def llama_3(name: str, depth: int | None = None) -> LlamaConfig:
-    width, ffn, layers, heads, head_dim, tied = LLAMA_3[name]
-    return LlamaConfig(
-        vocab_size=128256, hidden_size=width, intermediate_size=ffn,
-        num_hidden_layers=depth or layers, num_attention_heads=heads, num_key_value_heads=8,
-        head_dim=head_dim, tie_word_embeddings=tied, max_position_embeddings=131072,
-    )  # fmt: skip
 
 
 def small(**options: Any) -> LlamaConfig:
@@ -110,7 +96,9 @@ def test_the_peak_of_a_pretrained_model(smollm2_folder: Path, tokens: int, ordin
 
 def test_the_bytes_of_a_large_model():
     """Two blocks of an 8B model: what is known beforehand."""
-    found = fxseek.estimate(llama_3("Llama-3.1-8B", 2), 8192, tuning="lora", device="hopper")
+    config = llama_3("Llama-3.1-8B")
+    config.num_hidden_layers = 2
+    found = fxseek.estimate(config, 8192, tuning="lora", device="hopper")
     weights = 2 * (2 * 128256 * 4096 + 2 * (4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)))
     assert found.largest["parameters"] == pytest.approx(weights, rel=0.02)
     assert found.largest["gradients"] == pytest.approx(4 * found.trainable, rel=1e-3)
@@ -183,20 +171,11 @@ def every_token() -> list[tuple[str, str, int, dict[str, Any], float]]:
 @pytest.mark.sweep
 @pytest.mark.parametrize(("name", "tuning", "tokens", "options", "gib"), every_token(), ids=str)
 def test_what_the_documentation_says_of_every_token(name, tuning, tokens, options, gib):
-    config = qwen3_8b() if name == "Qwen3-8B" else llama_3(name)
     found = fxseek.estimate(
-        config, tokens, 1, 1.0, tuning=tuning.lower(), device="cuda", optimizer=None,
+        config_of(name), tokens, 1, 1.0, tuning=tuning.lower(), device="cuda", optimizer=None,
         prefill_chunk=2048, chunk_bytes=2**26, **options,
     )  # fmt: skip
     assert found.peak_bytes / 2**30 == pytest.approx(gib, abs=0.051)
-
-
-def qwen3_8b() -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
-        max_position_embeddings=40960,
-    )  # fmt: skip
 
 
 def test_a_ratio_by_mass_is_the_most_that_it_may_come_to():
