@@ -22,7 +22,8 @@ from fxseek.inspect.compare_memory import MemoryComparison, compare_memory
 from fxseek.inspect.estimate import Estimate, estimate
 from fxseek.inspect.explain import Explanation, Fallback, explain
 from fxseek.inspect.profile import Profile, profile
-from fxseek.inspect.quality import GradientQuality, gradient_quality
+from fxseek.inspect.qualities import GradientQuality
+from fxseek.inspect.quality import gradient_quality
 from fxseek.reports.step import StepReport
 from fxseek.scores import ScoreInputs
 

@@ -34,9 +34,9 @@ def compile(
     gradients go through the selected ones.
 
     The default is the paper's. By what was measured (docs/quality.md), take ``ratio=1.0,
-    learn_chunk=256`` where memory is short, which is ordinary fine-tuning; ``ratio=0.5,
-    score="gradient", select="sample"`` where time is; ``ratio="labelled"`` where only completions
-    have labels.
+    learn_chunk=256`` where memory is short, which is ordinary fine-tuning, and for preferences and
+    rewards; ``ratio=0.5, score="gradient", select="sample"`` where time is; ``ratio="labelled"``
+    where only completions have labels.
 
     Args:
         model: any module that Dynamo captures as one graph; returned itself, not wrapped.

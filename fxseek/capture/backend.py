@@ -37,6 +37,7 @@ __all__ = [
     "Recorder",
     "fxseek_backend",
     "latest_is_released",
+    "latest_kept",
     "latest_recorder",
     "make_backend",
 ]
@@ -98,6 +99,16 @@ _LATEST = _Latest()
 def latest_recorder() -> Recorder | None:
     """The recorder of the last step that ran in this thread through the plain backend."""
     return None if _LATEST.recorder is None else _LATEST.recorder()
+
+
+@contextmanager
+def latest_kept() -> Iterator[None]:
+    """Steps in this context are not the last one of this thread afterwards."""
+    before = _LATEST.recorder
+    try:
+        yield
+    finally:
+        _LATEST.recorder = before
 
 
 def latest_is_released() -> bool:

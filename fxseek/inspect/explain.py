@@ -177,7 +177,10 @@ def explain(model: nn.Module, /, **batch: Any) -> Explanation:
     elif parts:
         notes.append(ONE_PART.format(reason=parts))
     if program.config.draws_spans:
-        notes.append(f"selected in spans of {program.config.span} tokens")
+        most = "a quarter of " if program.config.select == "sample" else ""
+        notes.append(
+            f"selected in spans of {program.config.span} tokens, at most {most}what a row keeps"
+        )
     if program.config.sinks and program.config.ratio != 1.0:
         notes.append(f"the first tokens of each row are always kept ({program.config.sinks})")
     notes += [f"loss: {note}" for note in structure.notes()]
@@ -214,6 +217,7 @@ def capture(step: SeekStep, batch: dict[str, Any]) -> Captured:
         return stop
 
     trial = SeekStep(step.model, step.config_for(batch), run=wrap)
+    trial.switches = step.switches  # what was switched on since is switched on again in the end
     modes = {module: module.training for module in step.model.modules()}
     try:
         if not step.model.training:

@@ -10,8 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,121 +18,24 @@ from torch import Tensor, nn
 from fxseek import _torch
 from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep, step_of
+from fxseek.capture.switches import Switches
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
+from fxseek.inspect.budget import within_budget
+from fxseek.inspect.qualities import Choice, GradientQuality
 from fxseek.inspect.state import as_before, state_of
-from fxseek.plots import figure_for
 from fxseek.ratios import Fixed
 from fxseek.run.saved import SavedBytes
 from fxseek.scores import scorer_of
 
-__all__ = ["Choice", "GradientQuality", "gradient_quality"]
+__all__ = ["gradient_quality"]
 
 log = logging.getLogger("fxseek")
 
 _PARTS = 512
 _PIECE = 2**20
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to select, against the gradient of all tokens, over all batches.
-
-    `cosine`: of one draw with the full gradient; `expected_cosine`: of the expected gradient, from
-    few draws a rough estimate, as `bias` is. `bias`: the norm of the expected gradient less the
-    full one, and `noise`: the standard deviation of a draw around the expected gradient, both as
-    shares of the full gradient's norm; where nothing is drawn there is no noise. What the noise of
-    the draws drowns is NaN. `seconds`: of a step, forward and backward, the median; `saved_bytes`:
-    what autograd keeps for the backward; `peak_bytes`: the allocator's, None on a CPU.
-    """
-
-    ratio: float | str
-    span: int
-    cosine: float
-    expected_cosine: float
-    bias: float
-    noise: float
-    seconds: float
-    saved_bytes: int
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class GradientQuality:
-    """What `gradient_quality` found; print it, or `plot` it.
-
-    `between_batches`: the mean cosine between the full gradients of two batches that follow each
-    other, the yardstick: a step on one batch is as far from the other's. None with one batch.
-    `ordinary`: the full gradient as a choice, in parts where `in_parts`. `choices`: what was
-    measured of each way to select, on so many `batches` with so many `draws` of each.
-    """
-
-    choices: tuple[Choice, ...]
-    ordinary: Choice
-    between_batches: float | None
-    batches: int
-    draws: int
-    in_parts: bool
-
-    def __str__(self) -> str:
-        """A table for a person."""
-        head = ("ratio", "span", "cosine", "expected", "bias", "noise", "s/step", "saved")
-        rows = [head, *(_cells(choice) for choice in (self.ordinary, *self.choices))]
-        widths = [max(len(row[at]) for row in rows) for at in range(len(head))]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in rows
-        ]
-        batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
-        title = "fxseek: gradients of selected tokens against all"
-        lines.insert(0, f"{title}, {batches}, {self.draws} draws each")
-        if self.between_batches is not None:
-            lines.append(f"cosine between two batches: {self.between_batches:.3f}")
-        if any(math.isnan(choice.bias) for choice in self.choices):
-            lines.append("?: drowned in the noise of the draws; more draws or batches will tell")
-        return "\n".join(lines)
-
-    def plot(self, path: str | Path) -> None:
-        """Draw the cosines by ratio, one line for each span, into a PNG or SVG file.
-
-        Raises:
-            InputError: no choice has a number as ratio, the path ends in something else, or
-                matplotlib is not installed.
-        """
-        Figure = figure_for(path)
-        numbers = [choice for choice in self.choices if isinstance(choice.ratio, float)]
-        if not numbers:
-            raise InputError("no choice has a number as ratio: there is nothing to draw along it")
-        figure = Figure(figsize=(7, 3.2), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for panel, name, title in zip(
-            panels, ("cosine", "expected_cosine"), ("one draw", "expected gradient"), strict=True
-        ):
-            for span in sorted({choice.span for choice in numbers}):
-                line = sorted(
-                    (choice for choice in numbers if choice.span == span),
-                    key=lambda choice: float(choice.ratio),
-                )
-                label = "single tokens" if span == 1 else f"spans of {span}"
-                ratios = [choice.ratio for choice in line]
-                panel.plot(ratios, [getattr(x, name) for x in line], marker="o", label=label)
-            if self.between_batches is not None:
-                panel.axhline(self.between_batches, color="grey", ls=":", label="another batch")
-            panel.set(title=title, xlabel="ratio", ylim=(None, 1.0))
-        panels[0].set_ylabel("cosine with the full gradient")
-        panels[0].legend(frameon=False)
-        figure.savefig(path)
-
-
-def _cells(choice: Choice) -> tuple[str, ...]:
-    numbers = (choice.cosine, choice.expected_cosine, choice.bias, choice.noise)
-    return (
-        str(choice.ratio),
-        str(choice.span),
-        *("?" if math.isnan(number) else f"{number:.3f}" for number in numbers),
-        f"{choice.seconds:.3g}",
-        f"{choice.saved_bytes / 2**20:.1f} MiB",
-    )
+_ALIKE = 1e-6
+"""Two steps on a batch whose squared distance is no larger, as a share, differ by rounding."""
 
 
 def gradient_quality(
@@ -152,12 +53,14 @@ def gradient_quality(
     For each ratio and span, the gradients of a few steps are compared with that of all tokens, at
     the same weights. A gradient that is biased points elsewhere on average, which more steps do not
     mend; one that is noisy needs more or larger batches. No weight is changed; gradients, buffers,
-    random state, the mode and the count of steps are put back. The steps run in training mode, so
-    that the noise of dropout is a part of what is measured: set its p to 0 to leave it out.
+    random state, the mode and the count of steps are put back. The steps run in training mode. Of a
+    model with dropout the gradient of all tokens is drawn as often as the others, and its own noise
+    is told (``ordinary.noise``): set p to 0 to leave it out.
 
-    The gradient of all tokens is that of ordinary backprop. Where the device lacks the memory for
-    it, or where the configuration has a ``learn_chunk``, it is that of ``ratio=1.0`` in parts,
-    which is the same. Host memory holds one set of gradients for each batch, and four more.
+    The gradient of all tokens is that of ordinary backprop, without gradient checkpointing, which
+    is switched off meanwhile. Where the device lacks the memory for it, or where the configuration
+    has a ``learn_chunk``, it is that of ``ratio=1.0`` in parts, which is the same. Host memory
+    holds one set of gradients for each batch, and four more.
 
     Args:
         model: a module, or one that `fxseek.compile` has compiled, whose configuration is then the
@@ -165,8 +68,8 @@ def gradient_quality(
         batches: arguments of training steps, each a mapping; a few are enough.
         ratios: as ``SeekConfig.ratio``, but for those that follow training.
         spans: as ``SeekConfig.span``; a ratio that scores no tokens is tried once.
-        draws: steps for each batch and choice, where anything is drawn; at least 2, to tell bias
-            from noise.
+        draws: steps for each batch and choice, where anything is drawn (by the selection, or by
+            dropout); at least 2, to tell bias from noise.
         progress: show a progress bar.
         options: other fields of `SeekConfig`: score, select, ...
 
@@ -193,19 +96,21 @@ def gradient_quality(
     step = step_of(model)
     base = SeekConfig.make(SeekConfig() if step is None else step.given, **options)
     choices = _choices(base, ratios, spans)
-    counts = [draws if _draws(config) else 1 for config in choices]
-    steps = len(batches) * (1 + sum(counts)) + 1 + len(choices)  # and one that is not timed
     from tqdm.auto import tqdm  # of transformers
 
-    progress_bar = tqdm(total=steps, desc="gradient quality", unit="step", disable=not progress)
+    progress_bar = tqdm(desc="gradient quality", unit="step", disable=not progress)
     with progress_bar as bar, _measured(model, bar) as measure:
-        fulls, ordinary, in_parts = _full(base, measure, batches)
+        fulls, ordinary, in_parts = _full(base, measure, batches, draws)
+        drawn = fulls[0].steps > 1  # by dropout
+        counts = [draws if drawn or _draws(config) else 1 for config in choices]
+        bar.total = bar.n + sum(len(batches) * count + 1 for count in counts)  # one is not timed
+        bar.refresh()
         found = [
             _choice(config, measure, batches, fulls, count)
             for config, count in zip(choices, counts, strict=True)
         ]
     following = list(itertools.pairwise(fulls))
-    between = statistics.mean(_cosine(a, b) for a, b in following) if following else None
+    between = statistics.mean(a.cosine(b) for a, b in following) if following else None
     return GradientQuality(tuple(found), ordinary, between, len(batches), draws, in_parts)
 
 
@@ -216,7 +121,7 @@ def _choices(
     found: list[SeekConfig] = []
     for span in spans:
         for ratio in ratios:
-            config = dataclasses.replace(base, ratio=ratio, span=span, memory_budget_bytes=None)
+            config = dataclasses.replace(base, ratio=ratio, span=span)
             if config.parsed_ratio.follows_training:
                 raise InputError(
                     f"ratios has {ratio!r}, which follows training: try the shares that it "
@@ -245,6 +150,29 @@ class _Taken(NamedTuple):
     seconds: float
     saved_bytes: int
     peak_bytes: int | None
+    longest_span: int
+
+
+class _Mean(NamedTuple):
+    """The mean gradient of several steps on one batch, and the variance of a step around it."""
+
+    gradient: Tensor
+    variance: float
+    steps: int
+
+    @property
+    def left(self) -> float:
+        """How much of the mean's squared norm is noise."""
+        return self.variance / self.steps
+
+    @property
+    def squared(self) -> float:
+        """The squared norm of the expected gradient."""
+        return _dot(self.gradient, self.gradient) - self.left
+
+    def cosine(self, other: _Mean) -> float:
+        """Of the expected gradients."""
+        return _over(_dot(self.gradient, other.gradient), _root(self.squared * other.squared))
 
 
 class _Measure:
@@ -257,20 +185,22 @@ class _Measure:
         self.step: SeekStep | None = None
         self.share = 1.0
 
-    def by(self, config: SeekConfig | None, batch: dict[str, Any]) -> None:
+    def by(self, config: SeekConfig | None, batch: dict[str, Any]) -> _Taken:
         """From now on steps are run by a configuration, or are the model's own; runs a first one.
 
-        Fixed ratios share a capture: the ratio is a function that returns the share at hand.
+        Fixed ratios share a capture: the ratio is a function that returns the share at hand. A
+        memory budget is fitted to each.
         """
-        if config is not None and config.is_scored and isinstance(config.parsed_ratio, Fixed):
-            self.share = config.parsed_ratio.share
+        ratio = None if config is None or config.budget is not None else config.parsed_ratio
+        if config is not None and config.is_scored and isinstance(ratio, Fixed):
+            self.share = ratio.share
             config = dataclasses.replace(config, ratio=self._share)
         if config is None:
             self.step = None
-        elif self.step is None or self.step.config != config:
-            self.step = SeekStep(self.model, config)
+        elif self.step is None or self.step.given != config:
+            self.step = SeekStep(self.model, config, fit=within_budget)
         _torch.set_compiled_call(self.model, self.step)
-        self.take(batch)
+        return self.take(batch)
 
     def _share(self, step: int) -> float:
         return self.share
@@ -286,20 +216,52 @@ class _Measure:
         held = [*model.parameters(), *model.buffers(), *batch.values()]
         saved = SavedBytes(exclude=held) if self.step is None else nullcontext()
         start = time.perf_counter()
-        with saved:
-            loss = _loss(model(**batch))
-            nbytes = saved.total if isinstance(saved, SavedBytes) else 0
-        loss.backward()
-        if accelerated:
-            torch.accelerator.synchronize()
-        seconds = time.perf_counter() - start
+        try:
+            with saved:
+                loss = _loss(model(**batch))
+                nbytes = saved.total if isinstance(saved, SavedBytes) else 0
+            loss.backward()
+            if accelerated:
+                torch.accelerator.synchronize()
+            seconds = time.perf_counter() - start
+        finally:
+            self.restore()
         peak = torch.accelerator.max_memory_allocated() if accelerated else None
-        if self.step is not None and self.step.recorder.last is not None:
-            nbytes = self.step.recorder.last.saved_bytes
+        longest, report = 1, None if self.step is None else self.step.recorder.last
+        if report is not None:
+            nbytes = report.saved_bytes
+            if report.spans is not None:
+                longest = _longest(report.spans, report.by_position()[0])
         gradient = [_flat(p) for p in model.parameters() if p.requires_grad]
-        self.restore()
         self.bar.update()
-        return _Taken(torch.cat(gradient), seconds, nbytes, peak)
+        return _Taken(torch.cat(gradient), seconds, nbytes, peak, longest)
+
+    def mean(
+        self, batch: dict[str, Any], steps: int, *, full: _Mean | None = None
+    ) -> tuple[_Mean, list[_Taken], list[float]]:
+        """Of some steps, what each took (without its gradient), and its cosine with `full`."""
+        total, squares, taken, cosines = None, 0.0, [], []
+        for _ in range(steps):
+            one = self.take(batch)
+            squared = _dot(one.gradient, one.gradient)
+            squares += squared
+            if full is not None:
+                inner = _dot(one.gradient, full.gradient)
+                cosines.append(_over(inner, _root(squared * full.squared)))
+            total = one.gradient if total is None else total.add_(one.gradient)
+            taken.append(one._replace(gradient=one.gradient[:0]))
+        assert total is not None
+        total /= steps
+        variance = max(0.0, squares - steps * _dot(total, total)) / max(steps - 1, 1)
+        return _Mean(total, variance, steps), taken, cosines
+
+
+def _longest(spans: Tensor, selected: Tensor) -> int:
+    """Tokens of the longest span that has a selected token."""
+    rows = zip(spans.cpu(), selected.cpu(), strict=True)
+    chosen = [row[torch.isin(row, row[kept])] for row, kept in rows]
+    counts = [row.unique(return_counts=True)[1] for row in chosen if len(row)]
+    return max((int(count.max()) for count in counts), default=1)
 
 
 def _flat(parameter: nn.Parameter) -> Tensor:
@@ -314,75 +276,89 @@ def _flat(parameter: nn.Parameter) -> Tensor:
 def _measured(model: nn.Module, bar: Any) -> Iterator[_Measure]:
     """A model to measure; its call, mode, gradients and state are put back."""
     training = {module: module.training for module in model.modules()}
-    before = _torch.compiled_call(model)
+    before, switches = _torch.compiled_call(model), Switches()
+    switches.off([*model.named_modules()])
     if not model.training:
         model.train()
-    restore = state_of(model)  # which has the mode too
+    restore = state_of(model)  # which has the mode and the switches too
     try:
         with torch.enable_grad(), as_before(model):
             yield _Measure(model, restore, bar)
     finally:
         restore()
+        switches.restore()
         _torch.set_compiled_call(model, before)
         for module, mode in training.items():
             module.training = mode
 
 
 def _full(
-    base: SeekConfig, measure: _Measure, batches: list[dict[str, Any]]
-) -> tuple[list[Tensor], Choice, bool]:
+    base: SeekConfig, measure: _Measure, batches: list[dict[str, Any]], draws: int
+) -> tuple[list[_Mean], Choice, bool]:
     """The gradient of all tokens of each batch, as a choice, and whether it was made in parts."""
     every = dataclasses.replace(base, ratio=1.0, span=1, memory_budget_bytes=None)
     in_parts = base.learn_chunk is not None
     plain = None if base.loss is None and not in_parts else every
     try:
-        measure.by(plain, batches[0])
-        taken = [measure.take(batch) for batch in batches]
+        return *_fulls(plain, measure, batches, draws), in_parts
     except torch.OutOfMemoryError:
         if in_parts:
             raise
-        log.warning("fxseek: no memory for ordinary backprop: it is done in parts of %s", _PARTS)
-        parts = dataclasses.replace(every, learn_chunk=_PARTS, recompute="block", backend="eager")
-        return _full(parts, measure, batches)
-    ordinary = _told(1.0, 1, taken, (1.0, 1.0, 0.0, 0.0))
-    return [one.gradient for one in taken], ordinary, in_parts
+    # Out of the handler: what it has caught holds the activations of the step that failed.
+    log.warning("fxseek: no memory for ordinary backprop: it is done in parts of %s", _PARTS)
+    parts = dataclasses.replace(every, learn_chunk=_PARTS, recompute="block", backend="eager")
+    return *_fulls(parts, measure, batches, draws), True
+
+
+def _fulls(
+    config: SeekConfig | None, measure: _Measure, batches: list[dict[str, Any]], draws: int
+) -> tuple[list[_Mean], Choice]:
+    """The gradients of all tokens, of one step or, where the model draws, of several."""
+    first = measure.by(config, batches[0]).gradient
+    apart = first - measure.take(batches[0]).gradient
+    steps = draws if _dot(apart, apart) > _ALIKE * _dot(first, first) else 1
+    del first, apart
+    found, taken = [], []
+    for batch in batches:
+        mean, some, _ = measure.mean(batch, steps)
+        found.append(mean)
+        taken += some
+    norm, variance = sum(one.squared for one in found), sum(one.variance for one in found)
+    cosine = min(1.0, _root(_over(norm, norm + variance)))
+    figures = (cosine, 1.0, 0.0, _root(_over(variance, norm)))
+    return found, _told(1.0, 1, taken, figures)
 
 
 def _choice(
     config: SeekConfig,
     measure: _Measure,
     batches: list[dict[str, Any]],
-    fulls: list[Tensor],
+    fulls: list[_Mean],
     draws: int,
 ) -> Choice:
     """Steps by one configuration, against the full gradients."""
     measure.by(config, batches[0])
     taken, cosines = [], []
-    inner = own = norm = variance = 0.0  # sums over the batches
+    inner = own = norm = variance = left = 0.0  # sums over the batches
     for batch, full in zip(batches, fulls, strict=True):
-        total, squares = torch.zeros_like(full), 0.0
-        for _ in range(draws):
-            one = measure.take(batch)
-            total += one.gradient
-            squares += _dot(one.gradient, one.gradient)
-            cosines.append(_cosine(one.gradient, full))
-            taken.append(one._replace(gradient=full[:0]))
-        mean = total / draws
-        inner, norm = inner + _dot(mean, full), norm + _dot(full, full)
-        spread = max(0.0, squares - draws * _dot(mean, mean)) / max(draws - 1, 1)
-        # Of the squared norm of a mean, the variance over the number of draws is noise.
-        variance, own = variance + spread, own + _dot(mean, mean) - spread / draws
+        mean, some, each = measure.mean(batch, draws, full=full)
+        taken += some
+        cosines += each
+        inner += _dot(mean.gradient, full.gradient)
+        own, norm, variance = own + mean.squared, norm + full.squared, variance + mean.variance
+        left += mean.left + full.left
     apart = own - 2 * inner + norm
-    expected = _over(inner, math.sqrt(norm * max(own, 0.0)))
-    if variance == 0:  # nothing but rounding
+    expected = _over(inner, _root(norm * own))
+    if left == 0:  # nothing but rounding
         expected, apart = min(1.0, expected), max(0.0, apart)
-    if apart < 0 or not abs(expected) <= 1:
+    # The standard error of a squared distance, where noise has few directions: elsewhere it is less
+    if apart < left / math.sqrt(len(batches)) or not abs(expected) <= 1:
         expected = apart = math.nan
     figures = (
         statistics.mean(cosines),
         expected,
-        math.sqrt(_over(apart, norm)),
-        math.sqrt(_over(variance, norm)),
+        _root(_over(apart, norm)),
+        _root(_over(variance, norm)),
     )
     ratio = config.ratio
     assert not callable(ratio)
@@ -399,6 +375,7 @@ def _told(
     return Choice(
         ratio,
         span,
+        max(one.longest_span for one in taken),
         *figures,
         statistics.median(one.seconds for one in taken),
         max(one.saved_bytes for one in taken),
@@ -416,8 +393,9 @@ def _over(value: float, of: float) -> float:
     return value / of if of else math.nan
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return _over(_dot(a, b), math.sqrt(_dot(a, a) * _dot(b, b)))
+def _root(value: float) -> float:
+    """NaN of what is negative: a squared norm that noise has drowned."""
+    return math.sqrt(value) if value >= 0 else math.nan
 
 
 def _loss(outputs: Any) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxseek.capture.backend import latest_kept
+
 __all__ = ["as_before", "devices_of", "state_of", "without_gradients"]
 
 
@@ -29,9 +31,11 @@ def without_gradients(leaves: Iterable[Tensor]) -> Iterator[None]:
 def as_before(model: nn.Module, *others: Tensor) -> Iterator[None]:
     """Gradients and random generators are put back; meanwhile there are no gradients.
 
-    Gradients of the model's parameters, and of `others`.
+    Gradients of the model's parameters, and of `others`. Nor is a step in this context the last one
+    of the thread, which `fxseek.report()` is about.
     """
     with (
+        latest_kept(),
         without_gradients([*model.parameters(), *others]),
         torch.random.fork_rng(devices=devices_of(model)),
     ):

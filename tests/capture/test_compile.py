@@ -324,6 +324,17 @@ def test_checkpointing_and_input_hooks_are_switched_off_and_back_on(caplog):
     assert len(embeddings._forward_hooks) == hooks
 
 
+def test_explain_keeps_what_was_switched_on_since(caplog):
+    model: Any = fxseek.compile(tiny_llama().train(), 0.3)
+    model.activation_checkpointing_enable()
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    ids = torch.randint(0, model.config.vocab_size, (2, 11))
+    fxseek.explain(model, input_ids=ids, labels=ids)
+    fxseek.uncompile(model)
+    assert model.model.gradient_checkpointing
+    assert len(model.get_input_embeddings()._forward_hooks) == hooks > 0
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from models import TinyConfig, TinyDecoder, batch
+from models import TinyConfig, TinyDecoder, batch, tiny_llama, tiny_lora
 from torch import Tensor
 
 import fxseek
 from fxseek.capture.step import step_of
+from fxseek.inspect.quality import _Measure
 
 VOCAB = 37
 
@@ -113,6 +116,7 @@ def test_all_is_put_back():
     inputs = batches(1)[0]
     model(**inputs).loss.backward()
     step, report = step_of(model), fxseek.report(model)
+    assert fxseek.report() is report
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     weights = [p.detach().clone() for p in model.parameters()]
     model.eval()
@@ -121,7 +125,7 @@ def test_all_is_put_back():
     assert [choice.span for choice in found.choices] == [1, 3]
     assert all(choice.noise > 0 for choice in found.choices)  # sampled, as it was compiled
     assert step_of(model) is step
-    assert fxseek.report(model) is report
+    assert fxseek.report(model) is fxseek.report() is report
     assert not any(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
     for name, p in model.named_parameters():
@@ -145,6 +149,91 @@ def test_without_the_memory_for_ordinary_backprop(monkeypatch: pytest.MonkeyPatc
     plain = quality(decoder(), batches(2), ratios=[0.5], spans=[1])
     assert found.choices[0].cosine == pytest.approx(plain.choices[0].cosine, abs=1e-9)
     assert found.between_batches == pytest.approx(plain.between_batches, abs=1e-9)
+
+
+def test_a_step_that_lacked_memory_is_let_go_of(monkeypatch: pytest.MonkeyPatch):
+    """Parts begin when nothing of it is left."""
+    model, alive = decoder(), []
+
+    class Activation:
+        pass
+
+    def forward(**inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return TinyDecoder.forward(model, **inputs)
+        kept = Activation()  # this frame holds it, and the exception's traceback the frame
+        alive.append(weakref.ref(kept))
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(model, "forward", forward)
+    take, seen = _Measure.take, []
+
+    def watched(self: _Measure, inputs: dict[str, Any]) -> Any:
+        seen.append([ref() is None for ref in alive])
+        return take(self, inputs)
+
+    monkeypatch.setattr(_Measure, "take", watched)
+    assert quality(model, batches(1), ratios=[0.5], spans=[1]).in_parts
+    assert seen[0] == [] and all(all(gone) for gone in seen[1:]) and len(seen) > 3
+
+
+def test_checkpointing_and_its_hooks_are_put_back(caplog: pytest.LogCaptureFixture):
+    torch._dynamo.reset()
+    model = tiny_lora(tiny_llama()).train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    inputs = batches(1)[0]
+    expected = gradient(model, inputs)
+    found = quality(model, [inputs], ratios=[0.5, 1.0], spans=[1], draws=2)
+    assert caplog.text.count("gradient checkpointing is switched off") == 1
+    assert torch.equal(gradient(model, inputs), expected)
+    assert model.is_gradient_checkpointing
+    model.activation_checkpointing_disable()
+    plain = quality(model, [inputs], ratios=[1.0])
+    assert found.ordinary.saved_bytes == plain.ordinary.saved_bytes  # without checkpointing
+
+
+def test_the_noise_of_dropout_is_told_apart():
+    torch._dynamo.reset()
+    model = tiny_lora(tiny_llama(), lora_dropout=0.5).train()
+    options: dict[str, Any] = {"ratios": [1.0, 0.5], "spans": [1], "score": "gradient"}
+    found = quality(model, batches(2), draws=16, **options)
+    every, half = found.choices
+    assert found.ordinary.noise > 0.1
+    assert found.ordinary.cosine < 1
+    assert every.noise == pytest.approx(found.ordinary.noise, rel=0.5)
+    assert math.isnan(every.bias) or every.bias < every.noise
+    assert half.noise > 0.1
+    still = quality(tiny_lora(tiny_llama()).train(), batches(2), draws=16, **options)
+    assert still.ordinary.noise == still.choices[1].noise == 0
+
+
+def test_a_span_that_a_row_had_no_room_for_is_told():
+    options: dict[str, Any] = {"ratios": [0.5], "spans": [2, 9], "select": "sample", "draws": 2}
+    found = quality(decoder(), batches(1), **options)  # rows of 20 keep 10: a quarter is 2
+    assert [choice.longest_span for choice in found.choices] == [2, 2]
+    assert "9 (2)" in str(found)
+    assert "the longest that a row allowed" in str(found)
+    found = quality(decoder(), batches(1), ratios=[0.5], spans=[9])
+    assert found.choices[0].longest_span == 9
+    assert "longest" not in str(found)
+
+
+def test_a_memory_budget_is_fitted_to_each_choice(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def fit(model: Any, config: fxseek.SeekConfig, tokens: int, rows: int) -> fxseek.SeekConfig:
+        seen.append((config.ratio, tokens, rows))
+        return dataclasses.replace(config, learn_chunk=4, recompute="block")
+
+    monkeypatch.setattr("fxseek.inspect.quality.within_budget", fit)
+    options: dict[str, Any] = {"ratios": [0.5, 0.9], "spans": [1], "draws": 2, "score": "random"}
+    found = quality(decoder(), batches(1), memory_budget_bytes="1GiB", **options)
+    assert seen == [(0.5, 20, 2), (0.9, 20, 2)]
+    lean = quality(decoder(), batches(1), learn_chunk=4, recompute="block", **options)
+    plain = quality(decoder(), batches(1), **options)
+    for fitted, expected, other in zip(found.choices, lean.choices, plain.choices, strict=True):
+        assert fitted.saved_bytes == expected.saved_bytes < other.saved_bytes
 
 
 def test_in_parts_where_the_configuration_is():
@@ -222,6 +311,7 @@ def test_what_drowns_in_noise_is_not_told():
         assert "drowned in the noise" in str(found)
     else:
         assert abs(choice.expected_cosine) <= 1
+        assert choice.bias >= choice.noise / math.sqrt(2)  # which of two draws' mean is noise
 
 
 def test_a_call_that_was_compiled_by_torch_stays():

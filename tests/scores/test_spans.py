@@ -324,7 +324,7 @@ def test_a_span_of_one_is_no_span():
 def test_explain_names_spans():
     model = fxseek.compile(decoder(), 0.4, span=4)
     inputs: dict[str, Any] = batch(VOCAB, tokens=20)
-    assert "selected in spans of 4 tokens" in str(fxseek.explain(model, **inputs))
+    assert "spans of 4 tokens, at most what a row keeps" in str(fxseek.explain(model, **inputs))
     assert fxseek.profile(model, **inputs).kept == 8
 
 
