@@ -3,18 +3,17 @@
     python examples/quality.py                     # or: make quality ARGS="--tunings lora"
     python examples/quality.py --what runs --workers 15    # on a GPU, several small runs at a time
 
-First a few steps of each way are timed, in turns with those of gradient checkpointing. Then each
-run trains a real model for some steps. Each timing and each run adds a line to a file; what is in
-the file is not run again, whatever machine ran it, so that a call that was stopped goes on where it
-was. The page has each way's held-out loss against steps and against seconds, as the mean and
-deviation over seeds.
+First a few steps of each way are timed and their memory measured, in turns with those of gradient
+checkpointing. Then each run trains a real model for some steps. Each timing and each run adds a
+line to a file; what is in the file is not run again, whatever machine ran it, so that a call that
+was stopped goes on where it was. The page has each way's held-out loss, and its gain against steps
+and against time, as the mean and deviation over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import gc
 import json
 import multiprocessing
@@ -120,11 +119,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--arms", default=",".join(ARMS), help="some of %(default)s")
     add("--seeds", type=int, default=3, help="runs of each way (%(default)s)")
     add("--first-seed", type=int, default=0, help="the first run's seed (%(default)s)")
-    add("--steps", type=int, default=48, help="training steps (%(default)s)")
-    add("--every", type=int, default=12, help="steps between two evaluations (%(default)s)")
+    add("--steps", type=int, default=64, help="training steps (%(default)s)")
+    add("--every", type=int, default=16, help="steps between two evaluations (%(default)s)")
     add("--batch", type=int, default=4, help="rows of a step (%(default)s)")
-    add("--tokens", type=int, default=512, help="the longest row (%(default)s)")
-    add("--least", type=int, default=600, help="characters of the shortest answer (%(default)s)")
+    add("--tokens", type=int, default=768, help="the longest row (%(default)s)")
+    least = quality_page.LEAST
+    add(
+        "--least",
+        type=int,
+        default=least,
+        help="characters of the shortest docstring (%(default)s)",
+    )
     add("--held-out", type=int, default=24, help="rows to judge by (%(default)s)")
     add("--rate", type=float, help="learning rate (default: 5e-4 for LoRA, 2e-5 for full)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -217,7 +222,8 @@ def settings(options: argparse.Namespace, model: str) -> Iterator[Line]:
             for arm in options.arms:
                 yield {
                     "model": model,
-                    "data": Path(options.data).stem if options.data else "documentation",
+                    "data": Path(options.data).stem if options.data else quality_page.TEXT,
+                    "least": None if options.data else options.least,
                     "tuning": tuning,
                     "tokens": options.tokens,
                     "batch": options.batch,
@@ -250,27 +256,50 @@ def run(job: Job) -> dict[str, Any]:
         if (step + 1) % job.every == 0 or step + 1 == job.steps:
             losses.append((step + 1, common.held_out_loss(model, *judged)))
     forget(device)
-    return {"losses": losses, "machine": machine(device)}
+    return {"losses": losses, **told(job.train), "machine": machine(device)}
 
 
 def time_pairs(job: Job) -> dict[str, Any]:
-    """A step of the way and one of gradient checkpointing in turns: the medians in seconds."""
+    """A step of the way and one of gradient checkpointing in turns.
+
+    The medians in seconds; and the most bytes that a forward keeps for its backward, and that a
+    step takes, of the one and of the other.
+    """
     device = torch.device(job.device)
     model = start(job)
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, shared)
-    compile_arm(model, job.arm, dataclasses.replace(job, steps=TIMED_PAIRS))
+    compile_arm(model, job.arm, job, timed=True)
     compile_arm(other, "checkpointing", job)
     optimizer = optimizer_of(model, job)
     seconds: tuple[list[float], list[float]] = [], []
+    saved: tuple[list[int], list[int]] = [], []
+    peaks: tuple[list[int], list[int]] = [], []
     for step in range(TIMED_PAIRS):
         batch = common.batch_of(job.train, step, job.batch, job.pad_id, device)
-        for one, into in zip((model, other), seconds, strict=True):
-            with common.timed(device, into):
-                train_step(one.train(), optimizer, batch)
+        for at, one in enumerate((model.train(), other.train())):
+            with common.PeakBytes(device) as peak, common.timed(device, seconds[at]):
+                saved[at].append(train_step(one, optimizer, batch))
+            peaks[at].append(peak.bytes)
     forget(device)
     own, pace = (statistics.median(some[1:]) for some in seconds)
-    return {"seconds": own, "checkpointing": pace, "machine": machine(device)}
+    return {
+        "seconds": own,
+        "checkpointing": pace,
+        "saved": [max(some) for some in saved],
+        "peaks": [max(some[1:]) for some in peaks],
+        "machine": machine(device),
+    }
+
+
+def told(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the rows of a run are: the shortest, the median, the longest; the share with labels."""
+    lengths = sorted(len(row.ids) for row in rows)
+    labels = sum(label != common.IGNORED for row in rows for label in row.labels[1:])
+    return {
+        "lengths": [lengths[0], round(statistics.median(lengths)), lengths[-1]],
+        "labelled": labels / sum(lengths),
+    }
 
 
 def start(job: Job) -> nn.Module:
@@ -286,14 +315,17 @@ def start(job: Job) -> nn.Module:
     return nn.Module.to(model, device)
 
 
-def compile_arm(model: nn.Module, arm: str, job: Job) -> None:
-    """Let a model train in the given way."""
+def compile_arm(model: nn.Module, arm: str, job: Job, *, timed: bool = False) -> None:
+    """Let a model train in the given way; where it is timed, at the mean of a ratio that grows."""
     given = ARMS[arm][1]
     if given is not None:
         import fxseek
 
-        steps = {"ratio_steps": job.steps} if "->" in str(given["ratio"]) else {}
-        fxseek.compile(model, seed=job.seed, **steps, **given)
+        if "->" in str(given["ratio"]):
+            ends = [float(end) for end in given["ratio"].split("->")]
+            given = {**given, "ratio": sum(ends) / 2} if timed else given
+            given = given if timed else {**given, "ratio_steps": job.steps}
+        fxseek.compile(model, seed=job.seed, **given)
     elif arm == "checkpointing":
         common.checkpoint(model)
 
@@ -303,10 +335,15 @@ def optimizer_of(model: nn.Module, job: Job) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=job.rate, weight_decay=0.0)
 
 
-def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
-    model(**batch).loss.backward()
+def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> int:
+    """A step; the bytes that its forward has kept for its backward."""
+    with common.SavedBytes(model) as saved:
+        loss = model(**batch).loss
+        nbytes = saved.bytes()
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return nbytes
 
 
 def forget(device: torch.device) -> None:

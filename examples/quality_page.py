@@ -15,11 +15,16 @@ from common import ExampleError
 
 Run = dict[str, Any]
 
-SETTING = ("model", "data", "tuning", "tokens", "batch", "steps", "every", "held_out", "rate",
-           "dtype")  # fmt: skip
+TEXT = "documentation"
+LEAST = 600
+SETTING = ("model", "data", "least", "tuning", "tokens", "batch", "steps", "every", "held_out",
+           "rate", "dtype")  # fmt: skip
 """What runs of one table have in common."""
-STEP = ("model", "data", "tuning", "tokens", "batch", "dtype")
+STEP = ("model", "data", "least", "tuning", "tokens", "batch", "dtype")
 """What a step's time depends on, on one machine."""
+TARGETS = {"labelled": 98, "50 %": 97, "25 %": 93, "10 %": 85}
+"""Gains to reach in as many steps, in per cent of ordinary training's."""
+PUBLISHED = ("tokentune", "tokenseek")
 
 HEAD = """# What a share of the tokens teaches
 
@@ -31,8 +36,15 @@ select among labelled tokens learn a larger share of those. On CUDA, products ar
 *Gain* is how much the loss has fallen, as a share of what ordinary training gains with that seed
 on that kind of device in the same number of steps; *at equal time*, as a share of what gradient
 checkpointing gains in the seconds that the way's own steps took. Both are the mean and the
-deviation over seeds. *Step* is a step's time over that of gradient checkpointing, measured in
-turns.
+deviation over seeds. *Step* is the median step's time over that of gradient checkpointing, measured
+in turns; *saved* and *peak* are, over checkpointing's, what a forward keeps for its backward, and
+the most memory of a step.
+
+*Targets* are what we set out to reach. A half of the tokens holds a half of what there is to learn
+only where all of them have labels: the larger the share that has none, the nearer a way that
+selects among labelled tokens comes to ordinary training. That is why the same ways reach targets on
+one text that they miss on another. What else is missing is what unselected tokens would have
+learned through their keys and values ([bias and noise](scoring.md#which-ratio)).
 """
 
 
@@ -47,6 +59,7 @@ def read(path: Path) -> list[Run]:
     for number, line in enumerate(filter(None, text.split("\n")), 1):
         try:
             found = json.loads(line)
+            found.setdefault("least", LEAST if found["data"] == TEXT else None)
             key(found)
             assert found["losses"] if found["seed"] is not None else found["checkpointing"]
         except (ValueError, KeyError, TypeError, AssertionError) as error:
@@ -115,35 +128,110 @@ def paces(timings: Iterable[Run]) -> dict[str, float]:
 
 
 def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
-    """One setting's table."""
-    first, pace = runs[0], paces(timings)
-    header = ["", "seeds", "step", "held-out loss", "gain", "at equal time"]
+    """One setting's tables."""
+    pace, timed = paces(timings), {line["arm"]: line for line in timings}
+    header = ["", "seeds", "s / step", "step", "saved", "peak", "held-out loss", "gain",
+              "at equal time"]  # fmt: skip
     rows = []
     for arm, some in arms(runs).items():
-        pairs = against_ordinary(some, runs)
-        gains = gained(some, runs)
-        timely = []
-        if pace.get(arm, math.inf) <= 1:  # behind the last step there is nothing to compare with
-            timely = [gain(run) / gain(other, at=run["steps"] * pace[arm]) for run, other in pairs]
+        line = timed.get(arm, {})
         rows.append(
             [
                 some[0]["name"],
                 str(len(some)),
-                f"{pace[arm]:.2f}×" if arm in pace else "–",
+                f"{line['seconds']:.1f}" if line else "–",
+                f"{pace[arm]:.2f}×" if line else "–",
+                *(share(*line.get(name, (0, 0))) for name in ("saved", "peaks")),
                 spread([run["losses"][-1][1] for run in some], "{:.3f}"),
-                spread([100 * x for x in gains], "{:.1f}", " %"),
-                spread([100 * x for x in timely], "{:.1f}", " %"),
+                spread([100 * x for x in gained(some, runs)], "{:.1f}", " %"),
+                spread([100 * x for x in in_time(some, runs, pace.get(arm))], "{:.1f}", " %"),
             ]
         )
+    tables = f"{common.table(header, rows)}\n\n**Targets**\n\n{targets(runs, pace)}"
+    return f"{title(runs, timings)}\n{tables}\n\n![Gain by steps and by time]({plot})\n"
+
+
+def share(own: float, other: float) -> str:
+    return f"{own / other:.2f}×" if other else "–"
+
+
+def title(runs: Sequence[Run], timings: Iterable[Run]) -> str:
+    """What the runs of a setting have in common."""
+    first = runs[0]
+    rows = f"of up to {first['tokens']} tokens"
+    lengths = [run["lengths"] for run in runs if "lengths" in run]
+    if lengths:
+        shortest, median, longest = (sorted(some) for some in zip(*lengths, strict=True))
+        share = statistics.mean(run["labelled"] for run in runs if "labelled" in run)
+        rows = (
+            f"of {shortest[0]} to {longest[-1]} tokens (median {round(statistics.median(median))}; "
+            f"{share:.0%} of them with labels)"
+        )
     machines = ", ".join(sorted({line["machine"] for line in timings}))
-    title = (
-        f"## {first['data']}, {first['tuning']}\n\n{first['model']}, {first['dtype']}, on "
-        f"{machines_of(runs)}: {first['steps']} steps of {first['batch']} rows of up to "
-        f"{first['tokens']} tokens, learning rate {first['rate']:g}, {first['held_out']} held-out "
-        f"rows. Held-out loss before: {spread([run['losses'][0][1] for run in runs], '{:.3f}')}. "
-        f"{f'Steps were timed on {machines}.' if machines else 'No step was timed.'}\n"
+    data = "" if first["data"] == TEXT else f"--data {first['data']}.jsonl "
+    least = "" if first["least"] in (None, LEAST) else f"--least {first['least']} "
+    command = (
+        f"{data}{least}--tunings {first['tuning']} --tokens {first['tokens']} "
+        f"--batch {first['batch']} --steps {first['steps']} --every {first['every']} "
+        f"--held-out {first['held_out']}"
     )
-    return f"{title}\n{common.table(header, rows)}\n\n![Held-out loss]({plot})\n"
+    return (
+        f"## {first['data']}, {first['tuning']}\n\n{first['model']}, {first['dtype']}, on "
+        f"{machines_of(runs)}: {first['steps']} steps of {first['batch']} rows {rows}, learning "
+        f"rate {first['rate']:g}, {first['held_out']} held-out rows. Held-out loss before: "
+        f"{spread([run['losses'][0][1] for run in runs], '{:.3f}')}. "
+        f"{f'Steps were timed on {machines}.' if machines else 'No step was timed.'} "
+        f"Command: `python examples/quality.py {command}`.\n"
+    )
+
+
+def targets(runs: Sequence[Run], pace: dict[str, float]) -> str:
+    """What was to be reached, and what was."""
+    found = arms(runs)
+    rows = []
+    for share, least in TARGETS.items():
+        own = {
+            arm: statistics.mean(gained(some, runs) or [math.nan])
+            for arm, some in found.items()
+            if arm == share or some[0]["name"].endswith(f", {share}")
+        }
+        others = {arm: own.pop(arm) for arm in [*own] if arm.partition("-")[0] in PUBLISHED}
+        if not own:
+            continue
+        best = max(own, key=lambda arm: own[arm])
+        names = {arm: some[0]["name"].partition(",")[0] for arm, some in found.items()}
+        above = " and ".join(f"{names[arm]} {100 * x:.1f} %" for arm, x in others.items())
+        reached = 100 * own[best] >= least and all(own[best] > x for x in others.values())
+        rows.append(
+            [
+                f"gain of {found[best][0]['name']}",
+                f"{100 * own[best]:.1f} %",
+                f"≥ {least} %" + (f", above {above}" if above else ""),
+                "yes" if reached else "**no**",
+            ]
+        )
+    timely = {
+        arm: statistics.mean(times)
+        for arm, some in found.items()
+        if (times := in_time(some, runs, pace.get(arm)))
+    }
+    if timely:
+        best = max(timely, key=lambda arm: timely[arm])
+        reached = "yes" if timely[best] >= 1 else "**no**"
+        what = f"gain at equal time of {found[best][0]['name']}"
+        rows.append([what, f"{100 * timely[best]:.1f} %", "≥ 100 %", reached])
+    return common.table(["", "measured", "target", "reached"], rows)
+
+
+def in_time(some: Iterable[Run], runs: Iterable[Run], pace: float | None) -> list[float]:
+    """Each run's gain as a share of what checkpointing gains in the time of its steps.
+
+    Behind checkpointing's last step there is nothing to compare with: none for a slower way.
+    """
+    if pace is None or pace > 1:
+        return []
+    pairs = against_ordinary(some, runs)
+    return [gain(run) / gain(other, at=run["steps"] * pace) for run, other in pairs]
 
 
 def machines_of(runs: Iterable[Run]) -> str:
@@ -186,7 +274,7 @@ def spread(values: Sequence[float], form: str, unit: str = "") -> str:
 
 
 def draw(path: Path, runs: Sequence[Run], timings: Sequence[Run]) -> None:
-    """Each way's gain against steps, and against time, where it was timed."""
+    """Each way's gain against steps, and against time, where it was timed: mean and deviation."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -201,13 +289,24 @@ def draw(path: Path, runs: Sequence[Run], timings: Sequence[Run]) -> None:
             colour = colours[families.setdefault(family, len(families)) % 10]
             line = {"0.1": ":", "0.25": "--"}.get(share, "-")
             steps = [step for step, _ in some[0]["losses"]]
-            means = [100 * statistics.mean(gained(some, runs, at) or [0.0]) for at in steps]
+            gains = [[100 * x for x in gained(some, runs, at) or [0.0]] for at in steps]
+            means = [statistics.mean(each) for each in gains]
+            apart = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in gains]
             given = {"color": colour, "ls": line, "marker": "o", "ms": 2, "lw": 1.1}
-            panels[0].plot(steps, means, label=some[0]["name"], **given)
-            if arm in pace:
-                panels[1].plot([step * pace[arm] for step in steps], means, **given)
+            for panel, scale in zip(panels, (1.0, pace.get(arm)), strict=True):
+                if scale is not None:
+                    label = some[0]["name"] if panel is panels[0] else None
+                    at = [step * scale for step in steps]
+                    panel.plot(at, means, label=label, **given)
+                    low = [mean - x for mean, x in zip(means, apart, strict=True)]
+                    high = [mean + x for mean, x in zip(means, apart, strict=True)]
+                    panel.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
         panels[0].set(xlabel="steps", ylabel="gain, % of ordinary training's in the end")
         panels[1].set(xlabel="time, in steps of gradient checkpointing")
+        if timings:
+            second = statistics.median(line["checkpointing"] for line in timings)
+            functions = (lambda x: x * second, lambda x: x / second)
+            panels[1].secondary_xaxis("top", functions=functions).set(xlabel="seconds")
         handles, names = panels[0].get_legend_handles_labels()
         legend = {"loc": "outside right center", "frameon": False, "fontsize": 7}
         figure.legend(handles, names, **legend)

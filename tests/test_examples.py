@@ -623,6 +623,9 @@ def test_the_quality_runs_go_on_where_they_stopped(
     runs = [line for line in lines if line["seed"] is not None]
     timings = {line["arm"]: line["seconds"] for line in lines if line["seed"] is None}
     assert set(timings) == set(some.split(",")) and min(timings.values()) > 0
+    saved = {line["arm"]: line["saved"] for line in lines if line["seed"] is None}
+    assert saved["checkpointing"][0] == saved["checkpointing"][1] < saved["ordinary"][0]
+    assert all(line["lengths"] and 0 < line["labelled"] < 1 for line in runs)
     of_first = [run for run in runs if run["seed"] == 0]
     assert all([step for step, _ in run["losses"]] == [0, 2, 4] for run in runs)
     assert len({run["losses"][0][1] for run in of_first}) == 1
@@ -632,6 +635,8 @@ def test_the_quality_runs_go_on_where_they_stopped(
     text = page.read_text()
     assert "## counting, full" in text
     assert "sampled spans of 8, 50 %" in text
+    assert "| gain of labelled tokens" in text and "≥ 98 %" in text
+    assert "--data counting.jsonl --tunings full --tokens 768 --batch 2 --steps 4 --every 2" in text
     assert (tmp_path / "quality-0.svg").exists()
     out.write_text(first + "{}\n")
     assert quality.main([*always, "--arms", "ordinary", "--seeds", "1"]) == 2
@@ -672,6 +677,28 @@ def test_gain_is_read_between_evaluations() -> None:
     assert [quality_page.gain(run, at) for at in (0, 5, 10, 15, 99)] == [0, 0.5, 1.0, 1.25, 1.5]
     assert quality_page.spread([1.0, 3.0], "{:.1f}", " %") == "2.0 ± 1.4 %"
     assert quality_page.spread([1.0], "{:.1f}") == "1.0"
+
+
+def test_the_targets_of_the_quality_page() -> None:
+    """The best way of a share is above what it is to reach, and above both published ways."""
+
+    def run_of(arm: str, end: float) -> dict[str, Any]:
+        losses = [[0, 3.0], [10, end]]
+        name = quality.ARMS[arm][0]
+        return {"arm": arm, "name": name, "seed": 0, "device": "cpu", "steps": 10, "losses": losses}
+
+    ends = {"ordinary": 2.0, "labelled": 2.03, "sampled-0.5": 2.02, "spans-0.5": 2.2}
+    ends |= {"tokenseek-0.5": 2.01, "sampled-0.25": 2.06, "tokentune-0.25": 2.3}
+    text = quality_page.targets([run_of(*item) for item in ends.items()], {"sampled-0.5": 0.5})
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:]]
+    assert rows == [
+        ["gain of labelled tokens", "97.0 %", "≥ 98 %", "**no**"],
+        ["gain of sampled tokens, 50 %", "98.0 %",
+         "≥ 97 %, above TokenSeek as published 99.0 %", "**no**"],
+        ["gain of sampled tokens, 25 %", "94.0 %",
+         "≥ 93 %, above TokenTune as published 70.0 %", "yes"],
+        ["gain at equal time of sampled tokens, 50 %", "196.0 %", "≥ 100 %", "yes"],
+    ]  # fmt: skip
 
 
 def test_gain_is_a_share_of_what_the_same_kind_of_device_gained() -> None:

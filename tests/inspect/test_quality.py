@@ -179,7 +179,7 @@ def test_a_step_that_lacked_memory_is_let_go_of(monkeypatch: pytest.MonkeyPatch)
 
 def test_checkpointing_and_its_hooks_are_put_back(caplog: pytest.LogCaptureFixture):
     torch._dynamo.reset()
-    model = tiny_lora(tiny_llama()).train()
+    model: Any = tiny_lora(tiny_llama()).train()
     model.activation_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     inputs = batches(1)[0]
