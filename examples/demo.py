@@ -137,6 +137,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def compare(options: argparse.Namespace) -> list[Result]:
     """Prepare the model and the text, then run each way in a fresh process."""
     common.quiet()
+    try:  # before anything is trained
+        if SHOWN in options.methods:
+            options.page.parent.mkdir(parents=True, exist_ok=True)
+            options.page.touch()
+    except OSError as error:
+        raise ExampleError(f"--page {options.page} cannot be written: {error}") from error
     source = common.find_model(options.model)
     print(f"Loading {source.name} ...", flush=True)
     tokenizer = common.load_tokenizer(source)
@@ -239,7 +245,6 @@ def run(job: Job) -> Result:
     if job.method == SHOWN:
         import fxseek
 
-        job.page.parent.mkdir(parents=True, exist_ok=True)
         fxseek.report(model).to_html(job.tokenizer, job.page)
     if job.method == PACE:
         at_time = (after_steps, job.steps)

@@ -418,6 +418,9 @@ def test_the_demo_says_what_is_wrong_and_stops(
     (tmp_path / "bad.jsonl").write_text("nonsense\n")
     assert demo.main(["--model", str(folder), "--data", str(tmp_path / "bad.jsonl")]) == 2
     assert "bad.jsonl, line 1: not JSON" in capsys.readouterr().err
+    page = tmp_path / "bad.jsonl" / "tokens.html"
+    assert demo.main(["--model", str(folder), "--page", str(page)]) == 2
+    assert f"--page {page} cannot be written" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         demo.parse(["--methods", "ordinary,tokenseak"])
     assert "tokenseak; the ways are ordinary" in capsys.readouterr().err

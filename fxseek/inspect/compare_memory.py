@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
-from fxseek.inspect.estimate import Estimate, estimate
+from fxseek.inspect.estimate import TUNINGS, Estimate, estimate
 from fxseek.inspect.memory import unit_of
+from fxseek.inspect.meta import check_packages
 from fxseek.plots import figure_for
 
 __all__ = ["MemoryBar", "MemoryComparison", "compare_memory"]
@@ -190,10 +192,19 @@ def compare_memory(
                 f"{name}= is not for compare_memory: batches=, tunings= and ratios= say what to "
                 "compare"
             )
+    if "shards" in options:
+        raise ConfigError(
+            "shards= is not for compare_memory: ordinary training over several processes is not "
+            "estimated. estimate(..., shards=) has a step of fxseek."
+        )
+    for tuning in tunings:
+        if tuning not in TUNINGS:
+            raise ConfigError(f"tuning={tuning!r} must be one of {', '.join(map(repr, TUNINGS))}")
+        check_packages(tuning)
     ways: list[tuple[str, dict[str, Any]]] = [
         ("ordinary", {"ordinary": True}),
         ("checkpointing", {"ordinary": "checkpointing"}),
-        *((f"fxseek, {ratio}", {"ratio": ratio}) for ratio in ratios),
+        *((f"fxseek, {_named(ratio)}", {"ratio": ratio}) for ratio in ratios),
     ]
     bars: list[MemoryBar] = []
     from tqdm.auto import tqdm  # of transformers
@@ -206,6 +217,12 @@ def compare_memory(
             bars.append(MemoryBar(tuning, batch, way, found))
     first = bars[0].estimate
     return MemoryComparison(tuple(bars), first.description.split(",")[0], tokens, first.device)
+
+
+def _named(ratio: Any) -> Any:
+    """A ratio as a table names it: that of a configuration, the name of a function."""
+    ratio = ratio.ratio if isinstance(ratio, SeekConfig) else ratio
+    return getattr(ratio, "__name__", ratio)
 
 
 def _part(category: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import sys
 from typing import Any
@@ -82,18 +83,31 @@ def _meta_of(tensor: Tensor) -> Tensor:
     return twin
 
 
+def check_packages(tuning: str) -> None:
+    """What a tuning needs is installed.
+
+    Raises:
+        ConfigError: it isn't.
+    """
+    for package in {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}.get(tuning, ()):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(
+                f"tuning={tuning!r} needs {package}, which is not installed: "
+                'pip install "fxseek[peft]"'
+            ) from error
+
+
 def tuned(model: nn.Module, tuning: str, rank: int, dtype: torch.dtype) -> nn.Module:
     """The model with adapters, and with weights of 4 bits, where the tuning asks for them."""
+    check_packages(tuning)
     if tuning == "full":
         return model
     if tuning == "qlora":
         _quantise(model, dtype)
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError(
-            f'tuning={tuning!r} needs peft, which is not installed: pip install "fxseek[peft]"'
-        ) from error
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.device("meta"):
         return get_peft_model(model, config)  # type: ignore[arg-type]  # any module will do
@@ -117,14 +131,8 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
     """Linear layers but the head, in place, as bitsandbytes stores them in NF4."""
-    try:
-        from bitsandbytes.functional import QuantState
-        from bitsandbytes.nn.modules import Linear4bit, Params4bit
-    except ImportError as error:
-        raise ConfigError(
-            "tuning='qlora' needs bitsandbytes, which is not installed: "
-            'pip install "fxseek[peft]"'
-        ) from error
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     def empty(count: int, kind: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=kind, device="meta")

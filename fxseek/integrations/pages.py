@@ -58,12 +58,18 @@ class TokenPages:
             path.parent.mkdir(parents=True, exist_ok=True)
             report.to_html(self.tokenizer, path)
         except (OSError, FxseekError) as error:
-            if not self._told:
-                self._told = True
-                log.warning("fxseek: no token page of step %s: %s", step, error)
+            self._tell("no token page of step %s: %s", step, error)
             return
         for reporter in reporters:
-            self._hand_over(reporter, report, path, step)
+            try:
+                self._hand_over(reporter, report, path, step)
+            except Exception as error:  # of a library that shows pages: training goes on
+                self._tell("no token page for %s: %r", type(reporter).__name__, error)
+
+    def _tell(self, message: str, *arguments: Any) -> None:
+        if not self._told:
+            self._told = True
+            log.warning(f"fxseek: {message}", *arguments)
 
     def _hand_over(self, reporter: Any, report: StepReport, path: Path, step: int) -> None:
         """Give the page to a reporter of transformers that can show it."""

@@ -54,8 +54,9 @@ class SeekCallback(TrainerCallback, ExportableState):
 
     Raises:
         InputError: `html_every` is no number of steps; or when training starts, there is no
-            tokenizer or no score to show, the model is not compiled, or the Trainer would copy it
-            to several GPUs.
+            tokenizer or no score to show, the model is not compiled, the Trainer would copy it to
+            several GPUs, or has made an attached callback anew
+            (``restore_callback_states_from_checkpoint``).
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SeekCallback(TrainerCallback, ExportableState):
         self.html_every = html_every
         self._pages = None if html_every is None else TokenPages(html_every, tokenizer)
         self._handler: Any = None
+        self._attached = False
         self._steps = 0
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
@@ -74,12 +76,14 @@ class SeekCallback(TrainerCallback, ExportableState):
         """Add this callback to a Trainer, before its reporters; returns it."""
         self._handler = trainer.callback_handler
         self._handler.callbacks.insert(0, self)
+        self._attached = True
         return self
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
         given = {"timings": self.timings, "html_every": self.html_every}
-        return {"args": given, "attributes": {"_steps": self._steps}}
+        attributes = {"_steps": self._steps, "_attached": self._attached}
+        return {"args": given, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start at the forward that a checkpoint ended with; ask for timings."""
@@ -96,6 +100,12 @@ class SeekCallback(TrainerCallback, ExportableState):
                 f"the Trainer would copy the model to {args.n_gpu} GPUs (DataParallel), and a copy "
                 "cannot run a compiled step. Start one process for each GPU (torchrun, accelerate "
                 "launch), or show the process one GPU alone (CUDA_VISIBLE_DEVICES=0)."
+            )
+        if self._attached and self._handler is None:  # made anew, from a checkpoint's state
+            raise InputError(
+                "restore_callback_states_from_checkpoint=True lets the Trainer make SeekCallback "
+                "anew, without its tokenizer and its place before the reporters. Leave it out: "
+                "SeekCallback goes on with its count by itself."
             )
         if self._pages is not None:
             config = step.config

@@ -49,11 +49,14 @@ def draw(tokens: Tokens, path: str | Path | None, row: int, first: int) -> None:
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(scales), squeeze=False)[0]
     chosen = set(tokens.selected[row].nonzero().flatten().tolist())
-    leftwards = _leftwards("".join(words[i] for i in positions))
+    texts = [""] * lines
+    for i, (line, _, _) in zip(positions, places, strict=True):
+        texts[line] += words[i]
+    leftwards = [*map(_leftwards, texts)]
     for panel, scale in zip(panels, scales, strict=True):
         alone = _alone(tokens, scale, row)
         for i, (line, column, width) in zip(positions, places, strict=True):
-            start = _COLUMNS - column - width if leftwards else column
+            start = _COLUMNS - column - width if leftwards[line] else column
             text = words[i].replace("\n", "")
             level = int(scale.levels[row, i])
             _token(panel, tokens, (row, i), (start, line, width), text, level, scale, i in alone)
@@ -76,13 +79,13 @@ def draw(tokens: Tokens, path: str | Path | None, row: int, first: int) -> None:
 
 
 def _alone(tokens: Tokens, scale: Scale, row: int) -> set[int]:
-    """What the step would have kept of a row by one score, as many as it did keep."""
+    """What top-k would have kept of a row by one score alone, as many as the step did keep."""
     kept = int(tokens.selected[row].sum())
     if not kept:
         return set()
     one = slice(row, row + 1)
     found = select_topk(
-        scale.values[one],
+        scale.exact[one],
         kept,
         valid=tokens.valid[one],
         supervised=None if tokens.labelled is None else tokens.labelled[one],
@@ -157,7 +160,7 @@ def _token(
         text,
         ha="center",
         va="center",
-        family="monospace",
+        family=["monospace", "DejaVu Sans"],  # the second for letters that the first lacks
         fontsize=7.5,
         color=ink if valid else "#6b6b6b",
         style="normal" if labelled else "italic",

@@ -99,6 +99,7 @@ class StepReport:
         Raises:
             InputError: the step ranked nothing, or by random numbers; there is no tokenizer or no
                 ids; or the report has no values (meta device).
+            OSError: the page cannot be written there.
         """
         page = page_of(tokens_of(self, tokenizer, input_ids))
         if path is not None:
@@ -140,7 +141,7 @@ class StepReport:
                 "show() is for notebooks, and IPython is not installed: write a page by "
                 "to_html(tokenizer, 'tokens.html'), and open it in a browser"
             ) from error
-        if get_ipython() is None:
+        if not hasattr(get_ipython(), "kernel"):  # None, or a terminal's, which shows no page
             raise InputError(
                 "show() is for notebooks, and none is running: write a page by "
                 "to_html(tokenizer, 'tokens.html'), and open it in a browser"
@@ -158,9 +159,10 @@ class StepReport:
     ) -> None:
         """Draw a row into a PNG or SVG file, with a panel for each score.
 
-        "Selected by context" frames the tokens that the step would have kept by the context alone,
-        as many as it did keep; what it did keep is underlined. Up to 600 tokens are drawn.
-        Characters that matplotlib's font lacks are drawn as boxes.
+        "Selected by context" frames the tokens that top-k would keep by the context alone, as many
+        as the step did keep, whatever its other options were (``supervised_only``, ``select``,
+        ``sinks``); what it did keep is underlined. Up to 600 tokens are drawn. Characters that
+        matplotlib's font lacks are drawn as boxes.
 
         Args:
             tokenizer: as for `to_html`.
@@ -172,6 +174,7 @@ class StepReport:
         Raises:
             InputError: as `to_html`; the path ends in something else; there is no such row or
                 position; or matplotlib is not installed.
+            OSError: the picture cannot be written there.
 
         Source: TokenSeek, arXiv 2601.19739, whose figure has these two panels.
         """

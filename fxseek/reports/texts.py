@@ -12,6 +12,9 @@ from fxseek.errors import InputError
 __all__ = ["check_tokenizer", "legible", "texts_of"]
 
 
+_CONVERT = "convert_ids_to_tokens"
+
+
 def check_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer, or that of a processor.
 
@@ -19,9 +22,10 @@ def check_tokenizer(tokenizer: Any) -> Any:
         InputError: it makes no text of ids.
     """
     inner = getattr(tokenizer, "tokenizer", None)
-    for found in (tokenizer, inner):
+    names = hasattr(inner, "convert_ids_to_tokens") and not hasattr(tokenizer, _CONVERT)
+    for found in (inner, tokenizer) if names else (tokenizer, inner):
         if found is not None and any(
-            callable(getattr(found, name, None)) for name in ("decode", "convert_ids_to_tokens")
+            callable(getattr(found, name, None)) for name in ("decode", _CONVERT)
         ):
             return found
     given = "none was given" if tokenizer is None else f"got {type(tokenizer).__name__}"
@@ -33,12 +37,12 @@ def check_tokenizer(tokenizer: Any) -> Any:
 
 
 def texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
-    """The legible text of each id; ``⟨17⟩`` where the tokenizer has none for it.
+    """The legible text of each id; ``⟨id 17⟩`` where the tokenizer has none for it.
 
     Raises:
         InputError: the tokenizer raises an error.
     """
-    return {number: legible(_text(tokenizer, number)) or f"⟨{number}⟩" for number in set(ids)}
+    return {number: legible(_text(tokenizer, number)) or f"⟨id {number}⟩" for number in set(ids)}
 
 
 def _text(tokenizer: Any, number: int) -> str:
@@ -46,8 +50,9 @@ def _text(tokenizer: Any, number: int) -> str:
         return "⟨virtual⟩" if number == -1 else ""
     try:
         token = text = None
-        if callable(convert := getattr(tokenizer, "convert_ids_to_tokens", None)):
-            token = convert(number)
+        for name in (_CONVERT, "id_to_token"):  # of transformers, of tokenizers
+            if token is None and callable(convert := getattr(tokenizer, name, None)):
+                token = convert(number)
         if callable(decode := getattr(tokenizer, "decode", None)):
             text = decode([number])
     except Exception as error:
@@ -58,10 +63,14 @@ def _text(tokenizer: Any, number: int) -> str:
     token = token if isinstance(token, str) else None
     if not isinstance(text, str):
         return token or ""
+    if token is None:
+        return text
     if "\ufffd" in text:  # a part of a character
-        return text if token is None else _bytes_of(token)
-    if token is not None and token.startswith("▁") and not text.startswith(" "):
-        return f" {text}"  # SentencePiece takes the space off what it decodes
+        return _bytes_of(token)
+    if not text and len(token) == 1 and "\x80" <= token <= "\xff":
+        return f"⟨{ord(token):02X}⟩"  # ByT5 leaves parts of characters out of what it decodes
+    if spaces := len(token) - len(token.lstrip("▁")):
+        return " " * spaces + text.lstrip(" ")  # SentencePiece takes one off what it decodes
     return text
 
 

@@ -43,12 +43,13 @@ class Band:
 class Scale:
     """A score of all tokens. Shapes: [batch, tokens].
 
-    `ranks`: from 1 for the best valid token of a row, 0 at padding; `levels`: of the token's band,
-    -1 where it has none; `bands`: ascending.
+    `values`: as they are shown, and `exact` as they are; `ranks`: from 1 for the best valid token
+    of a row, 0 at padding; `levels`: of the token's band, -1 where it has none; `bands`: ascending.
     """
 
     name: str
     values: Tensor
+    exact: Tensor
     ranks: Tensor
     levels: Tensor
     bands: tuple[Band, ...]
@@ -95,7 +96,9 @@ def tokens_of(report: StepReport, tokenizer: Any, input_ids: Tensor | None = Non
     """
     _check_scored(report)
     tokenizer = check_tokenizer(tokenizer)
-    if not _torch.has_values(report.valid):
+    shown = (report.valid, report.selected, report.scores, *report.parts.values())
+    given = (report.input_ids, report.labels, report.supervised, input_ids)
+    if not all(_torch.has_values(x) for x in (*shown, *given) if isinstance(x, Tensor)):
         raise InputError(
             "the report's tensors have no values (they are on the meta device): report a step that "
             "ran on a real device"
@@ -167,29 +170,29 @@ def _ids(report: StepReport, given: Tensor | None) -> Tensor:
             f"input_ids= must be integers of shape [batch, tokens] = [{batch}, {tokens}], those of "
             f"the reported step; got {shape}"
         )
-    virtual = torch.full((batch, tokens - given.shape[1]), -1)
+    virtual = torch.full((batch, tokens - given.shape[1]), -1, device="cpu")
     return torch.cat((virtual, given.cpu().long()), dim=1)
 
 
 def _scale(name: str, values: Tensor, valid: Tensor, selected: Tensor) -> Scale:
-    ranks = _ranks(values, valid)
-    values = _rounded(values.detach().double())
+    exact, ranks = values.detach(), _ranks(values, valid)
+    values = _rounded(exact.double())
     shown = valid & values.isfinite()
     levels, bands = _bands(values, shown, selected)
-    return Scale(name, values, ranks, levels.masked_fill(~shown, -1), bands)
+    return Scale(name, values, exact, ranks, levels.masked_fill(~shown, -1), bands)
 
 
 def _ranks(values: Tensor, valid: Tensor) -> Tensor:
     """From 1 for the best valid token of a row; equal ones by position, as they are selected."""
     order = ranking_of(values, valid.long())
-    places = torch.arange(1, values.shape[-1] + 1).expand_as(order)
+    places = torch.arange(1, values.shape[-1] + 1, device="cpu").expand_as(order)
     return torch.zeros_like(order).scatter(-1, order, places).masked_fill(~valid, 0)
 
 
 def _rounded(values: Tensor) -> Tensor:
     """To the digits that are shown, so that a band's limits are those of its tokens."""
     numbers = [float(f"{value:.{_DIGITS}g}") for value in values.flatten().tolist()]
-    return torch.tensor(numbers, dtype=torch.float64).reshape(values.shape)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").reshape(values.shape)
 
 
 def _bands(values: Tensor, shown: Tensor, selected: Tensor) -> tuple[Tensor, tuple[Band, ...]]:
@@ -207,4 +210,5 @@ def _bands(values: Tensor, shown: Tensor, selected: Tensor) -> tuple[Tensor, tup
         level = round(at * (LEVELS - 1) / max(len(edges), 1))
         few = int((inside & selected).sum())
         bands.append(Band(level, float(found.min()), float(found.max()), len(found), few))
-    return torch.tensor([band.level for band in bands])[number], tuple(bands)
+    levels = torch.tensor([band.level for band in bands], device="cpu")
+    return levels[number], tuple(bands)

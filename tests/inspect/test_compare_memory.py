@@ -80,9 +80,23 @@ def test_it_prints_a_table_and_plots(found, tmp_path: Path):
         ({"tunings": "full"}, r"tunings='full' must be a list"),
         ({"ratios": ()}, r"ratios=\(\) must be a list with something in it"),
         ({"ratio": 0.1}, r"ratio= is not for compare_memory"),
-        ({"tunings": ["lore"]}, r"tuning='lore' must be one of"),
+        ({"tunings": ["full", "lore"]}, r"tuning='lore' must be one of"),
+        ({"shards": 8}, r"shards= is not for compare_memory"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_bad_arguments(options, message, monkeypatch):
+    monkeypatch.setattr("fxseek.inspect.compare_memory.estimate", None)  # before the first estimate
     with pytest.raises(fxseek.ConfigError, match=message):
         fxseek.compare_memory(CONFIG, 101, progress=False, **options)
+
+
+def test_a_ratio_is_named_as_it_was_given():
+    def growing(step: int) -> float:
+        return 0.1
+
+    given = (growing, fxseek.SeekConfig(0.25), "labelled")
+    found = fxseek.compare_memory(
+        CONFIG, 101, batches=(1,), tunings=("full",), ratios=given, progress=False
+    )
+    names = [bar.way for bar in found.bars]
+    assert names[2:] == ["fxseek, growing", "fxseek, 0.25", "fxseek, labelled"]

@@ -390,6 +390,52 @@ def test_token_pages_never_stop_a_run(tmp_path, caplog):
     assert sum("no token page" in message for message in caplog.messages) == 1
 
 
+def test_a_reporter_that_fails_never_stops_a_run(tmp_path, caplog):
+    def fail(logs: Any) -> None:
+        raise ConnectionError("the service is down")
+
+    for library in (
+        SimpleNamespace(log=fail, Html=lambda path, inject: path),
+        SimpleNamespace(log=lambda logs: None),  # it has no Html
+    ):
+        caplog.clear()
+        reporter = WandbCallback()
+        reporter._wandb = library  # type: ignore[assignment]
+        trainer = Trainer(
+            compiled(small()), arguments(tmp_path), train_dataset=Rows(8), callbacks=[reporter]
+        )
+        words = Words([f" w{i}" for i in range(VOCABULARY)])
+        fxseek.SeekCallback(html_every=1, tokenizer=words).attach(trainer)
+        trainer.train()
+        assert trainer.state.global_step == 2
+        told = [message for message in caplog.messages if "no token page for" in message]
+        assert len(told) == 1 and "WandbCallback" in told[0]
+        assert (tmp_path / "fxseek" / "tokens-2.html").exists()
+
+
+def test_a_callback_that_the_trainer_makes_anew_says_so(tmp_path):
+    """Without its place before the reporters and its tokenizer it would be silent."""
+    words = Words([f" w{i}" for i in range(VOCABULARY)])
+    for restored in (False, True):
+        options = {"restore_callback_states_from_checkpoint": restored}
+        folder = tmp_path / str(restored)
+        for steps in (2, 4):
+            args = arguments(
+                folder, max_steps=steps, save_strategy="steps", save_steps=2, **options
+            )
+            trainer = Trainer(compiled(small()), args, train_dataset=Rows(16))
+            fxseek.SeekCallback(html_every=1, tokenizer=words).attach(trainer)
+            last = str(folder / "checkpoint-2") if steps > 2 else None
+            if restored and last:
+                with pytest.raises(
+                    fxseek.InputError, match=r"restore_callback_states.*Leave it out"
+                ):
+                    trainer.train(resume_from_checkpoint=last)
+            else:
+                trainer.train(resume_from_checkpoint=last)
+                assert trainer.state.global_step == steps
+
+
 def test_what_token_pages_need_is_said_before_a_run(tmp_path):
     words = Words([" w"] * VOCABULARY)
     measured = "the model is compiled to measure none"

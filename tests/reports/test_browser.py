@@ -189,6 +189,14 @@ def test_text_runs_in_its_own_direction(visit: Open):
     x = [page.locator(".row .t").nth(i).bounding_box()["x"] for i in range(7)]
     assert x[0] > x[1] > x[2]
     assert x[4] < x[5] < x[6]
+    page.locator(".row .t").nth(1).click()
+    for key, position in (("ArrowLeft", 2), ("ArrowRight", 1), ("ArrowRight", 0)):
+        page.keyboard.press(key)
+        assert tip(page)["position"] == f"{position} of 7", key
+    page.locator(".row .t").nth(5).click()
+    for key, position in (("ArrowRight", 6), ("ArrowLeft", 5), ("ArrowLeft", 4)):
+        page.keyboard.press(key)
+        assert tip(page)["position"] == f"{position} of 7", key
 
 
 def test_a_row_of_32768_tokens_opens_at_once(visit: Open):

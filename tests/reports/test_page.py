@@ -23,6 +23,8 @@ from reports import Words, report
 from torch import Tensor
 
 import fxseek
+from fxseek.reports.picture import _alone, _leftwards
+from fxseek.reports.tokens import tokens_of
 
 NASTY = [
     "</script>",
@@ -242,9 +244,11 @@ def test_notebooks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "IPython.core", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "IPython.core.getipython", core)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    with pytest.raises(fxseek.InputError, match="none is running"):
-        found.show(numbered(4))
-    running[0] = object()
+    for none in (None, SimpleNamespace()):  # a terminal's shell, which has no kernel
+        running[0] = none
+        with pytest.raises(fxseek.InputError, match="none is running"):
+            found.show(numbered(4))
+    running[0] = SimpleNamespace(kernel=None)
     found.show(numbered(4), height=300)
     inside = re.search(r'srcdoc="([^"]*)"', shown[0])
     assert inside is not None
@@ -273,6 +277,38 @@ def test_the_picture_has_a_panel_for_each_score(tmp_path: Path):
     for bad in places:
         with pytest.raises(fxseek.InputError, match="must be an integer from 0 to"):
             found.plot(words, tmp_path / "row.png", **bad)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"supervised_only": True}, {"sinks": 2}, {"span": 4}, {"select": "sample"}],
+    ids=str,
+)
+def test_the_picture_frames_what_one_score_alone_would_keep(options: dict[str, Any]):
+    torch.manual_seed(0)
+    model = fxseek.compile(tiny_llama(num_hidden_layers=1), 0.2, **options)
+    model(**batch(37, 2, 40, labels="completion"))
+    tokens = tokens_of(fxseek.report(model), numbered(37))
+    for row in range(2):
+        for scale in tokens.scales[:2]:
+            framed = _alone(tokens, scale, row)
+            assert len(framed) == int(tokens.selected[row].sum())
+            if tokens.spans is None and tokens.labelled is not None:
+                best = set(scale.exact[row].topk(len(framed)).indices.tolist())
+                # a row without a kept label would learn nothing: one takes the last one's place
+                assert len(framed - best) <= 1
+
+
+def test_scores_that_differ_in_a_late_digit_are_told_apart():
+    context = 1.0 + torch.arange(64).flip(0)[None] * 1e-6
+    found = report(rows(1, 64), 8, parts={"context": context}, scores=context, score="context")
+    tokens = tokens_of(found, numbered(64))
+    chosen = set(tokens.selected[0].nonzero().flatten().tolist())
+    assert _alone(tokens, tokens.scales[0], 0) == chosen
+
+
+def test_each_line_of_a_picture_runs_in_its_own_direction():
+    assert _leftwards(" שלום, hello") and not _leftwards("1. hello שלום")
 
 
 def test_the_picture_of_a_long_row_is_a_part_of_it(tmp_path: Path):

@@ -43,20 +43,34 @@ def test_parts_of_characters_are_bytes():
 
 
 def test_sentencepiece_keeps_its_spaces_and_bytes():
-    tokens = {0: "▁the", 1: "re", 2: "<0xE2>"}
-    decoded = {0: "the", 1: "re", 2: "\ufffd"}
+    tokens = {0: "▁the", 1: "re", 2: "<0xE2>", 3: "▁▁", 4: "▁▁▁▁", 5: "▁▁x"}
+    decoded = {0: "the", 1: "re", 2: "\ufffd", 3: " ", 4: "   ", 5: "  x"}
     tokenizer = SimpleNamespace(
         convert_ids_to_tokens=tokens.get, decode=lambda ids: decoded[ids[0]]
     )
-    assert texts_of(tokenizer, [0, 1, 2]) == {0: " the", 1: "re", 2: "⟨E2⟩"}
+    assert texts_of(tokenizer, tokens) == {
+        0: " the", 1: "re", 2: "⟨E2⟩", 3: "··", 4: "····", 5: "··x",
+    }  # fmt: skip
+
+
+def test_bytes_that_decode_to_nothing():
+    """As those of ByT5, whose tokens are characters of Latin-1."""
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=chr, decode=lambda ids: "")
+    assert texts_of(tokenizer, [0xC3, 0x85]) == {0xC3: "⟨C3⟩", 0x85: "⟨85⟩"}
+
+
+def test_a_tokenizer_without_transformers():
+    tokens = {0: "Ġa", 1: "Ã"}
+    tokenizer = SimpleNamespace(id_to_token=tokens.get, decode=lambda ids: [" a", "\ufffd"][ids[0]])
+    assert texts_of(tokenizer, [0, 1]) == {0: " a", 1: "⟨C3⟩"}
 
 
 def test_ids_that_have_no_text_are_numbers():
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda i: None)
     assert texts_of(tokenizer, [49152, -1, -200]) == {
-        49152: "⟨49152⟩",
+        49152: "⟨id 49152⟩",
         -1: "⟨virtual⟩",
-        -200: "⟨-200⟩",
+        -200: "⟨id -200⟩",
     }
 
 
@@ -67,6 +81,10 @@ def test_what_is_no_tokenizer():
         check_tokenizer(3)
     inner = SimpleNamespace(decode=lambda ids: "a")
     assert check_tokenizer(SimpleNamespace(tokenizer=inner)) is inner  # a processor
+    named = SimpleNamespace(decode=lambda ids: "a", convert_ids_to_tokens=str)
+    processor = SimpleNamespace(tokenizer=named, decode=lambda ids: "a")
+    assert check_tokenizer(processor) is named
+    assert check_tokenizer(named) is named
     words = ["a"]
     broken = SimpleNamespace(decode=lambda ids: words[ids[0]])
     with pytest.raises(fxseek.InputError, match="no text for the id 5: list index"):
