@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models import (
     IGNORED,
@@ -29,6 +29,9 @@ from fxseek.spans import over_spans, spans_of
 
 VOCAB = 37
 GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True)
+
+
+UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)  # each example is captured
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -207,6 +210,40 @@ def test_the_weighted_loss_of_spans_is_unbiased(size: int, kind: str):
     assert (found.mean() - losses[labelled].mean()).abs() < 4 * error
 
 
+@pytest.mark.parametrize("counts", ["one", "a row's", "by mass"])
+def test_unbiased_with_documents_required_positions_and_counts_of_rows(counts: str):
+    valid = bools("1111111111111111", "0000111111111111", "1111111111111100", "1111111111111111")
+    supervised = bools(
+        "1111101111110111", "0111111101110111", "1110000011111111", "0000000000000000"
+    )
+    labelled = supervised & valid
+    begins = torch.zeros_like(valid)
+    begins[0, 6] = begins[2, 9] = True
+    required = torch.tensor([[0, 1], [4, 5], [0, 13], [0, 0]])
+    losses = torch.rand(4, 16, generator=generator(5)).double() ** 3 * 10
+    mass, size = losses * (losses > 2), 3
+    source, results = generator(11), []
+    fixed = torch.tensor([6, 5, 8, 3]) if counts == "a row's" else None
+    given = {"valid": valid, "supervised": supervised, "required": required}
+    for _ in range(4000):
+        spans = spans_of(
+            torch.full((4, 1), size), valid=valid, labelled=labelled, begins=begins,
+            required=required, generator=source,
+        )  # fmt: skip
+        if counts == "by mass":
+            held = count_holding(mass, 0.6, supervised_only=True, spans=spans, **given)
+            fixed = torch.minimum(held.clamp_min(2 + size), valid.sum(-1))
+        most = 7 if fixed is None else int(fixed.max())
+        drawn = {"generator": source, "uniform": 0.3, "spans": spans, "counts": fixed}
+        selection = select_sample(mass, most, **given, **drawn)
+        counted = labelled.gather(1, selection.kept) & (selection.selected >= 0)
+        weighted = losses.gather(1, selection.kept) * selection.weights * counted
+        results.append(weighted.sum() / counted.sum())
+    found = torch.stack(results)
+    error = found.std() / len(results) ** 0.5
+    assert (found.mean() - losses[labelled].mean()).abs() < 4 * error
+
+
 def test_the_share_of_the_mass_is_held_by_spans():
     mass = torch.tensor([[1.0, 1, 8, 0, 0, 0, 3, 3]])
     valid, spans = torch.ones(1, 8, dtype=torch.bool), torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]])
@@ -267,6 +304,65 @@ def test_gradients_are_exact(options: dict[str, Any], padding: str):
                 assert wanted - 4 < len(kept) <= wanted
 
 
+RATIOS = (0.05, 0.2, 0.4, 0.9, "mass:0.5", "mass:0.9", "0.1->0.9")
+
+
+def any_spans(data: st.DataObject) -> None:
+    """Whatever goes with spans: gradients are exact, a sample has whole spans of one document."""
+    draw, choice = data.draw, st.sampled_from
+    options: dict[str, Any] = {
+        "span": draw(choice((2, 3, 5, 8, 50))),
+        "ratio": draw(choice(RATIOS)),
+        "select": draw(choice(("topk", "sample"))),
+        "score": draw(choice(("tokenseek", "gradient", "context", "random"))),
+        "normalise": draw(choice(("minmax", "rank", "zscore"))),
+        "supervised_only": draw(st.booleans()),
+        "sinks": draw(choice((0, 0, 1, 3))),
+        "learn_chunk": draw(choice((None, 3))),
+    }
+    if options["ratio"] == "0.1->0.9":
+        options["ratio_steps"] = 2
+    elif isinstance(options["ratio"], str):
+        options["ratio_bounds"] = draw(choice(((0.01, 0.5), (0.2, 0.9), (0.3, 0.3))))
+        if options["score"] == "random":  # which has no mass
+            options["score"] = "gradient"
+    inputs = batch(
+        VOCAB,
+        batch=draw(choice((1, 3))),
+        tokens=draw(choice((7, 22))),
+        padding=draw(choice(("none", "left", "right"))),
+        labels=draw(choice(("all", "some", "completion", "none_in_row"))),
+        packed=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+    model = fxseek.compile(decoder(), **options)
+    for _ in range(2):
+        report = exact_step(model, inputs)
+        assert report.spans is not None and report.supervised is not None
+        labelled = report.supervised & report.valid
+        for row, spans in enumerate(report.spans):
+            kept = {at for at in report.selected[row].tolist() if at >= 0}
+            for run in runs(spans):
+                if options["select"] == "sample" and labelled[row, run[0]]:
+                    assert set(run) <= kept or not set(run) & kept
+                if "position_ids" in inputs and report.valid[row, run].all():
+                    assert (inputs["position_ids"][row, run].diff() == 1).all()
+
+
+@settings(max_examples=5, deadline=None, phases=UNSHRUNK)
+@given(data=st.data())
+def test_whatever_goes_with_spans(data: st.DataObject):
+    any_spans(data)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1800)
+@settings(max_examples=100, deadline=None, phases=UNSHRUNK)
+@given(data=st.data())
+def test_whatever_goes_with_spans_at_length(data: st.DataObject):
+    any_spans(data)
+
+
 def test_documents_of_a_packed_row_share_no_span():
     model = decoder()
     fxseek.compile(model, 0.4, span=5, score="random")
@@ -283,11 +379,21 @@ def test_documents_of_a_packed_row_share_no_span():
     assert report.spans[0, 6] != report.spans[0, 7]
 
 
-def test_virtual_tokens_are_beside_spans():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"select": "sample"},
+        {"ratio": "mass:0.6", "ratio_bounds": (0.1, 0.6), "select": "sample"},
+        {"learn_chunk": 3},
+    ],
+    ids=str,
+)
+def test_virtual_tokens_are_beside_spans(options: dict[str, Any]):
     model: Any = without_casts(tiny_llama())
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = get_peft_model(model, prompt).double().train()
-    fxseek.compile(model, 0.4, span=5)
+    fxseek.compile(model, **{"ratio": 0.4, "span": 5, **options})
     inputs: dict[str, Any] = batch(VOCAB, batch=2, tokens=17, padding="right")
     model(**inputs).loss.backward()
     report = fxseek.report(model)
