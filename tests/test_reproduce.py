@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
+import shutil
+import signal
 import statistics
+import sys
+import threading
+import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     path = tmp_path_factory.mktemp("tiny")
     save_tiny_llama(path, tokenizer, 64)
     lines = [
-        {"instruction": f"Count from {i}.", "output": " ".join(map(str, range(i, i + 30)))}
+        {"instruction": f"Count from {i}.", "output": " ".join(map(str, range(i, i + 45)))}
         for i in range(3, 30)
     ]
     (path / "counting.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -52,6 +59,24 @@ def given(folder: Path, out: Path, *more: str) -> list[str]:
         *("--tokens", "96", "--steps", "2", "--held-out", "5", "--tasks", "none"),
         *("--device", "cpu", "--out", str(out / "runs"), "--page", str(out / "page.md"), *more),
     ]
+
+
+def never(job: train.Job) -> dict[str, Any]:
+    raise AssertionError
+
+
+def slow_but_for_full(job: train.Job) -> dict[str, Any]:
+    """A child's run, which passes over Ctrl-C."""
+    if job.way.tuner != "full":
+        time.sleep(600)
+    os.kill(os.getpid(), signal.SIGINT)
+    return run_of("full", 40.0, 2.0)["found"]
+
+
+def killed_but_for_full(job: train.Job) -> dict[str, Any]:
+    if job.way.tuner != "full":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train.run(job)
 
 
 @pytest.fixture
@@ -68,7 +93,7 @@ def test_runs_are_kept_and_not_run_again(
     assert program.main(given(folder, tmp_path, "--methods", "full", "--seeds", "1")) == 0
     (first,) = (tmp_path / "runs").glob("*.json")
     assert program.main(arguments) == 0
-    runs = page.read(tmp_path / "runs")
+    runs = [*page.read(tmp_path / "runs").values()]
     assert sorted((run["way"]["tuner"], run["seed"]) for run in runs) == [
         ("full", 0), ("full", 1), ("lora", 0), ("lora", 1),
     ]  # fmt: skip
@@ -82,12 +107,126 @@ def test_runs_are_kept_and_not_run_again(
     assert re.search(r"\| Full parameter +\| +2 \| +100\.0 ± \S+ % \|", text)
     assert "held out 5" in text
 
-    def never(job: train.Job) -> dict[str, Any]:
-        raise AssertionError
-
     monkeypatch.setattr(program, "apart", never)
     (tmp_path / "runs" / "cut-short.part").write_text("{")  # of a call that was killed
     assert program.main(arguments) == 0
+
+
+def test_ctrl_c_ends_the_children_and_keeps_what_is_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", slow_but_for_full)
+    monkeypatch.setattr(page, "write", interrupt)  # which the first run's end calls
+    arguments = given(folder, tmp_path, "--methods", "full,lora,loha,ia3", "--workers", "2")
+    start = time.monotonic()
+    assert program.main(arguments) == 130
+    assert time.monotonic() - start < 300
+    assert multiprocessing.active_children() == []
+    assert "stopped; the same call goes on from here" in capsys.readouterr().err
+    runs = page.read(tmp_path / "runs").values()
+    assert [run["way"]["tuner"] for run in runs] == ["full"]
+
+
+def test_a_run_is_written_though_nobody_waits_for_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    def run(job: train.Job) -> dict[str, Any]:
+        if job.way.tuner != "full":
+            assert stopped.wait(60)
+            time.sleep(0.5)
+        return run_of("full", 40.0, 2.0)["found"]
+
+    monkeypatch.setattr(program, "apart", run)
+    monkeypatch.setattr(page, "write", interrupt)
+    arguments = given(folder, tmp_path, "--methods", "full,lora,ia3,loha", "--workers", "2")
+    assert program.main(arguments) == 130
+    tuners = {run["way"]["tuner"] for run in page.read(tmp_path / "runs").values()}
+    assert tuners - {"ia3"} == {"full", "lora"}  # and of those that waited at most one more
+
+
+def test_a_killed_run_is_named_and_run_by_the_next_call(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    arguments = given(folder, tmp_path, "--methods", "full,lora", "--workers", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run", killed_but_for_full)
+        assert program.main(arguments) == 1
+    assert "LoRA: its process was killed" in capsys.readouterr().err
+    assert len(page.read(tmp_path / "runs")) == 1
+    assert program.main(arguments) == 0
+    tuners = [run["way"]["tuner"] for run in page.read(tmp_path / "runs").values()]
+    assert tuners == ["full", "lora"]
+
+
+def test_an_evaluation_that_fails_keeps_what_was_trained(
+    folder: Path, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*_: object) -> Any:
+        raise ConnectionError("no network")
+
+    arguments = given(folder, tmp_path, "--methods", "full", "--tasks", "mmlu")
+    monkeypatch.setattr(tasks, "lacking", lambda: None)
+    monkeypatch.setattr(tasks, "unusable", lambda names: {})
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "build", fail)
+        patch.setattr(methods, "load", never)  # nothing is trained before there are tasks
+        assert program.main(arguments) == 1
+    assert "Full parameter: ConnectionError: no network" in capsys.readouterr().err
+    monkeypatch.setattr(tasks, "build", lambda *_: ("manager", {}))
+    monkeypatch.setattr(tasks, "evaluate", fail)
+    for _ in range(2):
+        assert program.main(arguments) == 1
+        (file,) = (tmp_path / "runs").glob("*.json")
+        printed = capsys.readouterr().err
+        assert f"no score (ConnectionError: no network): delete {file}" in printed
+        monkeypatch.setattr(program, "apart", never)  # it is not trained again
+
+
+def test_tasks_without_a_score_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def task(*metrics: str) -> Any:
+        return types.SimpleNamespace(aggregation=lambda: dict.fromkeys(metrics))
+
+    def group(*metrics: str) -> Any:
+        some = [types.SimpleNamespace(metric=metric) for metric in metrics]
+        return types.SimpleNamespace(aggregate_metric_list=some)
+
+    known = {
+        "arc": ({"arc": task("acc", "acc_norm")}, {}),
+        "gsm8k": ({"gsm8k": task("exact_match")}, {}),
+        "wikitext": ({"wikitext": task("word_perplexity")}, {}),
+        "mmlu": ({"a": task("acc")}, {"mmlu": group("acc")}),
+        "loose": ({"a": task("acc")}, {"loose": group()}), "tag": ({"a": task("acc")}, {}),
+    }  # fmt: skip
+
+    class Manager:
+        all_tasks = tuple(known)
+
+        def load(self, names: list[str]) -> dict[str, Any]:
+            return dict(zip(("tasks", "groups"), known[names[0]], strict=True))
+
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules["lm_eval.tasks"], "TaskManager", Manager, raising=False)
+    found = tasks.unusable([*known])
+    assert {*found} == {"wikitext", "loose", "tag"}
+    assert "none of acc_norm, acc, exact_match: leave it out of --tasks" in found["wikitext"]
+    assert "name its tasks in --tasks" in found["tag"]
+    results = {"alias": "gsm8k", "exact_match,flexible-extract": 0.1}
+    assert tasks.score(results) == 10.0
+    assert tasks.score({**results, "exact_match,strict-match": 0.5}) == 50.0
+    assert tasks.score({**results, "acc,none": 0.25, "acc_stderr,none": 0.5}) == 25.0
 
 
 def test_what_is_missing_is_named_and_the_rest_goes_on(
@@ -104,7 +243,7 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(
     printed = capsys.readouterr().err
     assert 'QLoRA: bitsandbytes is not installed: pip install "fxseek[peft]"' in printed
     assert "task mmlu: lm_eval is not installed" in printed
-    assert [run["way"]["tuner"] for run in page.read(tmp_path / "runs")] == ["full"]
+    assert [run["way"]["tuner"] for run in page.read(tmp_path / "runs").values()] == ["full"]
     monkeypatch.setattr(train, "available", lambda device: 0)
     assert program.main(given(folder, tmp_path, "--methods", "full,lora")) == 1
     assert "LoRA: Lacking: a step needs" in capsys.readouterr().err
@@ -116,6 +255,13 @@ def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--methods", "lore"], "there is no method 'lore'"),
         (["--also", "every"], "--also has every"),
         (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--held-out", "0"], "--held-out must be at least 1"),
+        (["--steps", "-1"], "--steps must be at least 0"),
+        (["--what", ""], "--what is empty: give some of table, ablations"),
+        (["--device", "gpu"], "--device is gpu; there are cpu"),
+        (["--device", "cuda:99"], "--device is cuda:99; there are cpu"),
+        (["--questions", "0"], "--questions must be at least 1 for continuation"),
+        (["--rate", "0"], "--rate must be above 0"),
     ):
         with pytest.raises(SystemExit):
             program.parse(arguments)
@@ -123,10 +269,99 @@ def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "bad.jsonl").write_text("{}\n")
     assert program.main([*given(folder, tmp_path), "--data", str(tmp_path / "bad.jsonl")]) == 2
     assert "has no 'instruction'" in capsys.readouterr().err
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "x.json").write_text("{}")
-    with pytest.raises(ExampleError, match=r"x\.json is no run .* delete it"):
-        page.read(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{}", "'setting'"),
+        ('{"way": ', "JSONDecodeError"),
+        ({"way": {"tuner": "lore", "selection": "", "options": None}}, "no method lore"),
+        ({"way": {"tuner": "full", "selection": "some", "options": None}}, r"no method full\+some"),
+        ({"rate": None}, "None in it is no number"),
+        ({"found": {"memory": {"average": 1}, "machine": "M"}}, "'maximal'"),
+    ],
+)
+def test_what_is_no_run_is_said_before_the_first_run(
+    text: str | dict[str, Any], reason: str, folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(program, "apart", never)
+    file = tmp_path / "runs" / "x.json"
+    file.parent.mkdir()
+    file.write_text(
+        text if isinstance(text, str) else json.dumps({**run_of("full", 1.0, 2.0), **text})
+    )
+    assert program.main(given(folder, tmp_path)) == 2
+    printed = capsys.readouterr().err
+    assert re.search(rf"x\.json is no run .*{reason}.*delete it.* or give another --out", printed)
+    assert "did not run" not in printed
+
+
+def test_what_did_not_run_is_said_even_if_the_page_fails(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(job: train.Job) -> dict[str, Any]:
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "x.json").write_text("{}")
+        raise RuntimeError("of this run")
+
+    monkeypatch.setattr(program, "apart", fail)
+    assert program.main(given(folder, tmp_path, "--methods", "full")) == 2
+    printed = capsys.readouterr().err
+    assert "x.json is no run" in printed
+    assert "Full parameter: RuntimeError: of this run" in printed
+
+
+def test_other_rows_or_another_model_of_the_same_name_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    arguments = given(copy, tmp_path, "--methods", "full")
+    monkeypatch.setattr(program, "apart", lambda job: run_of("full", 40.0, 2.0)["found"])
+    assert program.main(arguments) == 0
+    (file,) = (tmp_path / "runs").glob("*.json")
+    monkeypatch.setattr(program, "apart", never)
+    assert program.main(arguments) == 0
+    weights, data = copy / "model.safetensors", copy / "counting.jsonl"
+    for changed, option in ((weights, "--model"), (data, "--data")):
+        before = changed.read_bytes()
+        changed.write_bytes(before.replace(b"Count", b"Sum up") + b"\n")
+        for methods_ in ("full", "lora"):  # a row of its own would be in the same table
+            assert program.main([*arguments, "--methods", methods_]) == 2
+            assert re.search(
+                rf"{file.name} was run with a {option} .* give another --out, or delete",
+                capsys.readouterr().err,
+            )
+        changed.write_bytes(before)
+    data.write_text(data.read_text().replace("Count", "Sum up"))
+    run = json.loads(file.read_text())
+    del run["origin"]  # a file of before there were any
+    file.write_text(json.dumps(run))
+    assert program.main(arguments) == 0
+
+
+def test_names_of_data_keep_what_is_no_suffix() -> None:
+    names = [None, "some/set-v1.5", "here/my.jsonl", "my.v2.json", "hub/Open-Platypus"]
+    assert [*map(program.data_name, names)] == [
+        "documentation", "set-v1.5", "my", "my.v2", "Open-Platypus",
+    ]  # fmt: skip
+
+
+def test_only_the_offline_table_is_written_into_the_documentation() -> None:
+    docs, build = program.DOCS / "reproduction", program.BUILD / "reproduction"
+    for arguments, out in (
+        ([], docs), (["--methods", "full", "--seeds", "1", "--what", "table"], docs),
+        (["--preset", "small"], build), (["--data", "my.jsonl"], build),
+        (["--steps", "3"], build), (["--model", "some/model"], build), (["--rate", "1"], build),
+        (["--out", "here/set-v1.5"], Path("here/set-v1.5")),
+    ):  # fmt: skip
+        options = program.parse(arguments)
+        assert options.out == out
+        assert options.page == Path(f"{out.resolve()}.md")
 
 
 def test_data_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,8 +432,8 @@ def test_questions_are_about_what_was_held_out(tokenizer: PreTrainedTokenizerFas
 def test_lm_eval_asks_them(folder: Path, tmp_path: Path, here: None) -> None:
     pytest.importorskip("lm_eval")
     arguments = given(folder, tmp_path, "--methods", "full", "--tasks", "continuation")
-    assert program.main([*arguments, "--questions", "8", "--tokens", "160"]) == 0
-    (run,) = page.read(tmp_path / "runs")
+    assert program.main([*arguments, "--questions", "8", "--tokens", "256"]) == 0
+    (run,) = page.read(tmp_path / "runs").values()
     assert 0 <= run["found"]["scores"]["continuation"] <= 100
     assert tasks.unusable(["continuation", "no-such-task"]) == {
         "no-such-task": "lm-eval has no such task"
@@ -210,7 +445,7 @@ def test_lm_eval_asks_them(folder: Path, tmp_path: Path, here: None) -> None:
 def test_every_method_runs(text: str, folder: Path, tmp_path: Path, here: None) -> None:
     torch._dynamo.reset()
     assert program.main(given(folder, tmp_path, "--methods", text)) == 0
-    (run,) = page.read(tmp_path / "runs")
+    (run,) = page.read(tmp_path / "runs").values()
     assert run["found"]["trained"] > 0
 
 
@@ -222,7 +457,7 @@ def run_of(text: str, memory: float, loss: float, seed: int = 0, **options: Any)
         "setting": {"model": "m", "data": "d", "steps": 3, "tasks": "one,two"},
         "way": vars(way),
         "seed": seed,
-        "rate": 1e-4,
+        "rate": paper.RATES[way.tuner],
         "found": {
             "memory": {"average": memory, "maximal": 1.25 * memory, "steps": 3},
             "losses": [[0, 3.0], [3, loss]],
@@ -232,12 +467,56 @@ def run_of(text: str, memory: float, loss: float, seed: int = 0, **options: Any)
     }
 
 
+def test_another_rate_is_a_row_of_its_own() -> None:
+    own, other = run_of("full", 40.0, 2.0), run_of("full", 40.0, 2.2)
+    other["rate"] = 0.01
+    assert [*page.grouped([other, own])] == ["Full parameter", "Full parameter, rate 0.01"]
+
+
+def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, run, replace = tmp_path / "a.json", run_of("full", 40.0, 2.0), os.replace
+
+    def meanwhile(*names: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        page.write_run(file, run)
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    page.write_run(file, run)
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_a_new_setting_renames_no_picture(tmp_path: Path) -> None:
+    run = run_of("full", 40.0, 2.0)
+    page.write_run(tmp_path / "runs" / "b.json", run)
+    page.write(tmp_path / "page.md", tmp_path / "runs")
+    (picture,) = tmp_path.glob("*.svg")
+    run["setting"]["model"] = "another"
+    page.write_run(tmp_path / "runs" / "a.json", run)
+    page.write(tmp_path / "page.md", tmp_path / "runs")
+    another, first = re.findall(r"\]\((\S+\.svg)\)", (tmp_path / "page.md").read_text())
+    assert first == picture.name
+    assert {file.name for file in tmp_path.glob("*.svg")} == {another, first}
+
+
+def test_the_page_says_what_is_known() -> None:
+    text = page.beside()
+    assert "two cores" not in text
+    assert re.search(r"arXiv has one figure of memory: 14\.8 %.*ICLR version .* 2\.8 GB", text)
+    assert "LoHa, r 8, alpha 16;" in text
+    assert "boft_block_size 4" in text
+    assert "IA3 scales k_proj, v_proj, down_proj" in text
+
+
 def test_the_page_says_how_uncertain_few_questions_leave_a_score() -> None:
     run = run_of("full", 40.0, 2.0)
     assert page.uncertainty([run]) == ""
     run["setting"] |= {"tasks": "continuation", "questions": 100}
     run["found"]["scores"] = {"continuation": 80.0}
-    assert page.uncertainty([run]).endswith("a standard error of 4.0 points.")
+    assert "a standard error of 4.0 points: rows whose scores differ by less" in page.uncertainty(
+        [run]
+    )
 
 
 def test_the_page_has_the_papers_columns_the_ablations_and_pictures(tmp_path: Path) -> None:

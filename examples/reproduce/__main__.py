@@ -7,21 +7,24 @@
         --tasks mmlu,arc_challenge,hellaswag,truthfulqa_mc2,winogrande     # a GPU and the hub
 
 Each run is a process, and one JSON file when it is done; what has a file is not run again, so that
-a call that was stopped goes on where it was. What a run needs and the machine lacks, a package or
-memory, is named, and the others go on. The page has what the runs found, and is written anew
-after each.
+a call that was stopped, as by Ctrl-C, goes on where it was. What a run needs and the machine lacks,
+a package or memory, is named, and the others go on. The page has what the runs found, and is
+written anew after each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -39,10 +42,17 @@ from reproduce.methods import Way
 from reproduce.train import Job, apart
 
 DOCS = Path(__file__).parents[2] / "docs"
+BUILD = DOCS.with_name("build")
 SETTING = ("tokens", "batch", "accumulate", "steps", "held_out", "questions", "schedule", "decay",
            "dtype", "device")  # fmt: skip
 """Options that runs of one table have in common, beside model, data and tasks."""
+SUFFIXES = (".json", ".jsonl")
+WEIGHTS = ("*.safetensors", "*.bin")
 PARTS = ("table", "ablations")
+LEAST = {"seeds": 1, "batch": 1, "accumulate": 1, "workers": 1, "tokens": 1, "held_out": 1,
+         "steps": 0, "decay": 0}  # fmt: skip
+Texts = tuple[list[Row], list[Row]]
+"""Rows to learn, and held-out ones."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,16 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The profiler's remarks, one a step, would come between the progress bars.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    problems: list[str] = []
+    failed = 0
     try:
-        problems = run_all(options)
+        run_all(options, problems)
         page.write(options.page, options.out)
+        print(f"\nWritten: {options.page}, from the runs in {options.out}")
     except ExampleError as error:
         print(f"reproduce: {error}", file=sys.stderr)
-        return 2
+        failed = 2
+    except KeyboardInterrupt:
+        print("\nreproduce: stopped; the same call goes on from here", file=sys.stderr)
+        failed = 130
     if problems:
         print("\n".join(["reproduce: these did not run:", *problems]), file=sys.stderr)
-    print(f"\nWritten: {options.page}")
-    return 1 if problems else 0
+    return failed or (1 if problems else 0)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -89,10 +104,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--workers", type=int, default=1, help="runs at a time (%(default)s)")
-    add("--out", type=Path, default=DOCS / "reproduction", help="a file a run (%(default)s)")
-    add("--page", type=Path, default=DOCS / "reproduction.md", help="the page (%(default)s)")
+    add("--out", type=Path, help="folder of a file a run (offline as it is: docs/reproduction, "
+        "else build/reproduction)")  # fmt: skip
+    add("--page", type=Path, help="the page (default: beside --out, with .md)")
     options = parser.parse_args(arguments)
     preset = options.preset or ("paper" if options.model else "offline")
+    own = ("model", "data", "tasks", "rate", *(name for name in SETTING if name != "device"))
+    plain = preset == "offline" and all(getattr(options, name) is None for name in own)
+    options.out = options.out or (DOCS if plain else BUILD) / "reproduction"
+    options.page = options.page or Path(f"{options.out.resolve()}.md")
     for name, value in paper.PRESETS[preset].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -104,16 +124,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         unknown = {chosen} - {*known} if isinstance(chosen, str) else {*chosen} - {*known}
         if unknown:
             parser.error(f"--{name} has {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    for name in ("seeds", "batch", "accumulate", "workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    if not options.what:
+        parser.error(f"--what is empty: give some of {', '.join(PARTS)}")
+    for name, least in LEAST.items():
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if options.rate is not None and not options.rate > 0:
+        parser.error("--rate must be above 0; without it each tuner has its own")
+    if tasks.LOCAL in options.tasks and options.questions < 1:
+        parser.error(f"--questions must be at least 1 for {tasks.LOCAL}; or give --tasks none")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cards = range(torch.cuda.device_count())
+    known = ["cpu", *(["cuda"] if cards else []), *(f"cuda:{card}" for card in cards)]
+    if options.device not in known:
+        parser.error(f"--device is {options.device}; there are {', '.join(known)} here")
     try:
         named = [*methods.TABLE, *(f"{x}+{y}" for x in methods.SELECTED for y in options.also)]
         named = options.methods.split(",") if options.methods else named
         options.ways = [methods.way_of(text) for text in named]
     except ExampleError as error:
         parser.error(str(error))
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return options
 
 
@@ -136,7 +166,7 @@ def line_of(options: argparse.Namespace, model: str, way: Way, seed: int) -> pag
     return {
         "setting": {
             "model": model,
-            "data": Path(options.data).stem if options.data else "documentation",
+            "data": data_name(options.data),
             "tasks": ",".join(options.tasks) or "none",
             **{name: getattr(options, name) for name in SETTING},
         },
@@ -146,48 +176,86 @@ def line_of(options: argparse.Namespace, model: str, way: Way, seed: int) -> pag
     }
 
 
+def data_name(data: str | None) -> str:
+    path = Path(data or "documentation")
+    return path.stem if path.suffix in SUFFIXES else path.name
+
+
 def file_of(folder: Path, line: page.Run) -> Path:
-    digest = hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:8]
+    """The file of a run, whatever it found."""
+    key = {name: line[name] for name in ("setting", "way", "rate", "seed")}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return folder / f"{page.way_of(line).slug}-{line['seed']}-{digest}.json"
 
 
-def run_all(options: argparse.Namespace) -> list[str]:
-    """Every run that has no file yet; returns what did not run, and why."""
-    problems = [*lacking_tasks(options)]  # which may leave tasks out
+def run_all(options: argparse.Namespace, problems: list[str]) -> None:
+    """Every run that has no file yet; adds to `problems` what did not run, and why."""
+    done = page.read(options.out)  # before hours of runs
+    problems += lacking_tasks(options)  # which may leave tasks out
     source = common.find_model(options.model)
     lines = [line_of(options, source.name, *one) for one in planned(options)]
-    left = [line for line in lines if not file_of(options.out, line).exists()]
+    texts = texts_of(options, source)
+    origin = origin_of(source, texts)
+    refuse_other_origin(done, lines, origin)
+    files = [file_of(options.out, line) for line in lines]
+    problems += filter(None, (unscored(done[file], file) for file in files if file in done))
+    left = [line for file, line in zip(files, lines, strict=True) if file not in done]
     lacking = {way: methods.lacking(way) for way in dict.fromkeys(map(page.way_of, left))}
     problems += [f"{way.name}: {reason}" for way, reason in lacking.items() if reason]
     left = [line for line in left if not lacking[page.way_of(line)]]
     if problems:
         print("\n".join(["left out:", *problems]), flush=True)
     if not left:
-        return problems
+        return
     with tempfile.TemporaryDirectory() as folder:
-        job = first_job(options, source, Path(folder))
-        if not job.train:
-            raise ExampleError("there is no row to learn")
+        job = first_job(options, source, texts, Path(folder))
         count = f"{len(lines) - len(left)} of {len(lines)} runs are done or left out"
         print(f"{count}; {len(job.train)} rows to learn, {len(job.held_out)} held out.", flush=True)
-        with (
-            tqdm(total=len(left), desc="reproduce", unit="run", smoothing=0) as bar,
-            ThreadPoolExecutor(options.workers) as threads,
-        ):
-            running = {threads.submit(apart, job_of(job, line)): line for line in left}
+        run_left(options, left, job, origin, problems)
+
+
+def run_left(
+    options: argparse.Namespace, left: Sequence[page.Run], job: Job, origin: dict[str, str],
+    problems: list[str],
+) -> None:  # fmt: skip
+    """Some runs at a time; when stopped, as by Ctrl-C, it stops those that run and ends."""
+
+    def one(line: page.Run) -> page.Run:
+        run = {**line, "origin": origin, "found": apart(job_of(job, line))}
+        page.write_run(file_of(options.out, line), run)  # here, for nobody may wait any more
+        return run
+
+    threads = ThreadPoolExecutor(options.workers)
+    running: dict[Future[page.Run], page.Run] = {}
+    try:
+        with tqdm(total=len(left), desc="reproduce", unit="run", smoothing=0) as bar:
+            for line in left:
+                running[threads.submit(one, line)] = line
             for future in as_completed(running):
-                line, way = running[future], page.way_of(running[future])
-                bar.set_postfix_str(way.name)
+                line, name = running[future], page.name_of(running[future])
+                bar.set_postfix_str(name)
                 try:
-                    found = future.result()
-                    page.write_run(file_of(options.out, line), {**line, "found": found})
-                    page.write(options.page, options.out)
+                    reason = unscored(future.result(), file_of(options.out, line))
+                    problems += [reason] if reason else []
                 except BrokenProcessPool:
-                    problems.append(f"{way.name}: its process was killed, as by too little memory")
+                    problems.append(f"{name}: its process was killed, as by too little memory")
                 except Exception as error:
-                    problems.append(f"{way.name}: {type(error).__name__}: {error}")
+                    problems.append(f"{name}: {type(error).__name__}: {error}")
+                with contextlib.suppress(ExampleError):  # which the last writing raises
+                    page.write(options.page, options.out)
                 bar.update()
-    return problems
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in running):
+            for child in multiprocessing.active_children():
+                child.kill()
+            time.sleep(0.05)  # a thread may be about to start a process
+
+
+def unscored(run: page.Run, file: Path) -> str | None:
+    """Why a run has no score, and what to do."""
+    reason = run["found"].get("unscored")
+    return reason and f"{page.name_of(run)}: no score ({reason}): delete {file} to run it again"
 
 
 def lacking_tasks(options: argparse.Namespace) -> list[str]:
@@ -201,16 +269,56 @@ def lacking_tasks(options: argparse.Namespace) -> list[str]:
 # ------------------------------------------------------------------------------ what they share
 
 
-def first_job(options: argparse.Namespace, source: ModelSource, folder: Path) -> Job:
+def texts_of(options: argparse.Namespace, source: ModelSource) -> Texts:
+    pairs = read(options.data)
+    wanted = options.steps * options.batch * options.accumulate or len(pairs)
+    return common.split_rows(
+        pairs, common.load_tokenizer(source), options.tokens, wanted, options.held_out, seed=0
+    )
+
+
+def origin_of(source: ModelSource, texts: Texts) -> dict[str, str]:
+    """Digests of the rows, and of the model's files or of its hub id.
+
+    They are not in a run's key: names are, and the same name may be of something else later.
+    """
+    rows = json.dumps([[(row.ids, row.labels) for row in some] for some in texts])
+    model, folder = hashlib.sha256(), Path(source.location)
+    if folder.is_dir():
+        kinds = [source.gguf_file] if source.gguf_file else ["config.json", *WEIGHTS]
+        for file in sorted(file for kind in kinds for file in folder.glob(kind)):
+            with file.open("rb") as opened:
+                model.update(hashlib.file_digest(opened, "sha256").digest())
+    else:
+        model.update(source.location.encode())
+    return {"rows": hashlib.sha256(rows.encode()).hexdigest()[:16], "model": model.hexdigest()[:16]}
+
+
+def refuse_other_origin(
+    done: dict[Path, page.Run], lines: Sequence[page.Run], origin: dict[str, str]
+) -> None:
+    """Runs of one table are of the same rows and model; older files don't say.
+
+    Raises:
+        ExampleError: a run has the setting of these, and was of other rows or another model.
+    """
+    settings = [line["setting"] for line in lines]
+    for file, run in done.items():
+        known = run.get("origin", origin)
+        if run["setting"] in settings and known != origin:
+            other = "--data" if known["model"] == origin["model"] else "--model"
+            raise ExampleError(
+                f"{file} was run with a {other} of the same name and other content: give another "
+                "--out, or delete the file"
+            )
+
+
+def first_job(options: argparse.Namespace, source: ModelSource, texts: Texts, folder: Path) -> Job:
     """What all runs have in common: the model, the text and the tasks."""
     tokenizer = common.load_tokenizer(source)
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
-    pairs = read(options.data)
-    wanted = options.steps * options.batch * options.accumulate or len(pairs)
-    rows, held_out = common.split_rows(
-        pairs, tokenizer, options.tokens, wanted, options.held_out, seed=0
-    )
+    rows, held_out = texts
     steps = options.steps or max(1, len(rows) // (options.batch * options.accumulate))
     if tasks.LOCAL in options.tasks:
         found = tasks.documents(held_out, tokenizer, options.questions)
@@ -244,7 +352,7 @@ def read(data: str | None) -> list[Pair]:
     """
     if data is None:
         return common.docstring_pairs(least_characters=600)
-    if Path(data).suffix in (".json", ".jsonl") or Path(data).exists():
+    if Path(data).suffix in SUFFIXES or Path(data).exists():
         return common.read_alpaca(data)
     try:
         from datasets import load_dataset

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import common
 from common import ExampleError
 from quality_page import spread
 from reproduce import paper
-from reproduce.methods import SELECTIONS, TUNERS, Way, ablations
+from reproduce.methods import LAYERS, SELECTIONS, TUNERS, Way, ablations
 from reproduce.tasks import LOCAL
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Run = dict[str, Any]
 
@@ -25,39 +30,60 @@ Written by `make reproduce` (`examples/reproduce/`), from the runs in `{folder}`
 ablations of TokenSeek ([arXiv 2601.19739](https://arxiv.org/abs/2601.19739)).
 
 *Memory* is all that tensors take in a step: weights, gradients, AdamW's state and activations. A
-step's figure is its peak; *average* is the mean over steps, *maximal* the largest, both as a share
-of full-parameter training on every token. On the CPU a few steps of a run are measured, the one
-with the longest row among them; on CUDA every step, by the allocator. *Score* is the mean over the
-tasks, in per cent; the loss is that of held-out answers, in nats per token. Both are of the
-ordinary model. ± is the deviation over seeds.
+step's figure is its peak; *average* is the mean over the measured steps, *maximal* the largest,
+both as a share of full-parameter training on every token. On the CPU a few steps of a run are
+measured, the one with the longest row among them; on CUDA every step, by the allocator. Weights,
+gradients and AdamW's state are in each, and no share of the tokens changes them: rows within a
+point of each other may be in one order by average memory and in the other by maximal. *Score* is
+the mean over the tasks, in per cent; the loss is that of held-out answers, in nats per token. Both
+are of the ordinary model. ± is the deviation over seeds.
 """
 
 
-def read(folder: Path) -> list[Run]:
-    """The runs of a folder; none where there is no folder.
+def read(folder: Path) -> dict[Path, Run]:
+    """The runs of a folder by their files; none where there is no folder.
 
     Raises:
         ExampleError: a file is no run.
     """
-    runs: list[Run] = []
+    runs: dict[Path, Run] = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            run = json.loads(file.read_text(encoding="utf-8"))
-            assert way_of(run) and run["setting"] and run["seed"] >= 0
-            assert run["found"]["memory"] and run["found"]["losses"]
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            runs[file] = json.loads(file.read_text(encoding="utf-8"))
+            check(runs[file])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ExampleError(
-                f"{file} is no run ({error}): delete it, and it is run again"
+                f"{file} is no run ({type(error).__name__}: {error}): delete it, and it is run "
+                "again, or give another --out"
             ) from error
-        runs.append(run)
     return runs
 
 
+def check(run: Run) -> None:
+    """Raise one of several errors where a run lacks what the page needs."""
+    setting, found, way = run["setting"], run["found"], way_of(run)
+    if way.tuner not in TUNERS or way.selection not in SELECTIONS:
+        raise ValueError(f"there is no method {way.tuner}+{way.selection}")
+    words = [setting["model"], setting["data"], setting["tasks"], found["machine"], way.name]
+    numbers = [run["rate"], run["seed"], found["memory"]["average"], found["memory"]["maximal"]]
+    numbers += [loss for _, loss in found["losses"]] or [None]
+    numbers += [*found.get("scores", {}).values()]
+    numbers += [setting["questions"]] if setting["tasks"] == LOCAL else []
+    kinds = [(x, str) for x in words] + [(x, int | float) for x in numbers]
+    for value, kind in kinds:
+        if not isinstance(value, kind):
+            raise ValueError(f"{value!r} in it is no {'word' if kind is str else 'number'}")
+
+
 def write_run(file: Path, run: Run) -> None:
-    """Write a run, all of it or nothing."""
+    replace(file, json.dumps(run, indent=1) + "\n")
+
+
+def replace(file: Path, text: str) -> None:
+    """Write a file, all of it or nothing, whatever another process writes there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 
 
@@ -65,17 +91,26 @@ def way_of(run: Run) -> Way:
     return Way(**run["way"])
 
 
+def name_of(run: Run) -> str:
+    """A row's name: its way, and its learning rate where that is not the tuner's own."""
+    way, rate = way_of(run), run["rate"]
+    return way.name if rate == paper.RATES[way.tuner] else f"{way.name}, rate {rate:g}"
+
+
 def write(page: Path, folder: Path) -> None:
-    """The page, and its pictures beside it."""
-    runs = read(folder)
-    settings = list({json.dumps(run["setting"], sort_keys=True): run for run in runs}.values())
+    """The page, and its pictures beside it.
+
+    A picture is named by its setting, so that a new one renames none.
+    """
+    settings: dict[str, list[Run]] = {}
+    for run in read(folder).values():
+        settings.setdefault(json.dumps(run["setting"], sort_keys=True), []).append(run)
     sections = [HEAD.format(folder=folder.name)]
-    for number, first in enumerate(settings):
-        some = [run for run in runs if run["setting"] == first["setting"]]
-        sections.append(section(some, page.with_name(f"{page.stem}-{number}")))
+    for setting, some in settings.items():
+        digest = hashlib.sha256(setting.encode()).hexdigest()[:8]
+        sections.append(section(some, page.with_name(f"{page.stem}-{digest}")))
     sections.append(beside())
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(sections), encoding="utf-8")
+    replace(page, "\n".join(sections))
 
 
 def section(runs: Sequence[Run], stem: Path) -> str:
@@ -95,21 +130,21 @@ def section(runs: Sequence[Run], stem: Path) -> str:
         f"{about}; on {machines}. Held-out loss before: {', '.join(told)}.{uncertainty(runs)}\n",
     ]
     main = [run for run in runs if way_of(run).is_named]
-    tables: list[tuple[str, list[Run], Callable[[Path, Sequence[Run], Sequence[Run]], None]]] = [
-        ("", main, scatter),
+    tables: list[tuple[str, str, list[Run], Callable[[Sequence[Run], Sequence[Run]], Figure]]] = [
+        ("", "methods", main, scatter),
     ]
     for tuner, (name, *_) in TUNERS.items():
         for part, ways in ablations(tuner).items():
             some = [run for run in runs if way_of(run) in ways]
             if any(not way_of(run).is_named for run in some):
-                tables.append((f"{name}, {part} of TokenSeek", some, bars))
-    for number, (title, some, draw) in enumerate(tables):
+                tables.append((f"{name}, {part} of TokenSeek", f"{tuner}-{part}", some, bars))
+    for title, slug, some, draw in tables:
         if not some:
             continue
-        picture = stem.with_name(f"{stem.name}-{number}.svg")
+        picture = stem.with_name(f"{stem.name}-{slug}.svg")
         text += [f"### {title}\n"] if title else []
         text += [f"{table(some, main)}\n"]
-        if drawn(lambda some=some, draw=draw, picture=picture: draw(picture, some, main)):
+        if drawn(picture, lambda some=some, draw=draw: draw(some, main)):
             text += [f"![{title or 'Memory and score'}]({picture.name})\n"]
     return "\n".join(text)
 
@@ -121,22 +156,25 @@ def uncertainty(runs: Sequence[Run]) -> str:
         return ""
     share = statistics.mean(found) / 100
     points = 100 * math.sqrt(share * (1 - share) / setting["questions"])
-    return f" So few questions give a score a standard error of {points:.1f} points."
+    return (
+        f" So few questions give a score a standard error of {points:.1f} points: rows whose "
+        "scores differ by less, as by a point, are not ranked by them."
+    )
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each way, in the order of the paper's table."""
+    """The runs of each way and rate, in the order of the paper's table."""
     order = [*TUNERS], [*SELECTIONS]
 
     def place(run: Run) -> tuple[Any, ...]:
         way = way_of(run)
-        options = json.dumps(way.options)
         selected = order[1].index(way.selection)
-        return bool(selected), order[0].index(way.tuner), selected, options, run["seed"]
+        changed = json.dumps(way.options), run["rate"], run["seed"]
+        return bool(selected), order[0].index(way.tuner), selected, changed
 
     found: dict[str, list[Run]] = {}
     for run in sorted(runs, key=place):
-        found.setdefault(way_of(run).name, []).append(run)
+        found.setdefault(name_of(run), []).append(run)
     return found
 
 
@@ -191,14 +229,25 @@ def beside() -> str:
     header = ["setting", "the paper", "source", "offline"]
     rows = [[x.name, x.paper, x.source, x.offline] for x in paper.SETTINGS]
     rates = ", ".join(f"{TUNERS[tuner][0]} {rate:g}" for tuner, rate in paper.RATES.items())
+    adapters = [
+        ", ".join([name, *(f"{key} {value}" for key, value in options.items()
+                           if not key.endswith("_modules"))])
+        for name, _, options in TUNERS.values()
+        if options.get("target_modules") == LAYERS
+    ]  # fmt: skip
+    ia3 = ", ".join(TUNERS["ia3"][2]["target_modules"])
     return "\n".join(
         [
             "## Beside the paper\n",
-            f"The paper's abstract has one figure of memory: {paper.FIGURE}. That is of a model in "
+            f"The paper's abstract on arXiv has one figure of memory: {paper.FIGURE}. The abstract "
+            f"of its ICLR version has it in bytes, too: {paper.FIGURE_ICLR}. That is of a model in "
             "which activations have another share of the memory than in a smaller one, so that "
             "percentages of other models are not to be compared with it. The settings, as far as "
             "the paper's are known here:\n",
             f"{common.table(header, rows)}\n",
+            "Adapters are ours but for LoRA's and QLoRA's rank, alpha and dropout. On every linear "
+            f"layer of a block: {'; '.join(adapters)}. IA3 scales {ia3}. What is not named here is "
+            "as peft has it.\n",
             f"Learning rates are ours, chosen without a search: {rates}. Pairs of alpha and beta "
             "in {0, 1, 5} that rank tokens alike are run once.\n",
         ]
@@ -208,7 +257,7 @@ def beside() -> str:
 # ------------------------------------------------------------------------------------ pictures
 
 
-def drawn(draw: Callable[[], None]) -> bool:
+def drawn(file: Path, draw: Callable[[], Figure]) -> bool:
     """Draw, where matplotlib is installed."""
     try:
         import matplotlib
@@ -216,11 +265,13 @@ def drawn(draw: Callable[[], None]) -> bool:
         return False
     style = {"svg.fonttype": "none", "svg.hashsalt": "fxseek", "font.size": 8}
     with matplotlib.rc_context(style):  # type: ignore[arg-type]  # its keys are literals
-        draw()
+        text = io.StringIO()
+        draw().savefig(text, format="svg", metadata={"Date": None})
+    replace(file, text.getvalue())
     return True
 
 
-def scatter(file: Path, runs: Sequence[Run], main: Sequence[Run]) -> None:
+def scatter(runs: Sequence[Run], main: Sequence[Run]) -> Figure:
     """Average memory against score and held-out loss; whiskers are deviations over seeds."""
     from matplotlib.figure import Figure
 
@@ -244,10 +295,10 @@ def scatter(file: Path, runs: Sequence[Run], main: Sequence[Run]) -> None:
     panels[1].invert_yaxis()
     handles, names = panels[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
-    figure.savefig(file, metadata={"Date": None})
+    return figure
 
 
-def bars(file: Path, runs: Sequence[Run], main: Sequence[Run]) -> None:
+def bars(runs: Sequence[Run], main: Sequence[Run]) -> Figure:
     """The held-out loss, and the average memory, of each choice."""
     from matplotlib.figure import Figure
 
@@ -268,7 +319,7 @@ def bars(file: Path, runs: Sequence[Run], main: Sequence[Run]) -> None:
         panel.set_yticks(range(len(names)), names)
         panel.set_xlabel(title)
         panel.invert_yaxis()
-    figure.savefig(file, metadata={"Date": None})
+    return figure
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -18,8 +18,11 @@ SCRIPT = "TokenTune's script"
 are not known."""
 UNKNOWN = "not known"
 
-FIGURE = "2.8 GB, 14.8 % of the memory of ordinary training, on Llama-3.2-1B"
-"""The abstract's figure; which of the paper's rows and columns it is of, is not known."""
+FIGURE = "14.8 % of the memory of ordinary training, on Llama-3.2-1B"
+"""arXiv's abstract's figure; which of the paper's rows and columns it is of, is not known."""
+
+FIGURE_ICLR = "2.8 GB"
+"""The same in bytes, which the abstract of the ICLR version has and arXiv's has not."""
 
 FEWSHOT = {"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "winogrande": 0}
 """Examples in a prompt, by task. Source: INDEX."""
@@ -37,7 +40,7 @@ class Setting:
 
 SETTINGS = (
     Setting("model", "Llama-3.2-1B, and others", ABSTRACT,
-            "SmolLM2-135M-Instruct: there is no hub, and two cores train it"),
+            "SmolLM2-135M-Instruct: there is no hub"),
     Setting("data", "Open-Platypus", UNCHECKED, "installed documentation: there is no hub"),
     Setting("tasks", "MMLU, ARC, HellaSwag, TruthfulQA, WinoGrande", INDEX,
             "which of four pieces of a held-out text comes next"),
@@ -51,7 +54,8 @@ SETTINGS = (
     Setting("steps", UNKNOWN, f"{SCRIPT}: one epoch", "48; small: 6"),
     Setting("learning rate", UNKNOWN, f"{SCRIPT}: 1.5e-4, cosine", "by tuner, constant"),
     Setting("weight decay", UNKNOWN, f"{SCRIPT}: 0.01", "0"),
-    Setting("adapters", UNKNOWN, f"{SCRIPT}: rank 8, alpha 16, dropout 0.05", "the script's"),
+    Setting("adapters", UNKNOWN, f"{SCRIPT}: rank 8, alpha 16, dropout 0.05",
+            "LoRA, QLoRA: the script's; others: below"),
     Setting("memory of a run", UNKNOWN, f"{SCRIPT}: reserved by the allocator",
             "all that tensors take"),
 )  # fmt: skip

@@ -10,7 +10,7 @@ import logging
 import random
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ LOCAL = "continuation"
 """The task made of the held-out text: which of four pieces of an answer comes next in it."""
 
 WORDS, CHOICES = 8, 4
-METRICS = ("acc_norm,none", "acc,none", "exact_match,none")
+METRICS = ("acc_norm", "acc", "exact_match")
 """What counts as a task's score: the first of these that it has, as leaderboards of lm-eval do."""
 
 
@@ -94,14 +94,14 @@ def lacking() -> str | None:
 
 
 def unusable(names: Sequence[str]) -> dict[str, str]:
-    """Tasks that lm-eval doesn't know, or whose data can't be had, and why.
+    """Tasks that lm-eval doesn't know, whose data can't be had, or that have no score, and why.
 
     What data can be had is downloaded by this, before any run.
     """
     names = [name for name in names if name != LOCAL]
     if not names:
         return {}
-    from lm_eval.tasks import TaskManager, get_task_dict  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found: dict[str, str] = {}
@@ -111,33 +111,74 @@ def unusable(names: Sequence[str]) -> dict[str, str]:
             found[name] = "lm-eval has no such task"
             continue
         try:
-            get_task_dict([name], known)
+            loaded = _load(known, name)
         except Exception as error:  # of the network, of the hub, of the data set
-            found[name] = f"its data can't be had ({str(error).splitlines()[0]})"
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            found[name] = f"its data can't be had ({reason})"
+            continue
+        if loaded is None:
+            found[name] = "it is a tag: name its tasks in --tasks instead"
+        elif not {*METRICS} & _metrics(loaded):
+            found[name] = f"it has none of {', '.join(METRICS)}: leave it out of --tasks"
     return found
 
 
-def evaluate(
-    model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], folder: Path, batch: int
-) -> dict[str, float]:
-    """Each task's score in per cent, of the ordinary model."""
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+def _load(known: Any, name: str) -> Any:
+    """A task or a group with its data; None for a tag, which has no results of its own."""
+    loaded = known.load([name])
+    return {**loaded["tasks"], **loaded["groups"]}.get(name)
+
+
+def _metrics(loaded: Any) -> set[str]:
+    if hasattr(loaded, "aggregate_metric_list"):  # a group's
+        return {some.metric for some in loaded.aggregate_metric_list or ()}
+    return {*loaded.aggregation()}
+
+
+def build(names: Sequence[str], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """lm-eval's manager and the tasks with their data, which may fail: so before training."""
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with _silent():
+        known = TaskManager(include_path=str(folder), include_defaults={*names} != {LOCAL})
+        return known, {name: _load(known, name) for name in names}
+
+
+def evaluate(
+    model: nn.Module, tokenizer: Tokenizer, built: tuple[Any, dict[str, Any]], batch: int
+) -> dict[str, float]:
+    """The score in per cent of each task of `build`, of the ordinary model."""
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
+    known, loaded = built
     model.eval()
     scores: dict[str, float] = {}
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        known = TaskManager(include_path=str(folder), include_defaults=set(names) != {LOCAL})
+    with _silent():
         language: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)  # type: ignore[arg-type]
-        for name in names:
+        for name, task in loaded.items():
             found: Any = simple_evaluate(
-                language, tasks=[name], num_fewshot=FEWSHOT.get(name, 0), task_manager=known,
+                language, tasks=[task], num_fewshot=FEWSHOT.get(name, 0), task_manager=known,
                 bootstrap_iters=0, log_samples=False,
             )  # fmt: skip
-            results = {**found["results"], **found.get("groups", {})}[name]
-            metric = next(metric for metric in METRICS if metric in results)
-            scores[name] = 100 * float(results[metric])
+            scores[name] = score({**found["results"], **found.get("groups", {})}[name])
     return scores
+
+
+def score(results: dict[str, Any]) -> float:
+    """In per cent. A metric's name has that of a filter of the answers: ``exact_match,none``."""
+
+    def place(name: str) -> tuple[int, bool, str]:
+        metric, _, kind = name.partition(",")
+        return METRICS.index(metric), kind not in ("none", "strict-match"), name
+
+    return 100 * float(results[min((x for x in results if x.split(",")[0] in METRICS), key=place)])
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without lm-eval's remarks and progress bars."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

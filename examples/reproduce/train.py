@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import statistics
 import threading
 import warnings
@@ -70,7 +71,12 @@ def apart(job: Job) -> dict[str, Any]:
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it is killed, whatever it is at."""
+    """Let this process end when the one that started it is killed, whatever it is at.
+
+    Ctrl-C reaches both: what is done then, is the parent's to say.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -86,13 +92,15 @@ def run(job: Job) -> dict[str, Any]:
 
     Memory is all that the step holds, in bytes: weights, gradients, the optimiser's state and
     activations. `average` is the mean over the measured steps of a step's peak, `maximal` the
-    largest.
+    largest. An evaluation that fails leaves its reason, `unscored`, in place of the scores: what
+    was trained is kept.
     """
     common.quiet()
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # kernels of BOFT
     device = torch.device(job.device)
     dtype = getattr(torch, job.dtype)
     refuse_what_does_not_fit(job, dtype)
+    built = tasks.build(job.tasks, Path(job.folder)) if job.tasks else None
     torch.manual_seed(job.seed)
     model = methods.load(job.way, job.source, dtype, device)
     if job.way.options is not None:
@@ -135,16 +143,19 @@ def run(job: Job) -> dict[str, Any]:
     if job.way.tuner not in ("full", "qlora") and dtype is torch.float32:
         merge: Any = model.merge_adapter  # type: ignore[union-attr]  # of peft
         merge()  # in each forward BOFT would make its matrices anew
-    found = {
+    found: dict[str, Any] = {
         "losses": [[0, before], [job.steps, common.held_out_loss(model, *judged)]],
         "memory": {"average": statistics.mean(peaks), "maximal": max(peaks), "steps": len(peaks)},
         "trained": sum(parameter.numel() for parameter in trained),
         "seconds": statistics.median(seconds) if seconds else None,
         "machine": machine(device),
     }
-    if job.tasks:
-        tokenizer = common.load_tokenizer(job.tokenizer)
-        found["scores"] = tasks.evaluate(model, tokenizer, job.tasks, Path(job.folder), job.batch)
+    if built:
+        try:
+            tokenizer = common.load_tokenizer(job.tokenizer)
+            found["scores"] = tasks.evaluate(model, tokenizer, built, job.batch)
+        except Exception as error:  # of memory, of the network
+            found["unscored"] = f"{type(error).__name__}: {error}"
     return found
 
 
