@@ -25,7 +25,7 @@ FIGURE_ICLR = "2.8 GB"
 """The same in bytes, which the abstract of the ICLR version has and arXiv's has not."""
 
 FEWSHOT = {"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "winogrande": 0}
-"""Examples in a prompt, by task. Source: INDEX."""
+"""Examples in a prompt, by task; another task has its own number. Source: INDEX."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def evaluate(
         language: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)  # type: ignore[arg-type]
         for name, task in loaded.items():
             found: Any = simple_evaluate(
-                language, tasks=[task], num_fewshot=FEWSHOT.get(name, 0), task_manager=known,
+                language, tasks=[task], num_fewshot=FEWSHOT.get(name), task_manager=known,
                 bootstrap_iters=0, log_samples=False,
             )  # fmt: skip
             scores[name] = score({**found["results"], **found.get("groups", {})}[name])
