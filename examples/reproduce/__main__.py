@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import ExampleError, ModelSource, Pair, Row
+from common import ExampleError, ModelSource, Pair, Row, Tokenizer
 from reproduce import methods, page, paper, tasks, train
 from reproduce.methods import Way
 from reproduce.train import Job, apart
@@ -194,7 +194,8 @@ def run_all(options: argparse.Namespace, problems: list[str]) -> None:
     problems += lacking_tasks(options)  # which may leave tasks out
     source = common.find_model(options.model)
     lines = [line_of(options, source.name, *one) for one in planned(options)]
-    texts = texts_of(options, source)
+    tokenizer = common.load_tokenizer(source)
+    texts = texts_of(options, tokenizer)
     origin = origin_of(source, texts)
     refuse_other_origin(done, lines, origin)
     files = [file_of(options.out, line) for line in lines]
@@ -208,7 +209,7 @@ def run_all(options: argparse.Namespace, problems: list[str]) -> None:
     if not left:
         return
     with tempfile.TemporaryDirectory() as folder:
-        job = first_job(options, source, texts, Path(folder))
+        job = first_job(options, source, tokenizer, texts, Path(folder))
         count = f"{len(lines) - len(left)} of {len(lines)} runs are done or left out"
         print(f"{count}; {len(job.train)} rows to learn, {len(job.held_out)} held out.", flush=True)
         run_left(options, left, job, origin, problems)
@@ -269,12 +270,10 @@ def lacking_tasks(options: argparse.Namespace) -> list[str]:
 # ------------------------------------------------------------------------------ what they share
 
 
-def texts_of(options: argparse.Namespace, source: ModelSource) -> Texts:
+def texts_of(options: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     pairs = read(options.data)
     wanted = options.steps * options.batch * options.accumulate or len(pairs)
-    return common.split_rows(
-        pairs, common.load_tokenizer(source), options.tokens, wanted, options.held_out, seed=0
-    )
+    return common.split_rows(pairs, tokenizer, options.tokens, wanted, options.held_out, seed=0)
 
 
 def origin_of(source: ModelSource, texts: Texts) -> dict[str, str]:
@@ -313,9 +312,11 @@ def refuse_other_origin(
             )
 
 
-def first_job(options: argparse.Namespace, source: ModelSource, texts: Texts, folder: Path) -> Job:
+def first_job(
+    options: argparse.Namespace, source: ModelSource, tokenizer: Tokenizer, texts: Texts,
+    folder: Path,
+) -> Job:  # fmt: skip
     """What all runs have in common: the model, the text and the tasks."""
-    tokenizer = common.load_tokenizer(source)
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     rows, held_out = texts
@@ -329,8 +330,10 @@ def first_job(options: argparse.Namespace, source: ModelSource, texts: Texts, fo
             )
         tasks.write(folder, found)
     plain = common.plain_source(source, getattr(torch, options.dtype), str(folder / "model"))
+    if plain is not source:
+        tokenizer.save_pretrained(plain.location)  # from GGUF it takes seconds, too
     return Job(
-        way=Way("full", "", None), seed=0, source=plain, tokenizer=source, train=rows,
+        way=Way("full", "", None), seed=0, source=plain, train=rows,
         held_out=held_out, pad_id=pad_id, batch=options.batch, accumulate=options.accumulate,
         steps=steps, rate=0.0, schedule=options.schedule, decay=options.decay,
         device=options.device, dtype=options.dtype, tasks=options.tasks, folder=str(folder),

@@ -51,7 +51,7 @@ SETTINGS = (
     Setting("gradient score", "sum of magnitudes", METHOD, "the same"),
     Setting("rows of a step", UNKNOWN, f"{SCRIPT}: 128", "4; small: 2"),
     Setting("longest row", UNKNOWN, f"{SCRIPT}: 1024", "512; small: 192"),
-    Setting("steps", UNKNOWN, f"{SCRIPT}: one epoch", "48; small: 6"),
+    Setting("steps", UNKNOWN, f"{SCRIPT}: one epoch", "48; small: 4"),
     Setting("learning rate", UNKNOWN, f"{SCRIPT}: 1.5e-4, cosine", "by tuner, constant"),
     Setting("weight decay", UNKNOWN, f"{SCRIPT}: 0.01", "0"),
     Setting("adapters", UNKNOWN, f"{SCRIPT}: rank 8, alpha 16, dropout 0.05",
@@ -80,9 +80,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "accumulate": 1, "tokens": 512, "held_out": 24, "questions": 96, "schedule": "constant",
         "decay": 0.0, "dtype": "float32", "what": "table,ablations", "also": "recommended,parts",
     },
-    # On two cores: minutes.
+    # On two cores: a quarter of an hour.
     "small": {
-        "model": None, "data": None, "tasks": "continuation", "seeds": 1, "steps": 6, "batch": 2,
+        "model": None, "data": None, "tasks": "continuation", "seeds": 1, "steps": 4, "batch": 2,
         "accumulate": 1, "tokens": 192, "held_out": 6, "questions": 8, "schedule": "constant",
         "decay": 0.0, "dtype": "float32", "what": "table", "also": "",
     },

@@ -43,7 +43,6 @@ class Job:
     way: Way
     seed: int
     source: ModelSource
-    tokenizer: ModelSource
     train: list[Row]
     held_out: list[Row]
     pad_id: int
@@ -152,7 +151,7 @@ def run(job: Job) -> dict[str, Any]:
     }
     if built:
         try:
-            tokenizer = common.load_tokenizer(job.tokenizer)
+            tokenizer = common.load_tokenizer(job.source)
             found["scores"] = tasks.evaluate(model, tokenizer, built, job.batch)
         except Exception as error:  # of memory, of the network
             found["unscored"] = f"{type(error).__name__}: {error}"
