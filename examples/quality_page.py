@@ -141,7 +141,7 @@ def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
                 str(len(some)),
                 f"{line['seconds']:.1f}" if line else "–",
                 f"{pace[arm]:.2f}×" if line else "–",
-                *(share(*line.get(name, (0, 0))) for name in ("saved", "peaks")),
+                *(over(*line.get(name, (0, 0))) for name in ("saved", "peaks")),
                 spread([run["losses"][-1][1] for run in some], "{:.3f}"),
                 spread([100 * x for x in gained(some, runs)], "{:.1f}", " %"),
                 spread([100 * x for x in in_time(some, runs, pace.get(arm))], "{:.1f}", " %"),
@@ -151,7 +151,7 @@ def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
     return f"{title(runs, timings)}\n{tables}\n\n![Gain by steps and by time]({plot})\n"
 
 
-def share(own: float, other: float) -> str:
+def over(own: float, other: float) -> str:
     return f"{own / other:.2f}×" if other else "–"
 
 

@@ -22,7 +22,7 @@ def check_tokenizer(tokenizer: Any) -> Any:
         InputError: it makes no text of ids.
     """
     inner = getattr(tokenizer, "tokenizer", None)
-    names = hasattr(inner, "convert_ids_to_tokens") and not hasattr(tokenizer, _CONVERT)
+    names = hasattr(inner, _CONVERT) and not hasattr(tokenizer, _CONVERT)
     for found in (inner, tokenizer) if names else (tokenizer, inner):
         if found is not None and any(
             callable(getattr(found, name, None)) for name in ("decode", _CONVERT)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fxseek
-from fxseek.selecting import count_holding, count_kept, select_sample, select_topk
+from fxseek.selecting import Selection, count_holding, count_kept, select_sample, select_topk
 from fxseek.spans import over_spans, spans_of
 
 VOCAB = 37
@@ -183,6 +183,20 @@ def test_a_sample_keeps_whole_spans_to_within_one(tokens: int, size: int, seed: 
             assert len({pairs[at] for at in run if at in pairs}) <= 1
 
 
+def weighted_mean(losses: Tensor, labelled: Tensor, selection: Selection) -> Tensor:
+    """The loss of a selection: the weighted sum over what it counts."""
+    counted = labelled.gather(1, selection.kept) & (selection.selected >= 0)
+    weighted = losses.gather(1, selection.kept) * selection.weights * counted
+    return weighted.sum() / counted.sum()
+
+
+def assert_mean(results: list[Tensor], expected: Tensor) -> None:
+    """Draws have this mean, to four standard errors."""
+    found = torch.stack(results)
+    error = found.std() / len(results) ** 0.5
+    assert (found.mean() - expected).abs() < 4 * error
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("kind", ["follows losses", "opposes losses", "has zeros"])
 def test_the_weighted_loss_of_spans_is_unbiased(size: int, kind: str):
@@ -202,12 +216,8 @@ def test_the_weighted_loss_of_spans_is_unbiased(size: int, kind: str):
         selection = select_sample(
             mass, 5, valid=valid, supervised=supervised, generator=source, uniform=0.3, spans=spans
         )
-        counted = labelled.gather(1, selection.kept) & (selection.selected >= 0)
-        weighted = losses.gather(1, selection.kept) * selection.weights * counted
-        results.append(weighted.sum() / counted.sum())
-    found = torch.stack(results)
-    error = found.std() / len(results) ** 0.5
-    assert (found.mean() - losses[labelled].mean()).abs() < 4 * error
+        results.append(weighted_mean(losses, labelled, selection))
+    assert_mean(results, losses[labelled].mean())
 
 
 @pytest.mark.parametrize("counts", ["one", "a row's", "by mass"])
@@ -236,12 +246,8 @@ def test_unbiased_with_documents_required_positions_and_counts_of_rows(counts: s
         most = 7 if fixed is None else int(fixed.max())
         drawn = {"generator": source, "uniform": 0.3, "spans": spans, "counts": fixed}
         selection = select_sample(mass, most, **given, **drawn)
-        counted = labelled.gather(1, selection.kept) & (selection.selected >= 0)
-        weighted = losses.gather(1, selection.kept) * selection.weights * counted
-        results.append(weighted.sum() / counted.sum())
-    found = torch.stack(results)
-    error = found.std() / len(results) ** 0.5
-    assert (found.mean() - losses[labelled].mean()).abs() < 4 * error
+        results.append(weighted_mean(losses, labelled, selection))
+    assert_mean(results, losses[labelled].mean())
 
 
 def test_the_share_of_the_mass_is_held_by_spans():
