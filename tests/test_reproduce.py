@@ -425,6 +425,8 @@ def test_questions_are_about_what_was_held_out(tokenizer: PreTrainedTokenizerFas
         behind = row[len(start) + tasks.WORDS :]
         assert all(x == behind[behind.index(x[0]) :][: tasks.WORDS] for x in others)
         assert len({tuple(x) for x in others}) == tasks.CHOICES - 1
+    short = tasks.documents(rows, tokenizer, 20, context=tasks.WORDS)
+    assert all(len(line["question"].split()) == 1 + tasks.WORDS for line in short)
     assert tasks.documents([Row([1, 2], [common.IGNORED, 2])], tokenizer, 20) == []
 
 

@@ -43,14 +43,14 @@ from reproduce.train import Job, apart
 
 DOCS = Path(__file__).parents[2] / "docs"
 BUILD = DOCS.with_name("build")
-SETTING = ("tokens", "batch", "accumulate", "steps", "held_out", "questions", "schedule", "decay",
-           "dtype", "device")  # fmt: skip
+SETTING = ("tokens", "batch", "accumulate", "steps", "held_out", "questions", "context", "schedule",
+           "decay", "dtype", "device")  # fmt: skip
 """Options that runs of one table have in common, beside model, data and tasks."""
 SUFFIXES = (".json", ".jsonl")
 WEIGHTS = ("*.safetensors", "*.bin")
 PARTS = ("table", "ablations")
 LEAST = {"seeds": 1, "batch": 1, "accumulate": 1, "workers": 1, "tokens": 1, "held_out": 1,
-         "steps": 0, "decay": 0}  # fmt: skip
+         "steps": 0, "context": 0, "decay": 0}  # fmt: skip
 Texts = tuple[list[Row], list[Row]]
 """Rows to learn, and held-out ones."""
 
@@ -98,6 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, help="the longest row")
     add("--held-out", type=int, help="rows to judge by")
     add("--questions", type=int, help="of the task made of the held-out text")
+    add("--context", type=int, help="words of its answer that a question has at most; 0 for any")
     add("--rate", type=float, help="learning rate (default: one for each tuner)")
     add("--schedule", help="of the learning rate, as transformers names it")
     add("--decay", type=float, help="weight decay")
@@ -322,7 +323,7 @@ def first_job(
     rows, held_out = texts
     steps = options.steps or max(1, len(rows) // (options.batch * options.accumulate))
     if tasks.LOCAL in options.tasks:
-        found = tasks.documents(held_out, tokenizer, options.questions)
+        found = tasks.documents(held_out, tokenizer, options.questions, options.context)
         if not found:
             raise ExampleError(
                 "the held-out rows are too few or too short for questions: raise --held-out or "

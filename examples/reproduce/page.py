@@ -36,7 +36,9 @@ measured, the one with the longest row among them; on CUDA every step, by the al
 gradients and AdamW's state are in each, and no share of the tokens changes them: rows within a
 point of each other may be in one order by average memory and in the other by maximal. *Score* is
 the mean over the tasks, in per cent; the loss is that of held-out answers, in nats per token. Both
-are of the ordinary model. ± is the deviation over seeds.
+are of the ordinary model. ± is the deviation over seeds. A question of *continuation* shows the
+beginning of a held-out answer, up to `context` words of it (0: any number), and asks which of four
+pieces of the same answer comes next.
 """
 
 

@@ -51,7 +51,7 @@ SETTINGS = (
     Setting("gradient score", "sum of magnitudes", METHOD, "the same"),
     Setting("rows of a step", UNKNOWN, f"{SCRIPT}: 128", "4; small: 2"),
     Setting("longest row", UNKNOWN, f"{SCRIPT}: 1024", "512; small: 192"),
-    Setting("steps", UNKNOWN, f"{SCRIPT}: one epoch", "48; small: 4"),
+    Setting("steps", UNKNOWN, f"{SCRIPT}: one epoch", "12; small: 4"),
     Setting("learning rate", UNKNOWN, f"{SCRIPT}: 1.5e-4, cosine", "by tuner, constant"),
     Setting("weight decay", UNKNOWN, f"{SCRIPT}: 0.01", "0"),
     Setting("adapters", UNKNOWN, f"{SCRIPT}: rank 8, alpha 16, dropout 0.05",
@@ -71,20 +71,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "model": "meta-llama/Llama-3.2-1B", "data": "garage-bAInd/Open-Platypus",
         "tasks": ",".join(FEWSHOT), "seeds": 1, "steps": 0, "batch": 4, "accumulate": 32,
-        "tokens": 1024, "held_out": 256, "questions": 0, "schedule": "cosine", "decay": 0.01,
-        "dtype": "bfloat16", "what": "table,ablations", "also": "",
+        "tokens": 1024, "held_out": 256, "questions": 0, "context": 0, "schedule": "cosine",
+        "decay": 0.01, "dtype": "bfloat16", "what": "table,ablations", "also": "",
     },
     # On two cores: hours.
     "offline": {
-        "model": None, "data": None, "tasks": "continuation", "seeds": 3, "steps": 48, "batch": 4,
-        "accumulate": 1, "tokens": 512, "held_out": 24, "questions": 96, "schedule": "constant",
-        "decay": 0.0, "dtype": "float32", "what": "table,ablations", "also": "recommended,parts",
+        "model": None, "data": None, "tasks": "continuation", "seeds": 3, "steps": 12, "batch": 4,
+        "accumulate": 1, "tokens": 512, "held_out": 12, "questions": 32, "context": 48,
+        "schedule": "constant", "decay": 0.0, "dtype": "float32", "what": "table,ablations",
+        "also": "recommended,parts",
     },
     # On two cores: a quarter of an hour.
     "small": {
         "model": None, "data": None, "tasks": "continuation", "seeds": 1, "steps": 4, "batch": 2,
-        "accumulate": 1, "tokens": 192, "held_out": 6, "questions": 8, "schedule": "constant",
-        "decay": 0.0, "dtype": "float32", "what": "table", "also": "",
+        "accumulate": 1, "tokens": 192, "held_out": 6, "questions": 8, "context": 48,
+        "schedule": "constant", "decay": 0.0, "dtype": "float32", "what": "table", "also": "",
     },
 }  # fmt: skip
 """Defaults of the arguments. `steps` of 0 are one epoch."""

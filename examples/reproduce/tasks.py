@@ -28,13 +28,13 @@ METRICS = ("acc_norm", "acc", "exact_match")
 
 
 def documents(
-    rows: Sequence[Row], tokenizer: Tokenizer, count: int, seed: int = 0
+    rows: Sequence[Row], tokenizer: Tokenizer, count: int, context: int = 0, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Questions about held-out rows, at most `count`.
 
-    Each is a prompt with the beginning of its answer, cut at a random word, and four pieces of
-    `WORDS` words: what follows, and pieces from further behind in the same answer. Rows whose
-    answer is too short are passed over.
+    Each is a prompt with the beginning of its answer, cut at a random word, `context` words at most
+    (and `WORDS` at least; 0 for any number), and four pieces of `WORDS` words: what follows, and
+    pieces from further behind in the same answer. Rows whose answer is too short are passed over.
     """
     draw = random.Random(seed)
     texts: list[tuple[str, list[str]]] = []
@@ -47,7 +47,8 @@ def documents(
     found: list[dict[str, Any]] = []
     while texts and len(found) < count:
         prompt, words = texts[len(found) % len(texts)]
-        at = draw.randint(WORDS, len(words) - CHOICES * WORDS)
+        most = len(words) - CHOICES * WORDS
+        at = draw.randint(WORDS, max(WORDS, min(most, context)) if context else most)
         pieces = ["".join(words[i : i + WORDS]) for i in range(at, len(words) - WORDS + 1, WORDS)]
         choices = draw.sample(pieces[1:], CHOICES - 1)
         right = draw.randrange(CHOICES)
