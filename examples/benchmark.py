@@ -18,13 +18,11 @@ import dataclasses
 import gc
 import importlib.util
 import json
-import multiprocessing
 import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from tqdm import tqdm
 import benchmark_page
 import common
 import peak
+import processes
 import ways
 from benchmark_page import Measured, Part
 from common import ExampleError
@@ -149,15 +148,11 @@ def count_is_timed(tokens: int, options: argparse.Namespace) -> bool:
 
 def apart(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
     """`measure` in a fresh process, which gives all of its memory back."""
-    spawn = multiprocessing.get_context("spawn")
     try:
         # In a shared cache, what a compiler takes would depend on what was compiled before.
-        with (
-            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
-            ProcessPoolExecutor(1, mp_context=spawn) as pool,
-        ):
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-            return pool.submit(measure, tuning, tokens, options).result()
+            return processes.apart(measure, tuning, tokens, options)
     except BrokenProcessPool:
         reason = "its process was killed, as a machine with too little memory does"
         print(f"{tuning}, {tokens} tokens: {reason}", file=sys.stderr)

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
+import processes
 from common import ExampleError, ModelSource, Row, Tokenizer
 
 # The options of fxseek.compile for each way; None is a way without fxseek.
@@ -161,7 +160,6 @@ def compare(options: argparse.Namespace) -> list[Result]:
         f"{options.steps} steps of {options.batch}.",
         flush=True,
     )
-    spawn = multiprocessing.get_context("spawn")
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         # dequantised once, not in every process
@@ -175,8 +173,7 @@ def compare(options: argparse.Namespace) -> list[Result]:
                 judge_first=not results, full=options.full, rate=options.rate, seed=options.seed,
                 device=options.device, dtype=options.dtype,
             )  # fmt: skip
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                results[method] = pool.submit(run, job).result()
+            results[method] = processes.apart(run, job)
     return [results[method] for method in options.methods]
 
 

@@ -17,12 +17,11 @@ import contextlib
 import copy
 import gc
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 import benchmark_page
 import common
+import processes
 import quality_page
 from common import ExampleError, ModelSource, Row
 
@@ -105,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ExampleError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nquality: stopped; the same call goes on from here", file=sys.stderr)
+        return 130
     print(f"\nWritten: {options.page}")
     return 0
 
@@ -194,7 +197,7 @@ def run_all(options: argparse.Namespace) -> None:
         timings = [line for line in left if line["seed"] is None]
         runs = [line for line in left if line["seed"] is not None]
         for call, workers, some in ((time_pairs, 1, timings), (run, options.workers, runs)):
-            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            with processes.pool(workers) as pool:
                 running = {pool.submit(call, job_of(line)): line for line in some}
                 for future in as_completed(running):
                     line = running[future]

@@ -110,16 +110,18 @@ def gained(some: Iterable[Run], runs: Iterable[Run], at: float | None = None) ->
 
 
 def against_ordinary(some: Iterable[Run], runs: Iterable[Run]) -> list[tuple[Run, Run]]:
-    """Each run and ordinary training's with its seed, where the same kind of device has run both.
+    """Each run and ordinary training's with its seed, where both are of one text on one device.
 
-    On another machine, the text of a seed may be another: what is installed differs.
+    What is installed is the text, and differs from machine to machine: so does the loss before.
     """
     ordinary = {(run["seed"], run["device"]): run for run in runs if run["arm"] == "ordinary"}
-    return [
-        (run, ordinary[run["seed"], run["device"]])
-        for run in some
-        if (run["seed"], run["device"]) in ordinary
-    ]
+    pairs = [(run, ordinary.get((run["seed"], run["device"]))) for run in some]
+    return [(run, other) for run, other in pairs if other is not None and alike(run, other)]
+
+
+def alike(a: Run, b: Run) -> bool:
+    """Whether two runs began with the same loss, to what devices round."""
+    return math.isclose(a["losses"][0][1], b["losses"][0][1], rel_tol=1e-3)
 
 
 def paces(timings: Iterable[Run]) -> dict[str, float]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 import common
+import processes
 from common import ExampleError, ModelSource, Pair, Tokenizer
 
 # Options of fxseek.compile; None is TRL alone, which checkpoints by itself.
@@ -170,7 +169,6 @@ def compare(trainer: Callable[[Given], Any], options: argparse.Namespace) -> lis
     else:
         pairs = common.docstring_pairs(least_characters=900)
     pairs = pairs[: 2 * options.steps * options.batch]
-    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         # dequantised once, not in every process
         plain = common.plain_source(source, torch.float32, folder)
@@ -179,8 +177,7 @@ def compare(trainer: Callable[[Given], Any], options: argparse.Namespace) -> lis
         results = []
         for way in options.ways:
             job = Job(way, trainer, plain, pairs, options, folder)
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                results.append(pool.submit(run, job).result())
+            results.append(processes.apart(run, job))
     return results
 
 

@@ -704,7 +704,7 @@ def test_the_targets_of_the_quality_page() -> None:
     ]  # fmt: skip
 
 
-def test_gain_is_a_share_of_what_the_same_kind_of_device_gained() -> None:
+def test_gain_is_a_share_of_what_the_same_kind_of_device_gained_on_the_same_text() -> None:
     def run_of(arm: str, seed: int, device: str, end: float) -> dict[str, Any]:
         losses = [[0, 3.0], [10, end]]
         machine = {"cuda": "a GPU", "cpu": "2 threads"}[device]
@@ -713,6 +713,8 @@ def test_gain_is_a_share_of_what_the_same_kind_of_device_gained() -> None:
     ordinary = [run_of("ordinary", 0, "cuda", 2.0), run_of("ordinary", 1, "cpu", 1.0)]
     other = [run_of("every", seed, "cpu", 2.0) for seed in (0, 1)]
     assert quality_page.gained(other, [*ordinary, *other]) == [0.5]
+    of_another_text = {**other[1], "losses": [[0, 3.1], [10, 2.0]]}
+    assert quality_page.gained([of_another_text], ordinary) == []
     named = quality_page.machines_of([*ordinary, *other])
     assert named == "a GPU (seed 0) and 2 threads (seeds 0, 1)"
     assert quality_page.machines_of(other) == "2 threads"

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import statistics
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 import benchmark_page
 import common
 import peak
+import processes
 from common import MIB, ExampleError, ModelSource, Row
 from reproduce import methods, tasks
 from reproduce.methods import Way
@@ -63,27 +59,8 @@ class Lacking(ExampleError):
 
 
 def apart(job: Job) -> dict[str, Any]:
-    """A run in a fresh process, which gives all of its memory back."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
-        return pool.submit(run, job).result()
-
-
-def end_with_parent() -> None:
-    """Let this process end when the one that started it is killed, whatever it is at.
-
-    Ctrl-C reaches both: what is done then, is the parent's to say.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    """A run in a fresh process."""
+    return processes.apart(run, job)
 
 
 def run(job: Job) -> dict[str, Any]:
