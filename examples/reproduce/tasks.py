@@ -150,16 +150,17 @@ def evaluate(
     model: nn.Module, tokenizer: Tokenizer, built: tuple[Any, dict[str, Any]], batch: int
 ) -> dict[str, float]:
     """The score in per cent of each task of `build`, of the ordinary model."""
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
+    harness: Any = lm_eval  # pyright may not find it
     known, loaded = built
     model.eval()
     scores: dict[str, float] = {}
     with _silent():
         language: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)  # type: ignore[arg-type]
         for name, task in loaded.items():
-            found: Any = simple_evaluate(
+            found: Any = harness.simple_evaluate(
                 language, tasks=[task], num_fewshot=FEWSHOT.get(name), task_manager=known,
                 bootstrap_iters=0, log_samples=False,
             )  # fmt: skip
