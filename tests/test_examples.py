@@ -29,6 +29,7 @@ import demo
 import gpu
 import gpu_page
 import peak
+import processes
 import quality
 import quality_page
 import trl_dpo
@@ -376,13 +377,10 @@ def test_the_demo_trains_and_prints_its_table(
 class InThisProcess:
     """In the place of a process pool: more imports of torch show nothing new."""
 
-    def __init__(self, workers: int, mp_context: Any) -> None:
+    def __init__(self, workers: int, mp_context: Any, initializer: Any) -> None:
         pass
 
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def shutdown(self, *, cancel_futures: bool) -> None:
         pass
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
@@ -394,7 +392,7 @@ class InThisProcess:
 def test_the_ways_of_the_demo_learn_and_fxseek_saves_less(
     folder: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     page = tmp_path / "new" / "tokens.html"
     arguments = (
         f"--model {folder} --data {alpaca} --steps 3 --tokens 128 --held-out 2 --page {page}"
@@ -429,7 +427,7 @@ def test_the_demo_says_what_is_wrong_and_stops(
 def run_benchmark(
     monkeypatch: pytest.MonkeyPatch, folder: Path, page: Path, *arguments: str
 ) -> str:
-    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     always = ["--model", str(folder), "--repeats", "1", "--output", str(page)]
     assert benchmark.main([*always, *arguments]) == 0
@@ -540,7 +538,7 @@ class OutOfMemory(InThisProcess):
 def test_a_killed_process_is_a_result(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", OutOfMemory)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", OutOfMemory)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     page = tmp_path / "page.md"
     page.write_text("")
@@ -612,7 +610,7 @@ def test_tables_line_up() -> None:
 def test_the_quality_runs_go_on_where_they_stopped(
     folder: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     out, page = tmp_path / "runs.jsonl", tmp_path / "quality.md"
     always = f"--model {folder} --data {alpaca} --tunings full --steps 4 --every 2 --batch 2"
     always = [*always.split(), "--held-out", "2", "--out", str(out), "--page", str(page)]
@@ -664,7 +662,7 @@ def test_trl_beside_itself(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     pytest.importorskip("trl")
-    monkeypatch.setattr(trl_ways, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     always = f"--model {folder} --data {alpaca} --steps 3 --tokens 48 --learn-chunk 8"
     assert program.main([*always.split(), "--device", "cpu"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
