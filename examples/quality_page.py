@@ -34,7 +34,7 @@ answers have labels, and a ratio counts all tokens of a row: where prompts are l
 select among labelled tokens learn a larger share of those. On CUDA, products are in TF32.
 
 *Gain* is how much the loss has fallen, as a share of what ordinary training gains with that seed
-on that kind of device in the same number of steps; *at equal time*, as a share of what gradient
+and text on that kind of device in as many steps; *at equal time*, as a share of what gradient
 checkpointing gains in the seconds that the way's own steps took. Both are the mean and the
 deviation over seeds. *Step* is the median step's time over that of gradient checkpointing, measured
 in turns; *saved* and *peak* are, over checkpointing's, what a forward keeps for its backward, and

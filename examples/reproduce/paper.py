@@ -51,7 +51,7 @@ SETTINGS = (
     Setting("gradient score", "sum of magnitudes", METHOD, "the same"),
     Setting("rows of a step", UNKNOWN, f"{SCRIPT}: 128", "4; small: 2"),
     Setting("longest row", UNKNOWN, f"{SCRIPT}: 1024", "512; small: 192"),
-    Setting("steps", UNKNOWN, f"{SCRIPT}: one epoch", "12; small: 4"),
+    Setting("steps", UNKNOWN, f"{SCRIPT}: one epoch", "12 (by the H100: 48); small: 4"),
     Setting("learning rate", UNKNOWN, f"{SCRIPT}: 1.5e-4, cosine", "by tuner, constant"),
     Setting("weight decay", UNKNOWN, f"{SCRIPT}: 0.01", "0"),
     Setting("adapters", UNKNOWN, f"{SCRIPT}: rank 8, alpha 16, dropout 0.05",
@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "constant", "decay": 0.0, "dtype": "float32", "what": "table,ablations",
         "also": "recommended,parts",
     },
-    # On two cores: a quarter of an hour.
+    # On two cores: 15 to 20 minutes.
     "small": {
         "model": None, "data": None, "tasks": "continuation", "seeds": 1, "steps": 4, "batch": 2,
         "accumulate": 1, "tokens": 192, "held_out": 6, "questions": 8, "context": 48,
