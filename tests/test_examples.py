@@ -673,9 +673,18 @@ def test_trl_beside_itself(
 
 
 def test_gain_is_read_between_evaluations() -> None:
-    run = {"losses": [[0, 3.0], [10, 2.0], [20, 1.5]]}
+    """Along the logarithm of the steps; what was before the first evaluation is not known."""
+    run = {"losses": [[0, 3.0], [10, 2.0], [40, 1.5]]}
     assert quality_page.gain(run) == 1.5
-    assert [quality_page.gain(run, at) for at in (0, 5, 10, 15, 99)] == [0, 0.5, 1.0, 1.25, 1.5]
+    gains = [quality_page.gain(run, at) for at in (0, 10, 20, 40, 99)]
+    assert gains == pytest.approx([0, 1.0, 1.25, 1.5, 1.5])
+    with pytest.raises(ValueError, match=r"5 steps are before the first evaluation, after 10"):
+        quality_page.gain(run, 5)
+    quicker = {"arm": "labelled", "seed": 0, "device": "cpu", "steps": 40, **run}
+    ordinary = {**quicker, "arm": "ordinary"}
+    assert quality_page.in_time([quicker], [ordinary], 0.5) == pytest.approx([1.5 / 1.25])
+    for pace in (0.2, 1.1, None):
+        assert quality_page.in_time([quicker], [ordinary], pace) == []
     assert quality_page.spread([1.0, 3.0], "{:.1f}", " %") == "2.0 ± 1.4 %"
     assert quality_page.spread([1.0], "{:.1f}") == "1.0"
 
@@ -684,7 +693,7 @@ def test_the_targets_of_the_quality_page() -> None:
     """The best way of a share is above what it is to reach, and above both published ways."""
 
     def run_of(arm: str, end: float) -> dict[str, Any]:
-        losses = [[0, 3.0], [10, end]]
+        losses = [[0, 3.0], [5, (3 + end) / 2], [10, end]]
         name = quality.ARMS[arm][0]
         return {"arm": arm, "name": name, "seed": 0, "device": "cpu", "steps": 10, "losses": losses}
 
