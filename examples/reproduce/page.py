@@ -34,11 +34,12 @@ step's figure is its peak; *average* is the mean over the measured steps, *maxim
 both as a share of full-parameter training on every token. On the CPU a few steps of a run are
 measured, the one with the longest row among them; on CUDA every step, by the allocator. Weights,
 gradients and AdamW's state are in each, and no share of the tokens changes them: rows within a
-point of each other may be in one order by average memory and in the other by maximal. *Score* is
-the mean over the tasks, in per cent; the loss is that of held-out answers, in nats per token. Both
-are of the ordinary model. ± is the deviation over seeds. A question of *continuation* shows the
-beginning of a held-out answer, up to `context` words of it (0: any number), and asks which of four
-pieces of the same answer comes next.
+point of each other may be in one order by average memory and in the other by maximal. Where rows
+are so few and short that the peak comes after the activations are freed, full-parameter ways take
+the same memory at any share. *Score* is the mean over the tasks, in per cent; the loss is that of
+held-out answers, in nats per token. Both are of the ordinary model. ± is the deviation over seeds.
+A question of *continuation* shows the beginning of a held-out answer, up to `context` words of it
+(0: any number), and asks which of four pieces of the same answer comes next.
 """
 
 
