@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "constant", "decay": 0.0, "dtype": "float32", "what": "table,ablations",
         "also": "recommended,parts",
     },
-    # On two cores: 15 to 20 minutes.
+    # On two cores: 16 minutes.
     "small": {
         "model": None, "data": None, "tasks": "continuation", "seeds": 1, "steps": 4, "batch": 2,
         "accumulate": 1, "tokens": 192, "held_out": 6, "questions": 8, "context": 48,
