@@ -87,7 +87,12 @@ def uncompile(model: Model) -> Model:
 
     Args:
         model: a model, compiled or not; returned itself.
+
+    Raises:
+        InputError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     step = step_of(model)
     if step is not None:
         step.switches.restore()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ def figure_for(path: str | Path | None) -> type[Figure]:
     Raises:
         InputError: the path ends in something else, or matplotlib is not installed.
     """
-    if path is None or Path(path).suffix.lower() not in (".png", ".svg"):
+    if not isinstance(path, str | PathLike) or Path(path).suffix.lower() not in (".png", ".svg"):
         raise InputError(f"path={str(path)!r} must end in .png or .svg, the formats of a plot")
     try:
         from matplotlib.figure import Figure

@@ -7,6 +7,7 @@ run before is captured again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -23,13 +24,22 @@ log = logging.getLogger("fxseek")
 
 
 def say(message: str, *arguments: Any) -> None:
-    """Log at the level INFO; write to stderr where nobody has set up logging, as a bar would."""
+    """Log at the level INFO; write to stderr where nobody has set up logging, as a bar would.
+
+    A line that can't be written stops nothing.
+    """
     if log.hasHandlers():
         log.info(message, *arguments)
-    else:
+    elif not _is_silenced() and sys.stderr is not None:
         from tqdm import tqdm  # of transformers; a bar that is shown stays whole
 
-        tqdm.write(message % arguments, file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed file
+            tqdm.write(message % arguments, file=sys.stderr)
+
+
+def _is_silenced() -> bool:
+    """Whether the logger of fxseek was told to be silent; the root's level is WARNING unasked."""
+    return log.disabled or max(log.level, log.manager.disable + 1) > logging.INFO
 
 
 class Captures:

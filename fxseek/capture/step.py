@@ -58,8 +58,10 @@ def compiled_step(model: nn.Module) -> SeekStep:
     """The compiled step of a model.
 
     Raises:
-        InputError: it has none.
+        InputError: it has none, or is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     step = step_of(model)
     if step is None:
         raise InputError("the model is not compiled by fxseek: call fxseek.compile first")

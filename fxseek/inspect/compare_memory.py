@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxseek.checks import integer, shown
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
-from fxseek.inspect.estimate import TUNINGS, Estimate, estimate
+from fxseek.inspect.estimate import Estimate, estimate
 from fxseek.inspect.memory import unit_of
-from fxseek.inspect.meta import check_packages
+from fxseek.inspect.meta import check_tuning, name_of
 from fxseek.plots import figure_for
 
 __all__ = ["MemoryBar", "MemoryComparison", "compare_memory"]
@@ -62,7 +64,7 @@ class MemoryBar:
 class MemoryComparison:
     """What `compare_memory` found: its `bars`; print it as a Markdown table, or `plot` it.
 
-    `model`: its class; `tokens` of each row; `device`: the type of the device.
+    `model`: its class, or the name of its configuration; `tokens` of each row; `device`: the type of the device.
     """
 
     bars: tuple[MemoryBar, ...]
@@ -133,7 +135,8 @@ def _draw(panel: Any, bars: Sequence[MemoryBar], scale: int) -> None:
             label = name if index == 0 else None
             panel.bar(at, size / scale, bottom=bottom, width=0.85, color=colour, label=label)
             bottom += size / scale
-        panel.annotate(f"{bottom:.3g}", (at, bottom), ha="center", va="bottom", fontsize=7)
+        size = f"{bottom:.3g}" if bottom < 1000 else f"{bottom:.0f}"
+        panel.annotate(size, (at, bottom), ha="center", va="bottom", fontsize=7)
         ticks.append(at)
         at += 1
     panel.set_xticks(ticks, [bar.way for bar in bars], rotation=90, fontsize=7)
@@ -197,10 +200,11 @@ def compare_memory(
             "shards= is not for compare_memory: ordinary training over several processes is not "
             "estimated. estimate(..., shards=) has a step of fxseek."
         )
-    for tuning in tunings:
-        if tuning not in TUNINGS:
-            raise ConfigError(f"tuning={tuning!r} must be one of {', '.join(map(repr, TUNINGS))}")
-        check_packages(tuning)
+    known = {field.name for field in dataclasses.fields(SeekConfig)}
+    fields = {name: value for name, value in options.items() if name in known}
+    _check_each("batches", batches, _check_batch)
+    _check_each("tunings", tunings, lambda tuning: check_tuning(config_or_model, tuning))
+    _check_each("ratios", ratios, lambda ratio: SeekConfig.make(ratio, **fields))
     ways: list[tuple[str, dict[str, Any]]] = [
         ("ordinary", {"ordinary": True}),
         ("checkpointing", {"ordinary": "checkpointing"}),
@@ -215,8 +219,23 @@ def compare_memory(
             given = {"ratio": ratios[0], **options, **given}
             found = estimate(config_or_model, tokens, batch, tuning=tuning, **given)
             bars.append(MemoryBar(tuning, batch, way, found))
-    first = bars[0].estimate
-    return MemoryComparison(tuple(bars), first.description.split(",")[0], tokens, first.device)
+    return MemoryComparison(
+        tuple(bars), name_of(config_or_model), tokens, bars[0].estimate.device
+    )
+
+
+def _check_batch(batch: Any) -> None:
+    if problems := integer("batch", batch, 1, None):
+        raise ConfigError(problems[0])
+
+
+def _check_each(name: str, values: Sequence[Any], check: Callable[[Any], object]) -> None:
+    """Check every value before the first estimate; say which argument has a bad one."""
+    for value in values:
+        try:
+            check(value)
+        except ConfigError as error:
+            raise ConfigError(f"{name}={shown(values)}: {error}") from error
 
 
 def _named(ratio: Any) -> Any:

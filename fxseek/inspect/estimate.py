@@ -23,6 +23,7 @@ from fxseek.capture.limits import refuse_model, uses_cache
 from fxseek.capture.patches import resting
 from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep
+from fxseek.checks import choice, integer
 from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.inspect.calls import Calls
@@ -37,7 +38,7 @@ from fxseek.inspect.memory import (
     module_tensors,
     saved_as_activations,
 )
-from fxseek.inspect.meta import batch_of, checkpointed, on_meta, tuned
+from fxseek.inspect.meta import batch_of, check_tuning, checkpointed, name_of, on_meta, tuned
 from fxseek.inspect.shards import as_sharded
 from fxseek.ops.attention import aligns_on_cpu, aligns_on_cuda, kernel
 from fxseek.ops.masks import read_tokens
@@ -45,7 +46,6 @@ from fxseek.run.assemble import Step
 
 __all__ = ["Estimate", "estimate"]
 
-TUNINGS = ("full", "lora", "qlora")
 DEVICES = {"cuda": 512, "hopper": 512, "cpu": 1}
 """Devices whose attention kernels are known, and the bytes that their allocators round up to."""
 
@@ -151,7 +151,8 @@ def estimate(
     """
     config = SeekConfig.make(ratio, **options)
     sizes = {"tokens": tokens, "batch": batch, "lora_rank": lora_rank, "shards": shards}
-    _check(config, tuning, optimizer, ordinary, device, sizes)
+    _check(config, optimizer, ordinary, device, dtype, sizes)
+    check_tuning(config_or_model, tuning)
     if shards > 1 and ordinary:
         raise ConfigError(
             f"shards={shards!r} with ordinary={ordinary!r}: FSDP2 without fxseek can't be "
@@ -167,13 +168,17 @@ def estimate(
     model = tuned(on_meta(config_or_model, dtype), tuning, lora_rank, dtype).train()
     inputs = batch_of(model, tokens, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ConfigError(
+            "no parameter of the model requires grad: let some require it, or pass tuning='lora'"
+        )
     about = {
         "tokens": tokens,
         "batch": batch,
         "parameters": sum(_count(p) for p in model.parameters()),
         "trainable": sum(p.numel() for p in trained),
         "device": device,
-        "description": f"{_name(config_or_model)}, {tuning}"
+        "description": f"{name_of(config_or_model)}, {tuning}"
         + (_ORDINARY[ordinary] or f", ratio {shown}")
         + (f", a shard of {shards}" if shards > 1 else ""),
     }
@@ -242,23 +247,24 @@ def _estimated(config: SeekConfig, device: str) -> SeekConfig:
 
 def _check(
     config: SeekConfig,
-    tuning: str,
     optimizer: object,
     ordinary: object,
     device: str,
+    dtype: object,
     sizes: Mapping[str, object],
 ) -> None:
-    problems = []
-    for name, value in sizes.items():
-        least = 2 if name == "tokens" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            problems.append(f"{name}={value!r} must be an integer of at least {least}")
-    if tuning not in TUNINGS:
-        problems.append(f"tuning={tuning!r} must be one of {', '.join(map(repr, TUNINGS))}")
+    problems = [
+        problem
+        for name, value in sizes.items()
+        for problem in integer(name, value, 2 if name == "tokens" else 1, None)
+    ]
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        problems.append(
+            f"dtype={dtype!r} must be a torch.dtype of floating point, such as torch.bfloat16"
+        )
     if ordinary not in (False, True, "checkpointing"):
         problems.append(f"ordinary={ordinary!r} must be False, True or 'checkpointing'")
-    if device not in DEVICES:
-        problems.append(f"device={device!r} must be one of {', '.join(map(repr, DEVICES))}")
+    problems += choice("device", device, tuple(DEVICES))
     if optimizer not in ("adamw", None) and not callable(optimizer):
         problems.append(
             f"optimizer={optimizer!r} must be 'adamw', None, or a function of the trained "
@@ -276,14 +282,6 @@ def _check(
         )
     if problems:
         raise ConfigError("; ".join(problems))
-
-
-def _name(config_or_model: Any) -> str:
-    if isinstance(config_or_model, str):
-        return config_or_model
-    if isinstance(config_or_model, nn.Module):
-        return type(config_or_model).__name__
-    return str(getattr(config_or_model, "name_or_path", "") or config_or_model.model_type)
 
 
 def _count(parameter: Tensor) -> int:
@@ -416,6 +414,11 @@ class _Run:
             self.tracker.hold(self.moments, "optimiser state")
             return None
         optimiser = self.optimizer(list(trained))
+        if not isinstance(optimiser, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer= gave a {type(optimiser).__name__}: it must make a "
+                "torch.optim.Optimizer of the parameters"
+            )
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         optimiser.step()

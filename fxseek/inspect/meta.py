@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fxseek.capture.trl import rebind_fused_heads
+from fxseek.checks import choice, shown
 from fxseek.errors import ConfigError
 from fxseek.inspect.memory import module_tensors
 
-__all__ = ["batch_of", "checkpointed", "on_meta", "tuned"]
+__all__ = ["TUNINGS", "batch_of", "check_tuning", "checkpointed", "name_of", "on_meta", "tuned"]
+
+TUNINGS = ("full", "lora", "qlora")
 
 
 def on_meta(config_or_model: Any, dtype: torch.dtype) -> nn.Module:
@@ -31,20 +34,41 @@ def on_meta(config_or_model: Any, dtype: torch.dtype) -> nn.Module:
 
     config = config_or_model
     if isinstance(config, str):
-        config = AutoConfig.from_pretrained(config)
+        try:
+            config = AutoConfig.from_pretrained(config)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"config_or_model={config!r}: transformers has no such configuration "
+                f"({_first_line(error)}). Pass a name of the hub, or a folder with a config.json"
+            ) from error
     if not isinstance(config, PretrainedConfig):
         raise ConfigError(
-            f"config_or_model is a {type(config).__name__}: pass a transformers configuration, "
-            "the name of one, or a torch.nn.Module"
+            f"config_or_model={shown(config)} is of type {type(config).__name__}: pass a "
+            "transformers configuration, the name of one, or a torch.nn.Module"
         )
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except ValueError as error:
         raise ConfigError(
-            f"{type(config).__name__} is of no causal language model of transformers ({error}); "
-            "make the model on the meta device yourself, and pass the module"
+            f"{type(config).__name__} is of no causal language model of transformers "
+            f"({_first_line(error)}); make the model on the meta device yourself, and pass the "
+            "module"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the lists that may follow."""
+    return str(error).strip().partition("\n")[0]
+
+
+def name_of(config_or_model: Any) -> str:
+    """The class of a model, or the name of its configuration."""
+    if isinstance(config_or_model, str):
+        return config_or_model
+    if isinstance(config_or_model, nn.Module):
+        return type(config_or_model).__name__
+    return str(getattr(config_or_model, "name_or_path", "") or config_or_model.model_type)
 
 
 def _refuse_autocast() -> None:
@@ -83,12 +107,14 @@ def _meta_of(tensor: Tensor) -> Tensor:
     return twin
 
 
-def check_packages(tuning: str) -> None:
-    """What a tuning needs is installed.
+def check_tuning(config_or_model: Any, tuning: str) -> None:
+    """There is such a tuning, what it needs is installed, and the model can have it.
 
     Raises:
-        ConfigError: it isn't.
+        ConfigError: one of these isn't so.
     """
+    if problems := choice("tuning", tuning, TUNINGS):
+        raise ConfigError(problems[0])
     for package in {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}.get(tuning, ()):
         try:
             importlib.import_module(package)
@@ -97,11 +123,39 @@ def check_packages(tuning: str) -> None:
                 f"tuning={tuning!r} needs {package}, which is not installed: "
                 'pip install "fxseek[peft]"'
             ) from error
+    if tuning != "full" and _has_adapters(config_or_model):
+        raise ConfigError(
+            f"tuning={tuning!r} would put adapters on a {type(config_or_model).__name__} that has "
+            "its own: pass 'full', which trains what requires grad"
+        )
+    if tuning == "qlora" and _has_quantised(config_or_model):
+        raise ConfigError(
+            "tuning='qlora' stores weights in 4 bits, and bitsandbytes has quantised this "
+            f"{type(config_or_model).__name__} already: pass 'lora', or 'full' for what requires "
+            "grad"
+        )
+
+
+def _has_adapters(config_or_model: Any) -> bool:
+    """Whether peft has put something into a model, or around it."""
+    layers, peft = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft")
+    if layers is None or peft is None or not isinstance(config_or_model, nn.Module):
+        return False
+    kinds = (layers.BaseTunerLayer, peft.PeftModel)
+    return any(isinstance(module, kinds) for module in config_or_model.modules())
+
+
+def _has_quantised(config_or_model: Any) -> bool:
+    """Whether bitsandbytes stores weights of a model."""
+    library = sys.modules.get("bitsandbytes")
+    if library is None or not isinstance(config_or_model, nn.Module):
+        return False
+    kinds = (library.nn.Linear4bit, library.nn.Linear8bitLt)
+    return any(isinstance(module, kinds) for module in config_or_model.modules())
 
 
 def tuned(model: nn.Module, tuning: str, rank: int, dtype: torch.dtype) -> nn.Module:
     """The model with adapters, and with weights of 4 bits, where the tuning asks for them."""
-    check_packages(tuning)
     if tuning == "full":
         return model
     if tuning == "qlora":

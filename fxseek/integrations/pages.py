@@ -8,6 +8,7 @@ from typing import Any
 
 from fxseek.errors import FxseekError, InputError
 from fxseek.reports.step import StepReport
+from fxseek.reports.texts import check_tokenizer
 
 __all__ = ["TokenPages"]
 
@@ -29,13 +30,13 @@ class TokenPages:
             )
         self.every = every
         self.tokenizer = tokenizer
-        self._told = False
+        self._told: set[str] = set()
 
     def check(self, tokenizer: Any, score: Any, scored: bool) -> None:
         """Take the Trainer's tokenizer where none was given; say what is missing before a run.
 
         Raises:
-            InputError: there is no tokenizer, or no score to show.
+            InputError: there is no tokenizer that makes text of ids, or no score to show.
         """
         if self.tokenizer is None:
             self.tokenizer = tokenizer
@@ -44,6 +45,7 @@ class TokenPages:
                 "SeekCallback(html_every=...) shows tokens as text: pass tokenizer=, or give the "
                 "Trainer a processing_class"
             )
+        check_tokenizer(self.tokenizer)
         if not scored or score == "random":
             raise InputError(
                 "SeekCallback(html_every=...) shows scores, and the model is compiled to measure "
@@ -51,24 +53,26 @@ class TokenPages:
             )
 
     def write(self, report: StepReport, args: Any, state: Any, reporters: Any) -> None:
-        """Write the page of a step. What keeps it from being written is told once."""
+        """Write the page of a step. What keeps it from a file or a reporter is told once each."""
         step = state.global_step
         path = Path(args.output_dir) / "fxseek" / f"tokens-{step}.html"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             report.to_html(self.tokenizer, path)
         except (OSError, FxseekError) as error:
-            self._tell("no token page of step %s: %s", step, error)
+            self._tell("", "no token page of step %s: %s", step, error)
             return
         for reporter in reporters:
             try:
                 self._hand_over(reporter, report, path, step)
             except Exception as error:  # of a library that shows pages: training goes on
-                self._tell("no token page for %s: %r", type(reporter).__name__, error)
+                name = type(reporter).__name__
+                self._tell(name, "no token page for %s: %r", name, error)
 
-    def _tell(self, message: str, *arguments: Any) -> None:
-        if not self._told:
-            self._told = True
+    def _tell(self, reporter: str, message: str, *arguments: Any) -> None:
+        """Warn once for each reporter, and once for the file ("")."""
+        if reporter not in self._told:
+            self._told.add(reporter)
             log.warning(f"fxseek: {message}", *arguments)
 
     def _hand_over(self, reporter: Any, report: StepReport, path: Path, step: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from fxseek.api import resume
 from fxseek.capture.step import SeekStep, step_of
@@ -73,9 +73,19 @@ class SeekCallback(TrainerCallback, ExportableState):
         self._last: StepReport | None = None
 
     def attach(self, trainer: Any) -> SeekCallback:
-        """Add this callback to a Trainer, before its reporters; returns it."""
-        self._handler = trainer.callback_handler
-        self._handler.callbacks.insert(0, self)
+        """Put this callback before a Trainer's reporters; returns it.
+
+        Raises:
+            InputError: `trainer` is no Trainer of transformers.
+        """
+        handler = getattr(trainer, "callback_handler", None)
+        if not isinstance(handler, CallbackHandler):
+            raise InputError(
+                f"attach({type(trainer).__name__}): pass the Trainer whose training is to be logged"
+            )
+        self._handler = handler
+        others = [callback for callback in handler.callbacks if callback is not self]
+        handler.callbacks[:] = [self, *others]
         self._attached = True
         return self
 

@@ -76,7 +76,7 @@ def _row(tokens: Tokens, row: int, place: dict[int, int]) -> dict[str, Any]:
         "kept": tokens.kept_labelled(row),
         "counts": _counts(tokens, row),
         "weights": [float(f"{w:.4g}") for w in tokens.weights[row][selected].tolist()],
-        "spans": None if tokens.spans is None else tokens.spans[row].tolist(),
+        "spans": _spans(tokens, row),
         "scales": [_of_row(scale, row) for scale in tokens.scales],
     }
 
@@ -87,6 +87,14 @@ def _labels(tokens: Tokens, row: int) -> list[int | None] | None:
         return None
     pairs = zip(tokens.labels[row].tolist(), tokens.labelled[row].tolist(), strict=True)
     return [label if labelled else None for label, labelled in pairs]
+
+
+def _spans(tokens: Tokens, row: int) -> list[int | None] | None:
+    """The span of each token of a row, None at padding."""
+    if tokens.spans is None:
+        return None
+    pairs = zip(tokens.spans[row].tolist(), tokens.valid[row].tolist(), strict=True)
+    return [span if valid else None for span, valid in pairs]
 
 
 def _states(tokens: Tokens, row: int) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxseek.checks import integer
 from fxseek.errors import InputError
 from fxseek.reports.markdown import markdown_of
 from fxseek.reports.page import framed, page_of
@@ -94,29 +96,34 @@ class StepReport:
             tokenizer: what made the ids: anything with ``decode(ids)`` or
                 ``convert_ids_to_tokens(id)``.
             path: where the page is written.
-            input_ids: Long[batch, tokens], for a model that was given embeddings.
+            input_ids: Long[batch, tokens], -1 at virtual tokens, where the report has none.
 
         Raises:
             InputError: the step ranked nothing, or by random numbers; there is no tokenizer or no
-                ids; or the report has no values (meta device).
+                ids; the report has no values (meta device); or an argument is of the wrong type.
             OSError: the page cannot be written there.
         """
+        if not isinstance(path, str | PathLike | None):
+            raise InputError(f"path={path!r} must be a path, or None to write no file")
         page = page_of(tokens_of(self, tokenizer, input_ids))
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
 
-    def to_markdown(self, tokenizer: Any = None, *, row: int = 0) -> str:
+    def to_markdown(
+        self, tokenizer: Any = None, *, row: int = 0, input_ids: Tensor | None = None
+    ) -> str:
         """The scores of a step as a table, and up to 1000 tokens of a row, selected ones bold.
 
         Args:
             tokenizer: as for `to_html`.
             row: the row of the batch.
+            input_ids: as for `to_html`.
 
         Raises:
             InputError: as `to_html`; or there is no such row.
         """
-        tokens = tokens_of(self, tokenizer)
+        tokens = tokens_of(self, tokenizer, input_ids)
         check_place("row", row, len(tokens.ids))
         return markdown_of(tokens, row)
 
@@ -131,8 +138,10 @@ class StepReport:
             input_ids: as for `to_html`.
 
         Raises:
-            InputError: as `to_html`; or no notebook is running.
+            InputError: as `to_html`; `height` is no number of pixels; or no notebook is running.
         """
+        if problems := integer("height", height, 1, None):
+            raise InputError(problems[0])
         try:
             from IPython.core.getipython import get_ipython  # pyright: ignore
             from IPython.display import HTML, display  # pyright: ignore

@@ -13,6 +13,9 @@ __all__ = ["check_tokenizer", "legible", "texts_of"]
 
 
 _CONVERT = "convert_ids_to_tokens"
+_CONVERTERS = (_CONVERT, "id_to_token", "id_to_piece", "decode_single_token_bytes")
+"""What gives a token as its vocabulary has it: of transformers, tokenizers, sentencepiece,
+tiktoken."""
 
 
 def check_tokenizer(tokenizer: Any) -> Any:
@@ -50,7 +53,7 @@ def _text(tokenizer: Any, number: int) -> str:
         return "⟨virtual⟩" if number == -1 else ""
     try:
         token = text = None
-        for name in (_CONVERT, "id_to_token"):  # of transformers, of tokenizers
+        for name in _CONVERTERS:
             if token is None and callable(convert := getattr(tokenizer, name, None)):
                 token = convert(number)
         if callable(decode := getattr(tokenizer, "decode", None)):
@@ -60,6 +63,8 @@ def _text(tokenizer: Any, number: int) -> str:
             f"the tokenizer ({type(tokenizer).__name__}) has no text for the id {number}: {error}. "
             "Is it the one that made the input_ids?"
         ) from error
+    if isinstance(token, bytes):
+        return _decoded(token)
     token = token if isinstance(token, str) else None
     if not isinstance(text, str):
         return token or ""
@@ -71,7 +76,15 @@ def _text(tokenizer: Any, number: int) -> str:
         return f"⟨{ord(token):02X}⟩"  # ByT5 leaves parts of characters out of what it decodes
     if spaces := len(token) - len(token.lstrip("▁")):
         return " " * spaces + text.lstrip(" ")  # SentencePiece takes one off what it decodes
-    return text
+    return text or token  # tokenizers decodes no special tokens
+
+
+def _decoded(token: bytes) -> str:
+    """A token that is given as bytes."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:  # a part of a character
+        return f"⟨{token.hex(' ').upper()}⟩"
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -94,6 +107,9 @@ def _bytes_of(token: str) -> str:
         return f"⟨{bytes(_BYTES[c] for c in token).hex(' ').upper()}⟩"
     return token
 
+
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and signs that are blank: fillers of Hangul, and Braille without dots."""
 
 _JOINERS = "\u200c\u200d"
 _SIGNS = {"\n": "↵\n", "\r": "␍", "\t": "⇥"}
@@ -123,4 +139,5 @@ def legible(text: str) -> str:
 def _is_hidden(character: str) -> bool:
     """Whether a character shows nothing: controls, formats, spaces other than the plain one."""
     category = unicodedata.category(character)
-    return category[0] == "C" or (category[0] == "Z" and character != " ")
+    blank = character in _BLANKS or (category[0] == "Z" and character != " ")
+    return category[0] == "C" or blank

@@ -24,6 +24,8 @@ LEVELS = 7
 _SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97)
 """Where shades begin, as shares of the tokens: of the best there are more, for they are few."""
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 _DIGITS = 4
 """Significant digits of a score."""
 
@@ -158,20 +160,19 @@ def _ids(report: StepReport, given: Tensor | None) -> Tensor:
     if given is None:
         if report.input_ids is None:
             raise InputError(
-                "the report has no input_ids: the model was given embeddings, or names its ids "
-                "otherwise. Pass them: input_ids=, of shape [batch, tokens]."
+                "the report has no input_ids: the model was given embeddings, names its ids "
+                "otherwise, or makes them of labels. The report's methods take them: input_ids=, "
+                "of shape [batch, tokens], -1 at virtual tokens."
             )
         return report.input_ids
-    batch, tokens = report.valid.shape
-    wrong = not isinstance(given, Tensor) or given.dim() != 2 or given.is_floating_point()
-    if wrong or given.shape[0] != batch or given.shape[1] > tokens:
-        shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    is_tensor = isinstance(given, Tensor)
+    if not is_tensor or given.dtype not in _INTEGERS or given.shape != report.valid.shape:
+        got = f"{given.dtype}, {list(given.shape)}" if is_tensor else type(given).__name__
         raise InputError(
-            f"input_ids= must be integers of shape [batch, tokens] = [{batch}, {tokens}], those of "
-            f"the reported step; got {shape}"
+            f"input_ids= must be integers of shape [batch, tokens] = {list(report.valid.shape)}, "
+            f"those of the reported step, -1 at virtual tokens; got {got}"
         )
-    virtual = torch.full((batch, tokens - given.shape[1]), -1, device="cpu")
-    return torch.cat((virtual, given.cpu().long()), dim=1)
+    return given.long()
 
 
 def _scale(name: str, values: Tensor, valid: Tensor, selected: Tensor) -> Scale:

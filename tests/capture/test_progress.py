@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +85,38 @@ def test_without_logging_it_is_said_on_stderr(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == "seen 1\n"
+
+
+def test_what_silences_logging_silences_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    log = logging.getLogger("fxseek")
+    monkeypatch.setattr(log, "hasHandlers", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "disabled", True)
+        say("not seen")
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "level", logging.WARNING)
+        say("not seen")
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.root.manager, "disable", logging.INFO)
+        say("not seen")
+    say("seen")
+    assert capsys.readouterr().err == "seen\n"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, ValueError, None])
+def test_a_line_that_cannot_be_written_stops_nothing(
+    error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(text: str) -> None:
+        assert error is not None
+        raise error
+
+    monkeypatch.setattr(logging.getLogger("fxseek"), "hasHandlers", lambda: False)
+    closed = SimpleNamespace(write=fail, flush=lambda: None)
+    monkeypatch.setattr(sys, "stderr", None if error is None else closed)
+    say("not seen")
 
 
 def test_a_reset_within_a_call_takes_the_callback():

@@ -80,7 +80,10 @@ def test_it_prints_a_table_and_plots(found, tmp_path: Path):
         ({"tunings": "full"}, r"tunings='full' must be a list"),
         ({"ratios": ()}, r"ratios=\(\) must be a list with something in it"),
         ({"ratio": 0.1}, r"ratio= is not for compare_memory"),
-        ({"tunings": ["full", "lore"]}, r"tuning='lore' must be one of"),
+        ({"tunings": ["full", "lore"]}, r"^tunings=.*: tuning='lore' is not accepted"),
+        ({"batches": (1, 0)}, r"^batches=\(1, 0\): batch=0 is out of range"),
+        ({"batches": (1, True)}, r"^batches=\(1, True\): batch=True is not an integer"),
+        ({"ratios": (0.3, "bad")}, r"^ratios=.*ratio='bad'"),
         ({"shards": 8}, r"shards= is not for compare_memory"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peaks import training_peak
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 
 import fxseek
 from estimate import LLAMA_3, llama_3
@@ -264,18 +264,23 @@ def test_it_prints_and_plots(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": 1}, "tokens=1 must be an integer of at least 2"),
-        ({"batch": 0}, "batch=0 must be an integer of at least 1"),
-        ({"tuning": "lore"}, "tuning='lore' must be one of 'full', 'lora', 'qlora'"),
+        ({"tokens": 1}, "tokens=1 is out of range; pass an integer of at least 2"),
+        ({"batch": 0}, "batch=0 is out of range; pass an integer of at least 1"),
+        ({"tuning": "lore"}, "tuning='lore' is not accepted; did you mean 'lora'?"),
         ({"ordinary": "checkpoint"}, "ordinary='checkpoint' must be False, True or"),
-        ({"device": "tpu"}, "device='tpu' must be one of"),
+        ({"device": "tpu"}, "device='tpu' is not accepted; .*use one of 'cuda', 'hopper', 'cpu'"),
         ({"optimizer": "adam"}, "optimizer='adam' must be 'adamw', None, or a function"),
         ({"backend": "inductor"}, "backend='inductor' cannot be estimated"),
         ({"memory_budget_bytes": 1 << 30}, "leave the budget out"),
-        ({"shards": 0}, "shards=0 must be an integer of at least 1"),
+        ({"shards": 0}, "shards=0 is out of range; pass an integer of at least 1"),
         ({"shards": 8, "ordinary": True}, "FSDP2 without fxseek can't be estimated"),
         ({"ratios": 0.1}, "did you mean 'ratio'"),
-        ({"config_or_model": 7}, "config_or_model is a int"),
+        ({"config_or_model": 7}, "config_or_model=7 is of type int: pass"),
+        ({"config_or_model": "./no-such-folder"}, "no-such-folder.*no such configuration"),
+        ({"config_or_model": T5Config()}, r"T5Config is of no causal language model .{,200}; make"),
+        ({"dtype": "bfloat16", "tuning": "qlora"}, "dtype='bfloat16' must be a torch.dtype of"),
+        ({"dtype": torch.int8}, "dtype=torch.int8 must be a torch.dtype of floating point"),
+        ({"optimizer": lambda parameters: None}, "optimizer= gave a NoneType"),
         ({"config_or_model": torch.nn.Linear(3, 3)}, "Linear.forward takes input"),
     ],
 )
@@ -283,6 +288,21 @@ def test_bad_arguments(arguments, message):
     given: dict[str, Any] = {"config_or_model": small(), "tokens": 101, **arguments}
     with pytest.raises(fxseek.ConfigError, match=message):
         fxseek.estimate(**given)
+
+
+def test_what_a_model_has_already_is_not_added_again():
+    adapted = with_lora(AutoModelForCausalLM.from_config(small()))
+    for tuning in ("lora", "qlora"):
+        with pytest.raises(fxseek.ConfigError, match=r"has its own: pass 'full'"):
+            fxseek.estimate(adapted, 64, tuning=tuning)
+    with pytest.raises(fxseek.ConfigError, match=r"^tunings=.*has its own: pass 'full'"):
+        fxseek.compare_memory(adapted, 64)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert fxseek.estimate(adapted, 64).trainable == trained
+    for parameter in adapted.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(fxseek.ConfigError, match="no parameter of the model requires grad"):
+        fxseek.estimate(adapted, 64)
 
 
 def test_a_shard_of_a_model():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -413,6 +414,42 @@ def test_a_reporter_that_fails_never_stops_a_run(tmp_path, caplog):
         assert (tmp_path / "fxseek" / "tokens-2.html").exists()
 
 
+def test_each_failure_is_told_once(tmp_path, caplog):
+    """One of a reporter does not silence those of the files that follow."""
+
+    def fail(logs: Any) -> None:
+        if not (tmp_path / "fxseek").is_file():
+            shutil.rmtree(tmp_path / "fxseek")
+            (tmp_path / "fxseek").write_text("in the way of a folder")
+        raise ConnectionError("the service is down")
+
+    reporter = WandbCallback()
+    reporter._wandb = SimpleNamespace(log=fail, Html=lambda path, inject: path)
+    trainer = Trainer(
+        compiled(small()), arguments(tmp_path, max_steps=3), train_dataset=Rows(16),
+        callbacks=[reporter],
+    )  # fmt: skip
+    words = Words([f" w{i}" for i in range(VOCABULARY)])
+    fxseek.SeekCallback(html_every=1, tokenizer=words).attach(trainer)
+    trainer.train()
+    told = [message for message in caplog.messages if "no token page" in message]
+    assert len(told) == 2
+    assert "for WandbCallback" in told[0] and "of step 2" in told[1]
+
+
+def test_attached_twice_it_is_there_once(tmp_path):
+    callback = fxseek.SeekCallback()
+    trainer = Trainer(
+        compiled(small()), arguments(tmp_path), train_dataset=Rows(8), callbacks=[callback]
+    )
+    assert callback.attach(trainer).attach(trainer) is callback
+    assert trainer.callback_handler.callbacks[0] is callback
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    for wrong in (None, trainer.model):
+        with pytest.raises(fxseek.InputError, match="pass the Trainer"):
+            callback.attach(wrong)
+
+
 def test_a_callback_that_the_trainer_makes_anew_says_so(tmp_path):
     """Without its place before the reporters and its tokenizer it would be silent."""
     words = Words([f" w{i}" for i in range(VOCABULARY)])
@@ -443,6 +480,7 @@ def test_what_token_pages_need_is_said_before_a_run(tmp_path):
         ({}, None, "pass tokenizer=, or give the Trainer a processing_class"),
         ({"score": "random"}, words, measured),
         ({"ratio": "labelled"}, words, measured),
+        ({}, "gpt2", "tokenizer= is needed to show tokens as text, and got str"),
     ]
     for options, tokenizer, told in cases:
         callback = fxseek.SeekCallback(html_every=1, tokenizer=tokenizer)

@@ -225,11 +225,23 @@ def test_what_is_missing_is_named():
     embedded = dataclasses.replace(found, input_ids=None)
     with pytest.raises(fxseek.InputError, match=r"no input_ids.*input_ids="):
         embedded.to_html(numbered(5))
-    given = embedded.to_html(numbered(5), input_ids=rows(2, 4))
+    ids = rows(2, 5).index_fill(1, torch.tensor(0), -1)
+    given = embedded.to_html(numbered(5), input_ids=ids)
     assert data_of(given)["rows"][0]["text"][0] == data_of(given)["numbers"].index(-1)
-    for wrong in (rows(1, 5), rows(2, 6), rows(2, 5).float(), [1, 2]):
-        with pytest.raises(fxseek.InputError, match=r"\[batch, tokens\] = \[2, 5\]"):
+    assert "virtual" in embedded.to_markdown(numbered(5), input_ids=ids)
+    for wrong in (rows(1, 5), rows(2, 4), rows(2, 6), rows(2, 5).float(), rows(2, 5) > 0, [1, 2]):
+        with pytest.raises(fxseek.InputError, match=r"\[batch, tokens\] = \[2, 5\].*got"):
             embedded.to_html(numbered(5), input_ids=wrong)  # type: ignore[arg-type]
+
+
+def test_paths_and_heights_are_checked():
+    found, wrong = report(rows(1, 4)), 5
+    for call in (found.to_html, found.plot):
+        with pytest.raises(fxseek.InputError, match="path='?5'? must"):
+            call(numbered(4), wrong)  # type: ignore[arg-type]
+    for height in (0, True, "1px"):
+        with pytest.raises(fxseek.InputError, match=r"height=.*pass an integer of at least 1"):
+            found.show(numbered(4), height=height)  # type: ignore[arg-type]
 
 
 def test_notebooks(monkeypatch: pytest.MonkeyPatch):
@@ -377,7 +389,8 @@ def test_virtual_tokens_and_embeddings():
     found = fxseek.report(model)
     assert found.valid.shape == (2, 14)
     # PEFT embeds the tokens by itself, so that the model is given embeddings
-    ids = None if found.input_ids is not None else given["input_ids"]
+    ids = torch.nn.functional.pad(given["input_ids"], (3, 0), value=-1)
+    ids = None if found.input_ids is not None else ids
     (row, _) = data_of(found.to_html(numbered(37), input_ids=ids))["rows"]
     data = data_of(found.to_html(numbered(37), input_ids=ids))
     assert [data["texts"][i] for i in row["text"][:3]] == ["⟨virtual⟩"] * 3

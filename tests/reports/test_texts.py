@@ -29,6 +29,7 @@ from fxseek.reports.texts import check_tokenizer, legible, texts_of
         ("👩\u200d🔬", "👩\u200d🔬"),
         ("שלום", "שלום"),
         ("\ud800", "⟨D800⟩"),
+        ("a\u3164\u2800", "a⟨3164⟩⟨2800⟩"),
     ],
 )
 def test_what_cannot_be_seen_is_written_out(text: str, shown: str):
@@ -63,6 +64,29 @@ def test_a_tokenizer_without_transformers():
     tokens = {0: "Ġa", 1: "Ã"}
     tokenizer = SimpleNamespace(id_to_token=tokens.get, decode=lambda ids: [" a", "\ufffd"][ids[0]])
     assert texts_of(tokenizer, [0, 1]) == {0: " a", 1: "⟨C3⟩"}
+
+
+def test_special_tokens_that_are_not_decoded():
+    """As `tokenizers` does: `decode` leaves them out."""
+    tokenizer = SimpleNamespace(id_to_token=lambda i: "<s>", decode=lambda ids: "")
+    assert texts_of(tokenizer, [0]) == {0: "<s>"}
+
+
+def test_sentencepiece_without_transformers():
+    pieces = {0: "▁the", 1: "▁", 2: "<0xE2>"}
+    decoded = {0: "the", 1: "", 2: "\ufffd"}
+    tokenizer = SimpleNamespace(id_to_piece=pieces.get, decode=lambda ids: decoded[ids[0]])
+    assert texts_of(tokenizer, pieces) == {0: " the", 1: "·", 2: "⟨E2⟩"}
+
+
+def test_tokens_that_are_bytes():
+    """As those of tiktoken."""
+    tokens = {0: b" a", 1: b"\xe2\x80"}
+    tokenizer = SimpleNamespace(
+        decode_single_token_bytes=tokens.__getitem__,
+        decode=lambda ids: tokens[ids[0]].decode(errors="replace"),
+    )
+    assert texts_of(tokenizer, tokens) == {0: " a", 1: "⟨E2 80⟩"}
 
 
 def test_ids_that_have_no_text_are_numbers():
