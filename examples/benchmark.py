@@ -34,6 +34,7 @@ import benchmark_page
 import common
 import peak
 import processes
+import programs
 import ways
 from benchmark_page import Measured, Part
 from common import ExampleError
@@ -103,6 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--tokens is {lengths}; it must be lengths, such as {LENGTHS}")
     if options.tokens[0] < 2 or (options.repeats is not None and options.repeats < 1):
         parser.error("--tokens must be at least 2 and --repeats at least 1")
+    options.device = programs.device_of(parser, options.device)
     if options.output != "-":
         if not Path(options.output).exists():
             parser.error(f"--output {options.output} doesn't exist: name a page, or - for none")

@@ -12,6 +12,7 @@ import inspect
 import json
 import logging
 import random
+import re
 import threading
 import time
 import warnings
@@ -84,11 +85,26 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
     """Load the model's tokeniser; one without a padding token pads with its end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf_file)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ExampleError(_not_found(source, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    pad_id_of(tokenizer)
     return tokenizer
+
+
+def pad_id_of(tokenizer: Tokenizer) -> int:
+    """The id that rows are padded with.
+
+    Raises:
+        ExampleError: the tokenizer has none.
+    """
+    pad_id = tokenizer.pad_token_id
+    if not isinstance(pad_id, int):
+        raise ExampleError(
+            "the model's tokenizer has neither a padding nor an end token: give it one of them"
+        )
+    return pad_id
 
 
 def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
@@ -115,8 +131,8 @@ def _unmarked(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return plain
 
 
-def _not_found(source: ModelSource, error: OSError) -> str:
-    reason = str(error).splitlines()[0]
+def _not_found(source: ModelSource, error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
     return f"can't load {source.location!r} ({reason}): give --model a hub id or a model's folder"
 
 
@@ -204,6 +220,10 @@ def read_alpaca(path: str | Path) -> list[Pair]:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ExampleError(f"can't read --data {path}: {error}") from error
+    if lines[0].lstrip().startswith("["):
+        raise ExampleError(
+            f"{path} is a JSON array: --data takes an object per line, without brackets and commas"
+        )
     pairs: list[Pair] = []
     problems: list[str] = []
     for number, line in enumerate(lines, start=1):
@@ -239,6 +259,8 @@ def _alpaca_pair(line: str) -> Pair:
         value = record.get(field) or ""
         if not isinstance(value, str):
             raise ValueError(f"{field!r} is a {type(value).__name__}, not a string")
+        if re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"{field!r} has a lone surrogate, half of a character")
     for field in ("instruction", "output"):
         if not (record[field] or "").strip():
             raise ValueError(f"{field!r} is empty")

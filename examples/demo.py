@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import common
 import processes
+import programs
 from common import ExampleError, ModelSource, Row, Tokenizer
 
 # The options of fxseek.compile for each way; None is a way without fxseek.
@@ -128,7 +129,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, least in (("steps", UNTIMED_STEPS + 1), ("batch", 1), ("tokens", 2), ("held_out", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    programs.check_rate(parser, options.rate)
+    options.device = programs.device_of(parser, options.device)
     options.rate = options.rate or (2e-5 if options.full else 5e-4)
     return options
 
@@ -136,12 +138,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def compare(options: argparse.Namespace) -> list[Result]:
     """Prepare the model and the text, then run each way in a fresh process."""
     common.quiet()
-    try:  # before anything is trained
-        if SHOWN in options.methods:
-            options.page.parent.mkdir(parents=True, exist_ok=True)
-            options.page.touch()
-    except OSError as error:
-        raise ExampleError(f"--page {options.page} cannot be written: {error}") from error
+    if SHOWN in options.methods:
+        programs.check_writable("--page", options.page)
     source = common.find_model(options.model)
     print(f"Loading {source.name} ...", flush=True)
     tokenizer = common.load_tokenizer(source)
@@ -196,8 +194,7 @@ def run(job: Job) -> Result:
         fxseek.compile(model, seed=job.seed, **options)
     elif job.method == "checkpointing":
         common.checkpoint(model)
-    pad_id = job.tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
+    pad_id = common.pad_id_of(job.tokenizer)
     judged = (job.held_out, pad_id, device)
     before = common.held_out_loss(model, *judged) if job.judge_first else None
 

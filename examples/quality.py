@@ -33,6 +33,7 @@ from tqdm import tqdm
 import benchmark_page
 import common
 import processes
+import programs
 import quality_page
 from common import ExampleError, ModelSource, Row
 
@@ -100,6 +101,8 @@ class Job:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
+        programs.check_writable("--page", options.page)
+        programs.check_writable("--out", options.out)
         run_all(options)
         quality_page.write(options.page, options.out)
     except ExampleError as error:
@@ -153,7 +156,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("steps", "seeds", "every", "batch", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    programs.check_rate(parser, options.rate)
+    options.device = programs.device_of(parser, options.device)
     return options
 
 
@@ -170,8 +174,7 @@ def run_all(options: argparse.Namespace) -> None:
         pairs = common.read_alpaca(options.data)
     else:
         pairs = common.docstring_pairs(least_characters=options.least)
-    pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
+    pad_id = common.pad_id_of(tokenizer)
     rows = {
         seed: common.split_rows(
             pairs, tokenizer, options.tokens, options.steps * options.batch, options.held_out, seed

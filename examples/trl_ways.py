@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 import common
 import processes
+import programs
 from common import ExampleError, ModelSource, Pair, Tokenizer
 
 # Options of fxseek.compile; None is TRL alone, which checkpoints by itself.
@@ -157,7 +158,8 @@ def parse(
         parser.error(f"--ways has {', '.join(unknown)}; there are {', '.join(WAYS)}")
     if options.steps <= UNTIMED_STEPS:
         parser.error(f"--steps must be at least {UNTIMED_STEPS + 1}")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    programs.check_rate(parser, options.rate)
+    options.device = programs.device_of(parser, options.device)
     return options
 
 

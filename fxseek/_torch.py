@@ -266,13 +266,9 @@ def global_hooks() -> tuple[Any, ...]:
 
 
 _HOOK_TABLES = (
-    "_global_forward_pre_hooks",
-    "_global_forward_hooks",
-    "_global_forward_hooks_with_kwargs",
-    "_global_forward_hooks_always_called",
-    "_global_backward_pre_hooks",
-    "_global_backward_hooks",
-)
+    "_global_forward_pre_hooks", "_global_forward_hooks", "_global_forward_hooks_with_kwargs",
+    "_global_forward_hooks_always_called", "_global_backward_pre_hooks", "_global_backward_hooks",
+)  # fmt: skip
 
 
 def backward_hooked(model: torch.nn.Module) -> Iterator[str]:
@@ -280,6 +276,11 @@ def backward_hooked(model: torch.nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             yield name
+
+
+def accumulation_hooked(tensor: torch.Tensor) -> bool:
+    """Whether `register_post_accumulate_grad_hook`, which has no accessor, has added a hook."""
+    return bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 def compiled_call(model: torch.nn.Module) -> Callable[..., Any] | None:

@@ -80,10 +80,10 @@ class SeekConfig:
         supervised_only: Labelled positions first; others only fill a row that has too few.
             Default False.
         span: Tokens that are selected together: runs of so many consecutive ones, cut at a random
-            place of each row and step. A span ends with its document (where ``position_ids`` start
-            again), and where labels decide (``supervised_only``, ``select="sample"``) with its
-            labelled stretch; it has at most what its row keeps, a sampled one a quarter of that. 1
-            selects tokens one by one. Unused where no token is scored. Default 1.
+            place of each row and step. A span ends with its document (where ``position_ids`` don't
+            go on by one), and where labels decide (``supervised_only``, ``select="sample"``) with
+            its labelled stretch; it has at most what its row keeps, a sampled one a quarter of
+            that. 1 selects tokens one by one. Unused where no token is scored. Default 1.
         sinks: First tokens of a row that are always kept, whatever their scores and labels. They
             count towards the ratio; with labels, a row keeps one more at least. All others attend
             to them, the very first above all, so that much of the gradient flows through their keys

@@ -110,7 +110,12 @@ class Called(Ratio):
         return self.function
 
     def at(self, step: int, progress: float | None) -> float:  # noqa: D102
-        share = self.function(step)
+        try:
+            share = self.function(step)
+        except Exception as error:
+            raise ConfigError(
+                f"ratio= is a function that raised {type(error).__name__} for step {step}: {error}"
+            ) from error
         if check_share("ratio", share, ""):
             raise ConfigError(
                 f"ratio= is a function that returned {shown(share)} for step {step}; it must "
@@ -145,6 +150,8 @@ def _named(text: str) -> Ratio | None:
 def _share(value: object) -> float | None:
     """A number in (0, 1], or the text of one."""
     if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+        return None
+    if "_" in str(value):  # which Python takes in numbers
         return None
     try:
         share = float(value)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxseek import _torch
 from fxseek.errors import ConfigError, InputError
-from fxseek.spans import over_spans
+from fxseek.spans import means_of_spans, over_spans
 
 __all__ = [
     "Selection",
@@ -125,7 +125,7 @@ def count_holding(
     units = torch.where(highest > 0, parts / highest * _UNITS, 0.0).round().long()
     ranked = units
     if spans is not None:
-        ranked = over_spans(units.to(dtype) if scores is None else scores, spans, "mean")
+        ranked = means_of_spans(units.to(dtype) if scores is None else scores, spans)
     ranking = ranking_of(ranked, _with_required(population.long(), required))
     held = units.gather(-1, ranking).cumsum(-1)
     needed = held[:, -1:].to(dtype) * (share * (1 - 1e-9))
@@ -156,7 +156,8 @@ def select_topk(
     that they don't keep fill them up, with weight 0, invalid ones before others. ``required``
     positions come before all others. ``spans`` (`fxseek.spans.spans_of`) are ranked by the mean of
     their scores and kept whole, but for the last, of which a row keeps the first positions (or the
-    labelled one that takes their place).
+    labelled one that takes their place), and for positions whose score is ``-inf``, which have no
+    part in the mean and come last.
 
     `k` is from 1 to tokens; supervised_only needs supervised.
 
@@ -168,7 +169,7 @@ def select_topk(
     if supervised_only:
         tier = tier + labelled
     if spans is not None:
-        scores = over_spans(scores, spans, "mean")
+        scores = means_of_spans(scores, spans)
     ranking = ranking_of(scores, _with_required(tier, required))
 
     if supervised is not None and not supervised_only:

@@ -5,10 +5,12 @@ Sizes: batch, tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["over_spans", "spans_of"]
+__all__ = ["drawn_scores", "means_of_spans", "over_spans", "spans_of"]
 
 
 @torch.no_grad()
@@ -60,3 +62,48 @@ def over_spans(values: Tensor, spans: Tensor, reduce: str = "sum") -> Tensor:
     # Numbers that no span has are at the end of a row, and are not read.
     found = torch.segment_reduce(values, reduce, lengths=lengths, axis=1, unsafe=True)
     return found.gather(-1, spans)
+
+
+@torch.no_grad()
+def means_of_spans(scores: Tensor, spans: Tensor) -> Tensor:
+    """Each position's score as the mean over its span; a score of ``-inf`` stays, and is left out.
+
+    Shapes: scores, spans [batch, tokens] → [batch, tokens].
+    """
+    last = scores == -torch.inf
+    sums = over_spans(scores.masked_fill(last, 0.0), spans)
+    counts = over_spans((~last).to(scores.dtype), spans)
+    return (sums / counts.clamp_min(1)).masked_fill(last, -torch.inf)
+
+
+@torch.no_grad()
+def drawn_scores(
+    draws: Tensor, spans: Tensor, tiers: Sequence[Tensor], generator: torch.Generator
+) -> Tensor:
+    """Scores whose best, any number of a tier's, have each of its positions equally often.
+
+    The tier's positions stand on a circle, span by span in a random order; the best are those from
+    a random place on. So they are whole spans, but for the first and the last, which may be cut. A
+    mean, or one draw, for each span would prefer short ones.
+
+    Shapes: draws [batch, tokens], of which a span's first decides its place; spans Long [batch,
+    tokens]; each tier Bool [batch, tokens], none overlapping → Long [batch, tokens], 0 or less.
+    """
+    order = draws.gather(-1, _first_of(spans)).argsort(dim=-1, stable=True)
+    scores = torch.zeros_like(spans)
+    for tier in tiers:
+        inside = tier.gather(-1, order)
+        count = inside.sum(-1, keepdim=True).clamp_min(1)
+        start = torch.rand((len(spans), 1), generator=generator)
+        start = (start.to(spans.device, non_blocking=True) * count).long()
+        place = (inside.cumsum(-1) - 1 - start) % count
+        scores = torch.where(tier, scores.scatter(-1, order, -place), scores)
+    return scores
+
+
+def _first_of(spans: Tensor) -> Tensor:
+    """The first position of each position's span."""
+    begins = torch.ones_like(spans, dtype=torch.bool)
+    begins[:, 1:] = spans[:, 1:] != spans[:, :-1]
+    position = torch.arange(spans.shape[-1], device=spans.device)
+    return torch.where(begins, position, 0).cummax(-1).values

@@ -171,6 +171,7 @@ BAD_LINES = {
     '{"instruction": "x", "output": 3}': "'output' is a int, not a string",
     '{"instruction": "x", "input": [1], "output": "y"}': "'input' is a list",
     '{"instruction": " ", "output": "y"}': "'instruction' is empty",
+    '{"instruction": "x", "output": "y \\ud800"}': "'output' has a lone surrogate",
 }
 
 
@@ -197,6 +198,9 @@ def test_missing_and_empty_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ExampleError, match="can't read --data"):
         common.read_alpaca(tmp_path / "nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "array.json").write_text('[{"instruction": "x", "output": "y"}]')
+    with pytest.raises(ExampleError, match="is a JSON array: --data takes an object per line"):
+        common.read_alpaca(tmp_path / "array.json")
     with pytest.raises(ExampleError, match="holds no lines"):
         common.read_alpaca(tmp_path / "empty.jsonl")
 
@@ -422,6 +426,22 @@ def test_the_demo_says_what_is_wrong_and_stops(
     with pytest.raises(SystemExit):
         demo.parse(["--methods", "ordinary,tokenseak"])
     assert "tokenseak; the ways are ordinary" in capsys.readouterr().err
+    for option, value in (("--rate", "0"), ("--rate", "nan"), ("--device", "gpu")):
+        with pytest.raises(SystemExit):
+            demo.parse([option, value])
+        assert f"{option} " in capsys.readouterr().err
+
+
+def test_tokenizers_that_cannot_be_used_are_errors(tmp_path: Path) -> None:
+    source = common.ModelSource("none", str(tmp_path))
+    with pytest.raises(ExampleError, match="can't load"):
+        common.load_tokenizer(source)
+    byte_tokenizer("<s>", "</s>").save_pretrained(tmp_path)
+    with pytest.raises(ExampleError, match="neither a padding nor an end token"):
+        common.load_tokenizer(source)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ExampleError, match="can't load"):
+        common.load_tokenizer(source)
 
 
 def run_benchmark(

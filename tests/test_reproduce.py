@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -59,6 +60,24 @@ def given(folder: Path, out: Path, *more: str) -> list[str]:
         *("--tokens", "96", "--steps", "2", "--held-out", "5", "--tasks", "none"),
         *("--device", "cpu", "--out", str(out / "runs"), "--page", str(out / "page.md"), *more),
     ]
+
+
+def run_of(text: str, memory: float, loss: float, seed: int = 0, **options: Any) -> page.Run:
+    way = methods.way_of(text)
+    if options:
+        way = Way(way.tuner, way.selection, {**(way.options or {}), **options})
+    return {
+        "setting": {"model": "m", "data": "d", "steps": 3, "tasks": "one,two"},
+        "way": vars(way),
+        "seed": seed,
+        "rate": paper.RATES[way.tuner],
+        "found": {
+            "memory": {"average": memory, "maximal": 1.25 * memory, "steps": 3},
+            "losses": [[0, 3.0], [3, loss]],
+            "scores": {"one": 50.0, "two": 20.0 + memory},
+            "machine": "M",
+        },
+    }
 
 
 def never(job: train.Job) -> dict[str, Any]:
@@ -262,6 +281,15 @@ def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--device", "cuda:99"], "--device is cuda:99; there are cpu"),
         (["--questions", "0"], "--questions must be at least 1 for continuation"),
         (["--rate", "0"], "--rate must be above 0"),
+        (["--rate", "inf"], "--rate must be above 0 and finite"),
+        (["--decay", "inf"], "--decay must be finite"),
+        (["--decay", "nan"], "--decay must be"),
+        (["--schedule", "cosin"], "--schedule cosin can't be used"),
+        (["--schedule", "reduce_lr_on_plateau"], "can't be used"),
+        (["--methods", ""], "there is no method ''"),
+        (["--methods", "full", "--also", "parts"], "name all that are to run in --methods"),
+        (["--methods", "full", "--what", "ablations"], "--methods is of the table"),
+        (["--ablate", "lora", "--what", "table"], "--ablate is of the ablations"),
     ):
         with pytest.raises(SystemExit):
             program.parse(arguments)
@@ -280,6 +308,19 @@ def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"way": {"tuner": "full", "selection": "some", "options": None}}, r"no method full\+some"),
         ({"rate": None}, "None in it is no number"),
         ({"found": {"memory": {"average": 1}, "machine": "M"}}, "'maximal'"),
+        ("[" * 100_000, "RecursionError"),
+        ({"origin": "x"}, "TypeError"),
+        ({"origin": {}}, "'rows'"),
+        ({"rate": math.nan}, "not finite"),
+        (
+            {
+                "found": {
+                    **run_of("full", 1.0, 2.0)["found"],
+                    "memory": {"average": 0, "maximal": 0},
+                }
+            },
+            "takes no memory",
+        ),
     ],
 )
 def test_what_is_no_run_is_said_before_the_first_run(
@@ -296,6 +337,52 @@ def test_what_is_no_run_is_said_before_the_first_run(
     printed = capsys.readouterr().err
     assert re.search(rf"x\.json is no run .*{reason}.*delete it.* or give another --out", printed)
     assert "did not run" not in printed
+
+
+def test_a_folder_is_no_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "runs" / "x.json").mkdir(parents=True)
+    assert program.main(given(folder, tmp_path)) == 2
+    assert "x.json is no run (IsADirectoryError" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written_nothing_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(program, "apart", never)
+    (tmp_path / "file").write_text("in the way of a folder")
+    (tmp_path / "folder.md").mkdir()
+    for option, place in (
+        ("--out", tmp_path / "file"),
+        ("--page", tmp_path / "file" / "page.md"),
+        ("--page", tmp_path / "folder.md"),
+    ):
+        assert program.main([*given(folder, tmp_path), option, str(place)]) == 2
+        assert re.search(rf"{option} {place}.*cannot be written", capsys.readouterr().err)
+
+
+def test_a_page_that_fails_stops_no_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(program, "apart", lambda job: run_of(job.way.tuner, 40.0, 2.0)["found"])
+    monkeypatch.setattr(page, "write", full)
+    assert program.main(given(folder, tmp_path, "--methods", "full,lora")) == 2
+    assert len(page.read(tmp_path / "runs")) == 2
+    assert "page.md cannot be written: No space left" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_none(
+    folder: Path, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(common, "held_out_loss", lambda *_: math.nan)
+    assert program.main(given(folder, tmp_path, "--methods", "full", "--seeds", "1")) == 1
+    assert not page.read(tmp_path / "runs")
+    assert "it diverged, the held-out loss is nan: lower --rate" in capsys.readouterr().err
 
 
 def test_what_did_not_run_is_said_even_if_the_page_fails(
@@ -449,24 +536,6 @@ def test_every_method_runs(text: str, folder: Path, tmp_path: Path, here: None) 
     assert program.main(given(folder, tmp_path, "--methods", text)) == 0
     (run,) = page.read(tmp_path / "runs").values()
     assert run["found"]["trained"] > 0
-
-
-def run_of(text: str, memory: float, loss: float, seed: int = 0, **options: Any) -> page.Run:
-    way = methods.way_of(text)
-    if options:
-        way = Way(way.tuner, way.selection, {**(way.options or {}), **options})
-    return {
-        "setting": {"model": "m", "data": "d", "steps": 3, "tasks": "one,two"},
-        "way": vars(way),
-        "seed": seed,
-        "rate": paper.RATES[way.tuner],
-        "found": {
-            "memory": {"average": memory, "maximal": 1.25 * memory, "steps": 3},
-            "losses": [[0, 3.0], [3, loss]],
-            "scores": {"one": 50.0, "two": 20.0 + memory},
-            "machine": "M",
-        },
-    }
 
 
 def test_another_rate_is_a_row_of_its_own() -> None:

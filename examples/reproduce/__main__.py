@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -36,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import programs
 from common import ExampleError, ModelSource, Pair, Row, Tokenizer
 from reproduce import methods, page, paper, tasks, train
 from reproduce.methods import Way
@@ -64,9 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems: list[str] = []
     failed = 0
     try:
+        programs.check_writable("--page", options.page)
+        programs.check_writable("--out", options.out / "a run")
         run_all(options, problems)
         page.write(options.page, options.out)
         print(f"\nWritten: {options.page}, from the runs in {options.out}")
+    except OSError as error:  # of the page, whose runs have their files by now
+        print(f"reproduce: --page {options.page} cannot be written: {error}", file=sys.stderr)
+        failed = 2
     except ExampleError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         failed = 2
@@ -88,9 +95,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", help="a data set of the hub, or a JSONL file in Alpaca's format")
     add("--tasks", help="tasks of lm-eval, or none (offline: one made of the held-out text)")
     add("--methods", help="tuners, alone or as tuner+selection (default: the paper's)")
-    add("--also", help="more selections of full, loha and qlora: recommended, parts, or none")
+    add("--also", help="more selections of full, loha and qlora, without --methods: recommended, "
+        "parts, or none")  # fmt: skip
     add("--what", help="some of table,ablations")
-    add("--ablate", default="full", help="the ablations' tuner (%(default)s)")
+    add("--ablate", choices=list(methods.TUNERS), help="the ablations' tuner (full)")
     add("--seeds", type=int, help="runs of each method")
     add("--steps", type=int, help="training steps; 0 for one epoch")
     add("--batch", type=int, help="rows of a forward")
@@ -100,7 +108,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--questions", type=int, help="of the task made of the held-out text")
     add("--context", type=int, help="words of its answer that a question has at most; 0 for any")
     add("--rate", type=float, help="learning rate (default: one for each tuner)")
-    add("--schedule", help="of the learning rate, as transformers names it")
+    add("--schedule", help="of the learning rate: one of transformers that needs no options")
     add("--decay", type=float, help="weight decay")
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -109,6 +117,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "else build/reproduction)")  # fmt: skip
     add("--page", type=Path, help="the page (default: beside --out, with .md)")
     options = parser.parse_args(arguments)
+    if options.methods is not None and options.also is not None:
+        parser.error("--also is for the default methods: name all that are to run in --methods")
     preset = options.preset or ("paper" if options.model else "offline")
     own = ("model", "data", "tasks", "rate", *(name for name in SETTING if name != "device"))
     plain = preset == "offline" and all(getattr(options, name) is None for name in own)
@@ -120,28 +130,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("tasks", "also", "what"):
         chosen = getattr(options, name)
         setattr(options, name, [x for x in chosen.split(",") if x and x != "none"])
-    for name, known in (("what", PARTS), ("also", methods.SELECTIONS), ("ablate", methods.TUNERS)):
-        chosen = getattr(options, name)
-        unknown = {chosen} - {*known} if isinstance(chosen, str) else {*chosen} - {*known}
-        if unknown:
+    for name, known in (("what", PARTS), ("also", methods.SELECTIONS)):
+        if unknown := {*getattr(options, name)} - {*known}:
             parser.error(f"--{name} has {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if not options.what:
         parser.error(f"--what is empty: give some of {', '.join(PARTS)}")
+    for name, part in (("methods", "table"), ("ablate", "ablations")):
+        if getattr(options, name) is not None and part not in options.what:
+            parser.error(f"--{name} is of the {part}, which --what leaves out")
+    options.ablate = options.ablate or "full"
     for name, least in LEAST.items():
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if options.rate is not None and not options.rate > 0:
-        parser.error("--rate must be above 0; without it each tuner has its own")
+    programs.check_rate(parser, options.rate)
+    if not options.decay < math.inf:
+        parser.error("--decay must be finite")
+    if reason := train.unusable_schedule(options.schedule):
+        parser.error(f"--schedule {options.schedule} can't be used: {reason}")
     if tasks.LOCAL in options.tasks and options.questions < 1:
         parser.error(f"--questions must be at least 1 for {tasks.LOCAL}; or give --tasks none")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cards = range(torch.cuda.device_count())
-    known = ["cpu", *(["cuda"] if cards else []), *(f"cuda:{card}" for card in cards)]
-    if options.device not in known:
-        parser.error(f"--device is {options.device}; there are {', '.join(known)} here")
+    options.device = programs.device_of(parser, options.device)
     try:
         named = [*methods.TABLE, *(f"{x}+{y}" for x in methods.SELECTED for y in options.also)]
-        named = options.methods.split(",") if options.methods else named
+        named = named if options.methods is None else options.methods.split(",")
         options.ways = [methods.way_of(text) for text in named]
     except ExampleError as error:
         parser.error(str(error))
@@ -243,7 +254,7 @@ def run_left(
                     problems.append(f"{name}: its process was killed, as by too little memory")
                 except Exception as error:
                     problems.append(f"{name}: {type(error).__name__}: {error}")
-                with contextlib.suppress(ExampleError):  # which the last writing raises
+                with contextlib.suppress(ExampleError, OSError):  # which the last writing raises
                     page.write(options.page, options.out)
                 bar.update()
     finally:
@@ -265,7 +276,8 @@ def lacking_tasks(options: argparse.Namespace) -> list[str]:
     reason = tasks.lacking() if options.tasks else None
     found = dict.fromkeys(options.tasks, reason) if reason else tasks.unusable(options.tasks)
     options.tasks = [name for name in options.tasks if name not in found]
-    return [f"task {name}: {reason}" for name, reason in found.items()]
+    aside = "; runs go on without it, and make a table of their own"
+    return [f"task {name}: {reason}{aside}" for name, reason in found.items()]
 
 
 # ------------------------------------------------------------------------------ what they share
@@ -318,8 +330,7 @@ def first_job(
     folder: Path,
 ) -> Job:  # fmt: skip
     """What all runs have in common: the model, the text and the tasks."""
-    pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
+    pad_id = common.pad_id_of(tokenizer)
     rows, held_out = texts
     steps = options.steps or max(1, len(rows) // (options.batch * options.accumulate))
     if tasks.LOCAL in options.tasks:

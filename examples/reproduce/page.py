@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Run = dict[str, Any]
+BAD = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
+"""What reading a file may raise that is no run."""
 
 HEAD = """# Reproduction
 
@@ -39,7 +41,7 @@ are so few and short that the peak comes after the activations are freed, full-p
 the same memory at any share. *Score* is the mean over the tasks, in per cent; the loss is that of
 held-out answers, in nats per token. Both are of the ordinary model. ± is the deviation over seeds.
 A question of *continuation* shows the beginning of a held-out answer, up to `context` words of it
-(0: any number), and asks which of four pieces of the same answer comes next.
+(0: any number), and asks which of four pieces of the same answer comes next. 0 steps are one epoch.
 """
 
 
@@ -54,7 +56,7 @@ def read(folder: Path) -> dict[Path, Run]:
         try:
             runs[file] = json.loads(file.read_text(encoding="utf-8"))
             check(runs[file])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except BAD as error:
             raise ExampleError(
                 f"{file} is no run ({type(error).__name__}: {error}): delete it, and it is run "
                 "again, or give another --out"
@@ -72,10 +74,13 @@ def check(run: Run) -> None:
     numbers += [loss for _, loss in found["losses"]] or [None]
     numbers += [*found.get("scores", {}).values()]
     numbers += [setting["questions"]] if setting["tasks"] == LOCAL else []
+    words += [run["origin"][name] for name in ("rows", "model")] if "origin" in run else []
     kinds = [(x, str) for x in words] + [(x, int | float) for x in numbers]
     for value, kind in kinds:
         if not isinstance(value, kind):
             raise ValueError(f"{value!r} in it is no {'word' if kind is str else 'number'}")
+    if not all(map(math.isfinite, numbers)) or min(found["memory"].values()) <= 0:
+        raise ValueError("a number in it is not finite, or takes no memory")
 
 
 def write_run(file: Path, run: Run) -> None:
@@ -108,7 +113,7 @@ def write(page: Path, folder: Path) -> None:
     settings: dict[str, list[Run]] = {}
     for run in read(folder).values():
         settings.setdefault(json.dumps(run["setting"], sort_keys=True), []).append(run)
-    sections = [HEAD.format(folder=folder.name)]
+    sections = [HEAD.format(folder=folder.resolve().name)]
     for setting, some in settings.items():
         digest = hashlib.sha256(setting.encode()).hexdigest()[:8]
         sections.append(section(some, page.with_name(f"{page.stem}-{digest}")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -119,8 +120,11 @@ def run(job: Job) -> dict[str, Any]:
     if job.way.tuner not in ("full", "qlora") and dtype is torch.float32:
         merge: Any = model.merge_adapter  # type: ignore[union-attr]  # of peft
         merge()  # in each forward BOFT would make its matrices anew
+    after = common.held_out_loss(model, *judged)
+    if not math.isfinite(after):
+        raise ExampleError(f"it diverged, the held-out loss is {after}: lower --rate")
     found: dict[str, Any] = {
-        "losses": [[0, before], [job.steps, common.held_out_loss(model, *judged)]],
+        "losses": [[0, before], [job.steps, after]],
         "memory": {"average": statistics.mean(peaks), "maximal": max(peaks), "steps": len(peaks)},
         "trained": sum(parameter.numel() for parameter in trained),
         "seconds": statistics.median(seconds) if seconds else None,
@@ -133,6 +137,18 @@ def run(job: Job) -> dict[str, Any]:
         except Exception as error:  # of memory, of the network
             found["unscored"] = f"{type(error).__name__}: {error}"
     return found
+
+
+def unusable_schedule(name: str) -> str | None:
+    """Why a run can't have a schedule of transformers by its name alone."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=2)
+        optimizer.step()
+        schedule.step()
+    except Exception as error:  # of transformers: some need options, some a metric
+        return str(error) or type(error).__name__
+    return None
 
 
 def measured_steps(job: Job) -> list[int]:

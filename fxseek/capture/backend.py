@@ -27,7 +27,7 @@ from fxseek.reports.step import StepReport
 from fxseek.run.assemble import Ran, Step, assemble
 from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import functions_of
-from fxseek.scores import scorer_of
+from fxseek.scores import draws_tokens
 
 log = logging.getLogger("fxseek")
 
@@ -174,7 +174,7 @@ def _compiled(step: Step, recorder: Recorder, shards: Shards | None) -> Callable
     config, writes, dropped = step.program.config, step.program.writes, step.program.dropped
     varies = config.parsed_ratio.follows_training
     plan = None if shards is None else collectives_of(step.program)
-    drawn = scorer_of(config).draws or config.select == "sample" or config.draws_spans or varies
+    drawn = draws_tokens(config) or varies
 
     def run(*inputs: Any) -> Any:
         index = recorder.step

@@ -64,7 +64,8 @@ class MemoryBar:
 class MemoryComparison:
     """What `compare_memory` found: its `bars`; print it as a Markdown table, or `plot` it.
 
-    `model`: its class, or the name of its configuration; `tokens` of each row; `device`: the type of the device.
+    `model`: its class, or the name of its configuration; `tokens` of each row; `device`: the type
+    of the device.
     """
 
     bars: tuple[MemoryBar, ...]
@@ -219,9 +220,7 @@ def compare_memory(
             given = {"ratio": ratios[0], **options, **given}
             found = estimate(config_or_model, tokens, batch, tuning=tuning, **given)
             bars.append(MemoryBar(tuning, batch, way, found))
-    return MemoryComparison(
-        tuple(bars), name_of(config_or_model), tokens, bars[0].estimate.device
-    )
+    return MemoryComparison(tuple(bars), name_of(config_or_model), tokens, bars[0].estimate.device)
 
 
 def _check_batch(batch: Any) -> None:

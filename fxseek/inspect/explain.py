@@ -24,7 +24,7 @@ from fxseek.ratios import Labelled
 from fxseek.run.assemble import Step
 from fxseek.run.parts import ONE_PART
 from fxseek.run.saved import SavedBytes
-from fxseek.run.stages import least_kept
+from fxseek.run.stages import LEAST_SPANS, least_kept
 from fxseek.selecting import Selection, count_kept
 
 __all__ = ["Captured", "Explanation", "Fallback", "capture", "explain"]
@@ -56,7 +56,8 @@ class Explanation:
     `kept`: tokens of a row that are selected. Where the ratio varies, from `fewest_kept` to `kept`,
     for which the bytes are predicted: with ``"mass:0.9"`` the scores will tell, and with
     ``"labelled"`` the rows of this batch have so many labels (a causal model, which shifts them,
-    may keep one less). `tokens` of each of `batch` rows; `attentions`: how many there are;
+    may keep one less), beside the sinks. Sampled spans fall short of a ratio by less than one.
+    `tokens` of each of `batch` rows; `attentions`: how many there are;
     `block_input`: where the gradient score is taken; `notes`: what else is to be known.
     """
 
@@ -260,14 +261,18 @@ def _predict(step: Step, inputs: Sequence[Any]) -> dict[str, int]:
     tokens = primary.shape[config.token_dim]
     batch = 1 if counted.batch_dim is None else primary.shape[counted.batch_dim]
     labels = _labels_of_rows(step.program, inputs)
+    required = config.sinks + len(counted.required)
     if labels is None:
         targets = step.program.score.targets
         labelled = targets is not None and targets.target is not None
-        least = least_kept(config, config.sinks + len(counted.required), labelled=labelled)
+        least = least_kept(config, required, labelled=labelled)
         fewest, kept = (count_kept(x, tokens) if x else 1 for x in config.ratio_range)
         fewest, kept = (max(x, min(least, tokens)) for x in (fewest, kept))
+        if config.draws_spans and config.select == "sample":  # which keeps whole ones
+            fewest -= max(1, min(config.span, (fewest - required) // LEAST_SPANS)) - 1
     else:
-        fewest, kept = (max(1, int(count)) for count in labels.aminmax())
+        fewest, kept = map(int, labels.aminmax())
+        fewest, kept = max(1, fewest, required), max(1, min(kept + required, tokens))
     tokens, fewest, kept = (x + counted.virtual for x in (tokens, fewest, kept))
     with mode:
         positions = torch.zeros(batch, kept, dtype=torch.int64, device=primary.device)
@@ -291,7 +296,7 @@ def _predict(step: Step, inputs: Sequence[Any]) -> dict[str, int]:
 def _labels_of_rows(program: Program, inputs: Sequence[Any]) -> torch.Tensor | None:
     """How many labels each row of the batch has, where that is what it keeps; Long[batch].
 
-    A causal model, which shifts its labels, may keep one less.
+    A causal model, which shifts its labels, may keep one less. What is required may have one, too.
     """
     targets = program.score.targets
     by_labels = isinstance(program.config.parsed_ratio, Labelled)

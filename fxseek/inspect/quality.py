@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fxseek import _torch
 from fxseek.capture.sharded import refuse_shards
@@ -26,7 +27,7 @@ from fxseek.inspect.qualities import Choice, GradientQuality
 from fxseek.inspect.state import as_before, state_of
 from fxseek.ratios import Fixed
 from fxseek.run.saved import SavedBytes
-from fxseek.scores import scorer_of
+from fxseek.scores import draws_tokens
 
 __all__ = ["gradient_quality"]
 
@@ -74,17 +75,15 @@ def gradient_quality(
         options: other fields of `SeekConfig`: score, select, ...
 
     Raises:
-        InputError: there is no batch, no loss with a gradient, an argument is out of range, or the
-            model is sharded.
+        InputError: there is no batch, no loss with a gradient, or the gradient of all tokens has no
+            direction; an argument is out of range; the model is sharded, has a compiled model in
+            it, or changes weights in its backward.
         ConfigError, CaptureError, GraphError: as `fxseek.compile` and a training step would.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(batches, Mapping):
-        raise InputError("batches is one batch: put it in a list")
-    batches = [dict(batch) for batch in batches]
-    if not batches:
-        raise InputError("batches is empty: give at least one batch of training data")
+    _refuse_compiled_parts(model)
+    batches = _batches(batches)
     for name, several in (("ratios", ratios), ("spans", spans)):
         if isinstance(several, str) or not isinstance(several, Iterable):
             raise InputError(f"{name}={several!r} must be a list, such as [{several!r}]")
@@ -93,6 +92,7 @@ def gradient_quality(
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
         raise InputError(f"draws={draws!r} must be an integer of at least 2")
     refuse_shards(model, "gradient_quality")
+    ratios, spans = list(ratios), list(spans)
     step = step_of(model)
     base = SeekConfig.make(SeekConfig() if step is None else step.given, **options)
     choices = _choices(base, ratios, spans)
@@ -102,7 +102,7 @@ def gradient_quality(
     with progress_bar as bar, _measured(model, bar) as measure:
         fulls, ordinary, in_parts = _full(base, measure, batches, draws)
         drawn = fulls[0].steps > 1  # by dropout
-        counts = [draws if drawn or _draws(config) else 1 for config in choices]
+        counts = [draws if drawn or draws_tokens(config) else 1 for config in choices]
         bar.total = bar.n + sum(len(batches) * count + 1 for count in counts)  # one is not timed
         bar.refresh()
         found = [
@@ -112,6 +112,37 @@ def gradient_quality(
     following = list(itertools.pairwise(fulls))
     between = statistics.mean(a.cosine(b) for a, b in following) if following else None
     return GradientQuality(tuple(found), ordinary, between, len(batches), draws, in_parts)
+
+
+def _refuse_compiled_parts(model: nn.Module) -> None:
+    """Nothing within the model may select tokens where all are to be learned."""
+    for name, module in model.named_modules():
+        if name and step_of(module) is not None:
+            raise InputError(
+                f"{name!r} in the model is compiled by fxseek: call fxseek.uncompile on it, and "
+                "compile the whole model if its configuration is to be the base"
+            )
+
+
+def _batches(given: Any) -> list[dict[str, Any]]:
+    """The batches, cut off from the graphs that their tensors may be part of."""
+    if isinstance(given, Mapping):
+        raise InputError("batches is one batch: put it in a list")
+    if not isinstance(given, Iterable) or isinstance(given, (str, Tensor)):
+        raise InputError(f"batches is a {type(given).__name__}: give a list of batches")
+    found: list[dict[str, Any]] = []
+    for at, batch in enumerate(given):
+        if not isinstance(batch, Mapping) or not batch:
+            shown = "empty" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise InputError(
+                f"batches[{at}] is {shown}: each is a mapping of the model's arguments, such as "
+                '{"input_ids": ..., "labels": ...}'
+            )
+        apart = tree_map_only(Tensor, Tensor.detach, dict(batch))
+        found.append({str(name): value for name, value in apart.items()})
+    if not found:
+        raise InputError("batches is empty: give at least one batch of training data")
+    return found
 
 
 def _choices(
@@ -136,13 +167,6 @@ def _choices(
     return found
 
 
-def _draws(config: SeekConfig) -> bool:
-    """Whether two steps on one batch differ."""
-    return config.is_scored and (
-        config.select == "sample" or config.draws_spans or scorer_of(config).draws
-    )
-
-
 class _Taken(NamedTuple):
     """The gradient of a step as one vector, and what the step took."""
 
@@ -151,6 +175,7 @@ class _Taken(NamedTuple):
     saved_bytes: int
     peak_bytes: int | None
     longest_span: int
+    captured: bool
 
 
 class _Mean(NamedTuple):
@@ -215,6 +240,7 @@ class _Measure:
             torch.accelerator.reset_peak_memory_stats()
         held = [*model.parameters(), *model.buffers(), *batch.values()]
         saved = SavedBytes(exclude=held) if self.step is None else nullcontext()
+        captures = None if self.step is None else self.step.captures.count
         start = time.perf_counter()
         try:
             with saved:
@@ -228,28 +254,37 @@ class _Measure:
             self.restore()
         peak = torch.accelerator.max_memory_allocated() if accelerated else None
         longest, report = 1, None if self.step is None else self.step.recorder.last
+        captured = self.step is not None and self.step.captures.count != captures
         if report is not None:
             nbytes = report.saved_bytes
             if report.spans is not None:
                 longest = _longest(report.spans, report.by_position()[0])
         gradient = [_flat(p) for p in model.parameters() if p.requires_grad]
         self.bar.update()
-        return _Taken(torch.cat(gradient), seconds, nbytes, peak, longest)
+        return _Taken(torch.cat(gradient), seconds, nbytes, peak, longest, captured)
 
     def mean(
-        self, batch: dict[str, Any], steps: int, *, full: _Mean | None = None
+        self, at: int, batch: dict[str, Any], steps: int, *, full: _Mean | None = None
     ) -> tuple[_Mean, list[_Taken], list[float]]:
         """Of some steps, what each took (without its gradient), and its cosine with `full`."""
         total, squares, taken, cosines = None, 0.0, [], []
         for _ in range(steps):
             one = self.take(batch)
+            if one.captured:  # whose time is not a step's
+                one = self.take(batch)
             squared = _dot(one.gradient, one.gradient)
+            if not math.isfinite(squared) or (full is None and not squared):
+                what = "zero everywhere" if squared == 0 else "not finite"
+                raise InputError(
+                    f"the gradient of a step on batches[{at}] is {what}, and has no direction: "
+                    "look for rows without labels, and for NaN in the weights and the loss"
+                )
             squares += squared
             if full is not None:
                 inner = _dot(one.gradient, full.gradient)
-                cosines.append(_over(inner, _root(squared * full.squared)))
+                cosines.append(_over(inner, _root(squared * full.squared)) if squared else 0.0)
             total = one.gradient if total is None else total.add_(one.gradient)
-            taken.append(one._replace(gradient=one.gradient[:0]))
+            taken.append(one._replace(gradient=one.gradient.new_empty(0)))
         assert total is not None
         total /= steps
         variance = max(0.0, squares - steps * _dot(total, total)) / max(steps - 1, 1)
@@ -269,7 +304,7 @@ def _flat(parameter: nn.Parameter) -> Tensor:
     dtype = torch.promote_types(torch.float32, parameter.dtype)
     if parameter.grad is None:
         return torch.zeros(parameter.numel(), dtype=dtype)
-    return parameter.grad.detach().flatten().to("cpu", dtype)
+    return parameter.grad.detach().to_dense().flatten().to("cpu", dtype)
 
 
 @contextmanager
@@ -319,8 +354,8 @@ def _fulls(
     steps = draws if _dot(apart, apart) > _ALIKE * _dot(first, first) else 1
     del first, apart
     found, taken = [], []
-    for batch in batches:
-        mean, some, _ = measure.mean(batch, steps)
+    for at, batch in enumerate(batches):
+        mean, some, _ = measure.mean(at, batch, steps)
         found.append(mean)
         taken += some
     norm, variance = sum(one.squared for one in found), sum(one.variance for one in found)
@@ -340,8 +375,8 @@ def _choice(
     measure.by(config, batches[0])
     taken, cosines = [], []
     inner = own = norm = variance = left = 0.0  # sums over the batches
-    for batch, full in zip(batches, fulls, strict=True):
-        mean, some, each = measure.mean(batch, draws, full=full)
+    for at, (batch, full) in enumerate(zip(batches, fulls, strict=True)):
+        mean, some, each = measure.mean(at, batch, draws, full=full)
         taken += some
         cosines += each
         inner += _dot(mean.gradient, full.gradient)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxseek import _torch
 from fxseek.capture.backend import latest_kept
+from fxseek.errors import InputError
 
 __all__ = ["as_before", "devices_of", "state_of", "without_gradients"]
 
@@ -33,7 +35,16 @@ def as_before(model: nn.Module, *others: Tensor) -> Iterator[None]:
 
     Gradients of the model's parameters, and of `others`. Nor is a step in this context the last one
     of the thread, which `fxseek.report()` is about.
+
+    Raises:
+        InputError: a hook of the model's might change weights in a backward.
     """
+    for name, parameter in model.named_parameters():
+        if _torch.accumulation_hooked(parameter):
+            raise InputError(
+                f"{name} has a hook that backward runs (register_post_accumulate_grad_hook), as an "
+                "optimizer has that steps there, and no weight is to be changed: remove it first"
+            )
     with (
         latest_kept(),
         without_gradients([*model.parameters(), *others]),

@@ -133,10 +133,11 @@ class SeekCallback(TrainerCallback, ExportableState):
             step.recorder.progress = min(state.global_step / max(state.max_steps - 1, 1), 1.0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for no more timings."""
+        """Ask for no more timings; how much of training is done is not known any more."""
         step = _step(kwargs["model"])
         if step is not None:
             step.recorder.timed = False
+            step.recorder.progress = None
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take in one micro-batch of an accumulated step."""

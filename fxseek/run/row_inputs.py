@@ -69,7 +69,7 @@ def ids_of(inputs: TokenInputs, env: Env, valid: Tensor) -> Tensor | None:
 
 
 def beginnings(inputs: TokenInputs, env: Env, valid: Tensor) -> Tensor | None:
-    """Where positions start again, Bool, as those of documents of a packed row do.
+    """Where positions don't go on by one, Bool: where documents of a packed row begin.
 
     None where the model is given no positions of tokens.
     """
@@ -80,11 +80,11 @@ def beginnings(inputs: TokenInputs, env: Env, valid: Tensor) -> Tensor | None:
     if positions.shape[-1] != tokens or positions.dim() not in (1, 2, 3):
         return None
     if positions.dim() == 3:  # of several, the first counts time, which images stop
-        back = positions[0].diff(dim=-1) < 0
+        jumps = positions[0].diff(dim=-1) < 0
     else:
-        back = positions.diff(dim=-1) <= 0
+        jumps = positions.diff(dim=-1) != 1  # as transformers tells documents apart
     begins = torch.zeros_like(valid)
-    begins[:, inputs.virtual + 1 :] = back
+    begins[:, inputs.virtual + 1 :] = jumps
     return begins
 
 

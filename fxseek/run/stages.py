@@ -6,6 +6,7 @@ Prefill and gather put values into the `Env`, select returns a `Selection`, and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Sequence
 from typing import Any
 
@@ -26,11 +27,12 @@ from fxseek.run.lowering import Run
 from fxseek.run.piece import root_of
 from fxseek.run.saved import Known
 from fxseek.run.score import Scores
+from fxseek.scores import scorer_of
 from fxseek.scores.base import Stream, step_generator
 from fxseek.selecting import Selection
-from fxseek.spans import spans_of
+from fxseek.spans import drawn_scores, spans_of
 
-__all__ = ["Gather", "Learn", "Prefill", "Select", "least_kept"]
+__all__ = ["LEAST_SPANS", "Gather", "Learn", "Prefill", "Select", "least_kept"]
 
 
 class Prefill(nn.Module):
@@ -60,7 +62,7 @@ class Prefill(nn.Module):
         link([x for node in self.on_host if isinstance(x := values[node], HostTensor)])
 
 
-_LEAST_SPANS = 4
+LEAST_SPANS = 4
 """Spans that a sample keeps at least: with fewer draws a weight may be very large."""
 
 
@@ -92,11 +94,12 @@ class Select(nn.Module):
             if labelled is None:  # probabilities: every position has some
                 labelled = torch.ones_like(scores.valid)
             return selecting.select_labelled(labelled, scores.required)
+        cuts = step_generator(config.seed, step, Stream.SPANS)
         if ratio is None:
-            spans = self._spans(scores, step, config.ratio_bounds[1])
+            spans = self._spans(scores, cuts, config.ratio_bounds[1])
             k, counts = self._by_mass(scores, spans)
         else:
-            spans = self._spans(scores, step, ratio)
+            spans = self._spans(scores, cuts, ratio)
             k, counts = self._fixed(scores, ratio)
         common = {
             "valid": scores.valid,
@@ -112,9 +115,14 @@ class Select(nn.Module):
             )
         # of probabilities every position has some
         supervised_only = config.supervised_only and scores.supervised is not None
-        return selecting.select_topk(scores.scores, k, supervised_only=supervised_only, **common)
+        own = scores.scores
+        if spans is not None and scorer_of(config).equal:
+            own = drawn_scores(own, spans, _tiers(scores, supervised_only), cuts)
+            common["spans"] = None  # they are whole already
+        found = selecting.select_topk(own, k, supervised_only=supervised_only, **common)
+        return dataclasses.replace(found, spans=spans)
 
-    def _spans(self, scores: Scores, step: int, most: float) -> Tensor | None:
+    def _spans(self, scores: Scores, cuts: torch.Generator, most: float) -> Tensor | None:
         """The span of each position; none is longer than what the ratio `most` lets a row keep."""
         config, valid = self.config, scores.valid
         if config.span == 1:
@@ -127,14 +135,14 @@ class Select(nn.Module):
         if scores.required is not None:
             counts = counts - scores.required.shape[1]
         if config.select == "sample":
-            counts = counts // _LEAST_SPANS
+            counts = counts // LEAST_SPANS
         return spans_of(
             counts.clamp(1, config.span).unsqueeze(-1),
             valid=valid,
             labelled=labelled,
             begins=scores.begins,
             required=scores.required,
-            generator=step_generator(config.seed, step, Stream.SPANS),
+            generator=cuts,
         )
 
     def _fixed(
@@ -172,7 +180,7 @@ class Select(nn.Module):
         low, high = (selecting.count_kept_of_rows(x, own) + virtual for x in config.ratio_bounds)
         if spans is not None and config.select == "sample":
             required = 0 if scores.required is None else scores.required.shape[1]
-            low = torch.minimum(low.clamp_min(_LEAST_SPANS * config.span + required), high)
+            low = torch.minimum(low.clamp_min(LEAST_SPANS * config.span + required), high)
         counts = self._at_least_required(counts.clamp(low, high), scores)
         k = max(1, int(counts.max()))  # waits for the device
         same = len(counts) == 1 and not scores.padded  # nothing to fill up
@@ -188,6 +196,16 @@ class Select(nn.Module):
         required = 0 if scores.required is None else scores.required.shape[1]
         least = least_kept(self.config, required, labelled=scores.supervised is not None)
         return min(least, scores.valid.shape[1])
+
+
+def _tiers(scores: Scores, supervised_only: bool) -> list[Tensor]:
+    """The positions among which a draw decides, in the order in which they are kept."""
+    free = scores.valid
+    if scores.required is not None:
+        free = free.scatter(-1, scores.required, False)
+    if not supervised_only or scores.supervised is None:
+        return [free]
+    return [free & scores.supervised, free & ~scores.supervised]
 
 
 def least_kept(config: SeekConfig, required: int, *, labelled: bool) -> int:

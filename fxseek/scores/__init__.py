@@ -19,7 +19,7 @@ from fxseek.scores.tokenseek import NORMALISATIONS
 if TYPE_CHECKING:
     from fxseek.config import SeekConfig
 
-__all__ = ["NORMALISATIONS", "SCORERS", "ScoreInputs", "Scorer", "scorer_of"]
+__all__ = ["NORMALISATIONS", "SCORERS", "ScoreInputs", "Scorer", "draws_tokens", "scorer_of"]
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
@@ -31,3 +31,10 @@ def scorer_of(config: SeekConfig) -> Scorer:
         return Every(config)
     kind = config.score
     return SCORERS[kind](config) if isinstance(kind, str) else Own(config, kind)
+
+
+def draws_tokens(config: SeekConfig) -> bool:
+    """Whether two steps on one batch select other tokens, at the same weights and ratio."""
+    return config.is_scored and (
+        config.select == "sample" or config.draws_spans or scorer_of(config).draws
+    )

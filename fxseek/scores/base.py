@@ -58,12 +58,14 @@ class Scorer(ABC):
     `parts`: what is measured for it, ``"context"`` (attention received in the last layer) and
     ``"gradient"`` (of the loss, at the input of the last block); `fxseek.report` has them by these
     names. `reads_hidden`: it reads the input of the last block. `draws`: its scores change with the
-    number of the step, so that a forward that is run again would select other tokens.
+    number of the step, so that a forward that is run again would select other tokens. `equal`: they
+    are draws alone, by which every token is to be as likely as any other, in spans too.
     """
 
     parts: tuple[str, ...] = ()
     reads_hidden = False
     draws = False
+    equal = False
 
     def __init__(self, config: SeekConfig) -> None:
         self.config = config

@@ -17,6 +17,7 @@ class Random(Uniform):
     """Uniform scores."""
 
     draws = True
+    equal = True
 
     def scores(self, given: ScoreInputs, parts: Mapping[str, Tensor]) -> Tensor:
         """Drawn from the seed and the step alone."""

@@ -259,7 +259,7 @@ def test_a_loss_of_ones_own():
 def test_the_table_and_the_plot(tmp_path: Any):
     found = quality(decoder(), batches(2), ratios=[0.2, 0.5, "labelled"], spans=[1, 4], draws=2)
     text = str(found)
-    assert text.splitlines()[0].endswith("against all, 2 batches, 2 draws each")
+    assert text.splitlines()[0].endswith("against all, 2 batches, 2 draws of what is drawn")
     assert len(text.splitlines()) == 2 + 1 + 5 + 1
     assert "cosine between two batches" in text
     found.plot(tmp_path / "quality.svg")
@@ -289,6 +289,11 @@ def test_the_table_and_the_plot(tmp_path: Any):
         ({"ratios": "labelled"}, "must be a list"),
         ({"spans": 4}, "spans=4 must be a list"),
         ({"batches": {"input_ids": torch.zeros(1, 9)}}, "put it in a list"),
+        ({"batches": None}, "batches is a NoneType: give a list"),
+        ({"batches": torch.zeros(1, 9)}, "batches is a Tensor: give a list"),
+        ({"batches": [*batches(1), None]}, r"batches\[1\] is a NoneType: each is a mapping"),
+        ({"batches": [torch.zeros(1, 9)]}, r"batches\[0\] is a Tensor: each is a mapping"),
+        ({"batches": [{}]}, r"batches\[0\] is empty: each is a mapping"),
         ({"scored": "random"}, "did you mean 'score'"),
         ({"batches": [{"input_ids": torch.zeros(2, 9, dtype=torch.long)}]}, "no loss"),
     ],
@@ -299,6 +304,81 @@ def test_bad_input(options: dict[str, Any], message: str):
     with pytest.raises(fxseek.FxseekError, match=message):
         fxseek.gradient_quality(model, progress=False, **given)
     assert step_of(model) is None
+
+
+def test_a_gradient_without_direction_is_refused():
+    unlabelled = {**batches(1)[0], "labels": torch.full((2, 20), -100)}
+    with pytest.raises(fxseek.InputError, match=r"batches\[1\] is (zero everywhere|not finite)"):
+        quality(decoder(), [*batches(1), unlabelled])
+    model = decoder()
+    with torch.no_grad():
+        model.get_parameter("head.weight").view(-1)[0] = torch.nan
+    with pytest.raises(fxseek.InputError, match=r"batches\[0\] is not finite"):
+        quality(model, batches(1), score="random")
+
+
+def test_a_compiled_model_within_is_refused():
+    inner = fxseek.compile(decoder(), 0.1)
+    outer = torch.nn.Sequential()
+    outer.add_module("inner", inner)
+    with pytest.raises(fxseek.InputError, match="'inner' in the model is compiled by fxseek"):
+        quality(outer, batches(1))
+
+
+def test_choices_may_be_given_once():
+    found = quality(decoder(), batches(1), ratios=(x for x in (0.3, 0.5)), spans=iter((1, 4)))
+    assert [(x.ratio, x.span) for x in found.choices] == [(0.3, 1), (0.5, 1), (0.3, 4), (0.5, 4)]
+
+
+def test_gradients_of_draws_are_let_go(monkeypatch: pytest.MonkeyPatch):
+    kept: list[Any] = []
+    mean = _Measure.mean
+
+    def noted(self: _Measure, *given: Any, **options: Any) -> Any:
+        found = mean(self, *given, **options)
+        kept.extend(found[1])
+        return found
+
+    monkeypatch.setattr(_Measure, "mean", noted)
+    quality(decoder(), batches(2), ratios=[0.5], spans=[1], score="random")
+    assert {one.gradient.untyped_storage().nbytes() for one in kept} == {0}
+
+
+def test_a_capture_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    """A batch of one row is captured anew."""
+    timed: list[Any] = []
+    mean = _Measure.mean
+
+    def noted(self: _Measure, *given: Any, **options: Any) -> Any:
+        found = mean(self, *given, **options)
+        timed.extend(found[1])
+        return found
+
+    monkeypatch.setattr(_Measure, "mean", noted)
+    given = [batch(VOCAB, 2, 20), batch(VOCAB, 1, 20, seed=1)]
+    quality(decoder(), given, ratios=[0.5], spans=[1])
+    assert not any(one.captured for one in timed)
+
+
+def test_inputs_with_a_graph_of_their_own_stay_out_of_it():
+    model = tiny_llama().double()
+    embedded = torch.randn(2, 12, 20, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (2, 12))
+    given = [{"inputs_embeds": embedded * 2, "labels": labels}]
+    quality(model, given, ratios=[0.5], spans=[1])
+    assert embedded.grad is None
+
+
+def test_an_optimizer_in_backward_is_refused():
+    model = decoder()
+    model.get_parameter("head.weight").register_post_accumulate_grad_hook(lambda p: None)
+    message = r"head.weight has a hook that backward runs"
+    with pytest.raises(fxseek.InputError, match=message):
+        quality(model, batches(1))
+    fxseek.compile(model, 0.5)
+    for call in (fxseek.check_gradients, fxseek.profile):
+        with pytest.raises(fxseek.InputError, match=message):
+            call(model, **batches(1)[0])
 
 
 def test_what_drowns_in_noise_is_not_told():

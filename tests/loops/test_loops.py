@@ -437,6 +437,15 @@ def test_each_failure_is_told_once(tmp_path, caplog):
     assert "for WandbCallback" in told[0] and "of step 2" in told[1]
 
 
+def test_after_training_nothing_is_known_of_its_progress(tmp_path):
+    model = compiled(small(), ratio="0.2->0.8")
+    Trainer(
+        model, arguments(tmp_path), train_dataset=Rows(8), callbacks=[fxseek.SeekCallback()]
+    ).train()
+    with pytest.raises(fxseek.ConfigError, match="ratio_steps="):
+        model.train()(**batch(VOCABULARY))
+
+
 def test_attached_twice_it_is_there_once(tmp_path):
     callback = fxseek.SeekCallback()
     trainer = Trainer(

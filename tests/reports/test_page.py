@@ -237,7 +237,7 @@ def test_what_is_missing_is_named():
 def test_paths_and_heights_are_checked():
     found, wrong = report(rows(1, 4)), 5
     for call in (found.to_html, found.plot):
-        with pytest.raises(fxseek.InputError, match="path='?5'? must"):
+        with pytest.raises(fxseek.InputError, match=r"path='?5'? must"):
             call(numbered(4), wrong)  # type: ignore[arg-type]
     for height in (0, True, "1px"):
         with pytest.raises(fxseek.InputError, match=r"height=.*pass an integer of at least 1"):

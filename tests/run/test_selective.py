@@ -371,6 +371,14 @@ def test_a_checkpoint_around_the_model_would_draw_others(options: dict[str, Any]
         checkpoint(call, anchor, use_reentrant=reentrant).backward()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("ratio", ["labelled", 1.0])
+def test_a_checkpoint_where_nothing_is_drawn(ratio: Any):
+    model = fxseek.compile(tiny_llama(), ratio, select="sample")
+    inputs = batch(VOCAB, 2, TOKENS)
+    checkpoint(lambda: model(**inputs).loss, use_reentrant=False).backward()  # type: ignore[union-attr]
+    assert dict(_gradients(model))
+
+
 class Gates(nn.Module):
     """Returns what a cheap operation has made."""
 

@@ -109,6 +109,15 @@ def test_explain_counts_the_labels_of_the_batch():
 # ---- a ratio that follows training ---------------------------------------------------------------
 
 
+def test_explain_counts_what_is_kept_beside_labels():
+    model = fxseek.compile(tiny_llama().train(), "labelled", sinks=2)
+    inputs: dict[str, Any] = batch(VOCAB, 2, 20, padding="right", labels="completion", seed=6)
+    found = fxseek.explain(model, **inputs)
+    model(**inputs)
+    counts = (fxseek.report(model).selected >= 0).sum(-1)
+    assert found.fewest_kept <= counts.min() and counts.max() <= found.kept
+
+
 def test_linear():
     model = decoder()
     fxseek.compile(model, "0.2->0.6", ratio_steps=5)
@@ -147,6 +156,17 @@ def test_a_function_that_returns_no_share(share: Any):
     fxseek.compile(model, lambda index: share)
     with pytest.raises(fxseek.ConfigError, match=r"function that returned .* for step 0"):
         model(**batch(VOCAB, tokens=12))
+
+
+def test_a_function_that_raises():
+    model = fxseek.compile(decoder(), lambda step: {}[step])
+    with pytest.raises(fxseek.ConfigError, match="raised KeyError for step 0"):
+        model(**batch(VOCAB))
+
+
+def test_numbers_of_python_are_no_ratios():
+    with pytest.raises(fxseek.ConfigError, match="is not accepted"):
+        fxseek.SeekConfig("0_1->0.5")
 
 
 def test_nobody_says_over_how_many_steps():

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxseek
 from fxseek.selecting import Selection, count_holding, count_kept, select_sample, select_topk
-from fxseek.spans import over_spans, spans_of
+from fxseek.spans import drawn_scores, over_spans, spans_of
 
 VOCAB = 37
 GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True)
@@ -46,6 +46,93 @@ def runs(spans: Tensor) -> list[list[int]]:
     """The positions of each span of a row."""
     positions = range(len(spans))
     return [list(run) for _, run in itertools.groupby(positions, key=spans.tolist().__getitem__)]
+
+
+# ---- draws -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "kept", "documents", "labelled"),
+    [
+        (8, 16, [64], "1" * 64),
+        (8, 16, [4, 4, 4, 52], "1" * 64),
+        (32, 20, [64], "1" * 64),
+        (8, 16, [64], "10" * 4 + "0" * 8 + "1" * 48),
+        (8, 56, [64], "10" * 4 + "0" * 8 + "1" * 48),
+    ],
+)
+def test_random_spans_have_every_token_equally_often(
+    size: int, kept: int, documents: list[int], labelled: str
+):
+    rows, tokens = 4000, 64
+    first, second = generator(), generator(1)
+    begins = torch.zeros(rows, tokens, dtype=torch.bool)
+    begins[:, [0, *itertools.accumulate(documents[:-1])]] = True
+    valid = torch.ones_like(begins)
+    own = bools(labelled).expand(rows, -1)
+    required = torch.zeros(rows, 1, dtype=torch.int64)
+    sizes = torch.full((rows, 1), size)
+    spans = spans_of(
+        sizes, valid=valid, labelled=own, begins=begins, required=required, generator=first
+    )
+    free = valid.clone()
+    free[:, 0] = False
+    draws = torch.rand(rows, tokens, generator=second)
+    scores = drawn_scores(draws, spans, [free & own, free & ~own], first)
+    found = select_topk(
+        scores, kept, valid=valid, supervised=own, supervised_only=True, required=required
+    )
+    counts = torch.zeros(tokens).index_add(0, found.kept.flatten(), torch.ones(rows * kept))
+    assert counts[0] == rows
+    best, left = own[0, 1:], kept - 1
+    for tier in (best, ~best):
+        if not tier.any():
+            continue
+        share = min(left, int(tier.sum())) / int(tier.sum())
+        left -= min(left, int(tier.sum()))
+        deviation = (share * (1 - share) / rows) ** 0.5
+        assert float((counts[1:][tier] / rows - share).abs().max()) <= 4.5 * deviation
+
+
+def test_random_spans_are_whole_but_for_two():
+    model = decoder()
+    fxseek.compile(model, 0.4, span=4, score="random", supervised_only=True, sinks=1)
+    inputs = batch(VOCAB, batch=3, tokens=37, padding="right", labels="some")
+    for _ in range(4):
+        report = exact_step(model, inputs)
+        assert report.spans is not None and report.supervised is not None
+        chosen = report.by_position()[0]
+        for row in range(3):
+            labelled = report.supervised[row]
+            cut = 0
+            for run in runs(report.spans[row]):
+                kept = chosen[row, run][labelled[run]]
+                cut += bool(kept.any() and not kept.all())
+            assert cut <= 2
+
+
+def test_a_score_of_minus_infinity_comes_last():
+    def odd(given: Any) -> Tensor:
+        scores = given.input_ids.double().clone()
+        scores[:, 1::2] = -torch.inf
+        return scores
+
+    model = decoder()
+    fxseek.compile(model, 0.5, score=odd, span=2)
+    inputs = batch(VOCAB, batch=2, tokens=20)
+    assert exact_step(model, inputs).selected.tolist() == [[*range(0, 20, 2)]] * 2
+
+    def between(given: Any) -> Tensor:
+        scores = torch.zeros(given.input_ids.shape, dtype=torch.float64)
+        scores[:, [10, 12, 13]], scores[:, 11] = 100.0, -torch.inf
+        return scores
+
+    model = decoder()
+    options: dict[str, Any] = {"ratio_bounds": (0.01, 0.9)}
+    fxseek.compile(model, "mass:0.9", score=between, span=4, **options)
+    report = exact_step(model, batch(VOCAB, batch=1, tokens=20))
+    assert {10, 12, 13} <= {*report.selected[0].tolist()}
+    assert report.selected.shape[1] <= 8
 
 
 # ---- how a row is cut ----------------------------------------------------------------------------
@@ -374,10 +461,11 @@ def test_documents_of_a_packed_row_share_no_span():
     fxseek.compile(model, 0.4, span=5, score="random")
     inputs: dict[str, Any] = batch(VOCAB, batch=2, tokens=20)
     inputs["position_ids"] = torch.tensor([[*range(7), *range(13)], [*range(20)]])
+    inputs["position_ids"][1, 7:] += 9  # a document whose positions don't begin at 0
     for _ in range(3):
         report = exact_step(model, inputs)
         assert report.spans is not None
-        assert report.spans[0, 6] != report.spans[0, 7]
+        assert (report.spans[:, 6] != report.spans[:, 7]).all()
     model = decoder()
     fxseek.compile(model, 0.4, span=20, score="random")
     report = exact_step(model, inputs)
@@ -438,6 +526,17 @@ def test_explain_names_spans():
     inputs: dict[str, Any] = batch(VOCAB, tokens=20)
     assert "spans of 4 tokens, at most what a row keeps" in str(fxseek.explain(model, **inputs))
     assert fxseek.profile(model, **inputs).kept == 8
+
+
+def test_explain_of_a_sample_of_spans_has_the_fewest():
+    model = fxseek.compile(decoder(), 0.4, span=2, select="sample")
+    inputs: dict[str, Any] = batch(VOCAB, batch=4, tokens=20)
+    found = fxseek.explain(model, **inputs)
+    assert (found.fewest_kept, found.kept) == (7, 8)
+    for _ in range(8):
+        model(**inputs)
+        counts = (fxseek.report(model).selected >= 0).sum(-1)
+        assert counts.min() >= found.fewest_kept and counts.max() <= found.kept
 
 
 def test_a_step_in_backward_would_draw_other_spans():
