@@ -117,7 +117,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "else build/reproduction)")  # fmt: skip
     add("--page", type=Path, help="the page (default: beside --out, with .md)")
     options = parser.parse_args(arguments)
-    if options.methods is not None and options.also is not None:
+    asked = [name for name in ("methods", "also", "ablate") if getattr(options, name) is not None]
+    if {"methods", "also"} <= {*asked}:
         parser.error("--also is for the default methods: name all that are to run in --methods")
     preset = options.preset or ("paper" if options.model else "offline")
     own = ("model", "data", "tasks", "rate", *(name for name in SETTING if name != "device"))
@@ -136,8 +137,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not options.what:
         parser.error(f"--what is empty: give some of {', '.join(PARTS)}")
     for name, part in (("methods", "table"), ("ablate", "ablations")):
-        if getattr(options, name) is not None and part not in options.what:
-            parser.error(f"--{name} is of the {part}, which --what leaves out")
+        if name in asked and part not in options.what:
+            parser.error(f"--{name} is of the {part}, which --what or the preset leaves out")
     options.ablate = options.ablate or "full"
     for name, least in LEAST.items():
         if getattr(options, name) < least:

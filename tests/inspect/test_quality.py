@@ -373,12 +373,13 @@ def test_an_optimizer_in_backward_is_refused():
     model = decoder()
     model.get_parameter("head.weight").register_post_accumulate_grad_hook(lambda p: None)
     message = r"head.weight has a hook that backward runs"
+    inputs: dict[str, Any] = batches(1)[0]
     with pytest.raises(fxseek.InputError, match=message):
         quality(model, batches(1))
     fxseek.compile(model, 0.5)
     for call in (fxseek.check_gradients, fxseek.profile):
         with pytest.raises(fxseek.InputError, match=message):
-            call(model, **batches(1)[0])
+            call(model, **inputs)
 
 
 def test_what_drowns_in_noise_is_not_told():
