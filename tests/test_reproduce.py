@@ -390,7 +390,7 @@ def test_what_did_not_run_is_said_even_if_the_page_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def fail(job: train.Job) -> dict[str, Any]:
-        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs").mkdir(exist_ok=True)
         (tmp_path / "runs" / "x.json").write_text("{}")
         raise RuntimeError("of this run")
 
