@@ -12,20 +12,21 @@ import torch
 from common import ExampleError
 
 
-def check_writable(name: str, file: Path) -> None:
-    """Make the file's folder, before anything is trained whose results go there.
+def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
+    """Make the folder of a file, or of files, before anything is trained whose results go there.
 
     Raises:
-        ExampleError: the file of the option `name` cannot be written.
+        ExampleError: the option `name` names what cannot be written.
     """
     try:
-        if file.is_dir():
-            raise IsADirectoryError(f"{file} is a folder")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
+        if not is_folder and path.exists():
+            path.open("a").close()  # or it is a folder, or not ours
+        folder = path if is_folder else path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ExampleError(f"{name} {file} cannot be written: {error}") from error
+        raise ExampleError(f"{name} {path} cannot be written: {error}") from error
 
 
 def check_rate(parser: argparse.ArgumentParser, rate: float | None) -> None:

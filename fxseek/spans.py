@@ -53,14 +53,14 @@ def spans_of(
 
 
 @torch.no_grad()
-def over_spans(values: Tensor, spans: Tensor, reduce: str = "sum") -> Tensor:
-    """Each position's sum, or mean, over its span, added up in the order of the positions.
+def over_spans(values: Tensor, spans: Tensor) -> Tensor:
+    """Each position's sum over its span, added up in the order of the positions.
 
     Shapes: values, spans [batch, tokens] → [batch, tokens].
     """
     lengths = torch.zeros_like(spans).scatter_add(-1, spans, torch.ones_like(spans))
     # Numbers that no span has are at the end of a row, and are not read.
-    found = torch.segment_reduce(values, reduce, lengths=lengths, axis=1, unsafe=True)
+    found = torch.segment_reduce(values, "sum", lengths=lengths, axis=1, unsafe=True)
     return found.gather(-1, spans)
 
 

@@ -288,8 +288,9 @@ def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--schedule", "reduce_lr_on_plateau"], "can't be used"),
         (["--methods", ""], "there is no method ''"),
         (["--methods", "full", "--also", "parts"], "name all that are to run in --methods"),
-        (["--methods", "full", "--what", "ablations"], "--methods is of the table"),
-        (["--ablate", "lora", "--what", "table"], "--ablate is of the ablations"),
+        (["--methods", "full", "--what", "ablations"], "--methods needs the table"),
+        (["--also", "parts", "--what", "ablations"], "--also needs the table"),
+        (["--ablate", "lora", "--what", "table"], "--ablate needs the ablations"),
     ):
         with pytest.raises(SystemExit):
             program.parse(arguments)

@@ -67,13 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = 0
     try:
         programs.check_writable("--page", options.page)
-        programs.check_writable("--out", options.out / "a run")
+        programs.check_writable("--out", options.out, is_folder=True)
         run_all(options, problems)
-        page.write(options.page, options.out)
-        print(f"\nWritten: {options.page}, from the runs in {options.out}")
-    except OSError as error:  # of the page, whose runs have their files by now
-        print(f"reproduce: --page {options.page} cannot be written: {error}", file=sys.stderr)
-        failed = 2
+        write_page(options)
     except ExampleError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         failed = 2
@@ -83,6 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problems:
         print("\n".join(["reproduce: these did not run:", *problems]), file=sys.stderr)
     return failed or (1 if problems else 0)
+
+
+def write_page(options: argparse.Namespace) -> None:
+    """The page of the runs, each of which has its file by now."""
+    try:
+        page.write(options.page, options.out)
+    except OSError as error:
+        raise ExampleError(f"--page {options.page} cannot be written: {error}") from error
+    print(f"\nWritten: {options.page}, from the runs in {options.out}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -118,7 +123,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--page", type=Path, help="the page (default: beside --out, with .md)")
     options = parser.parse_args(arguments)
     asked = [name for name in ("methods", "also", "ablate") if getattr(options, name) is not None]
-    if {"methods", "also"} <= {*asked}:
+    if "methods" in asked and (options.also or "none") != "none":
         parser.error("--also is for the default methods: name all that are to run in --methods")
     preset = options.preset or ("paper" if options.model else "offline")
     own = ("model", "data", "tasks", "rate", *(name for name in SETTING if name != "device"))
@@ -136,9 +141,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} has {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if not options.what:
         parser.error(f"--what is empty: give some of {', '.join(PARTS)}")
-    for name, part in (("methods", "table"), ("ablate", "ablations")):
+    for name, part in (("methods", "table"), ("also", "table"), ("ablate", "ablations")):
         if name in asked and part not in options.what:
-            parser.error(f"--{name} is of the {part}, which --what or the preset leaves out")
+            parser.error(f"--{name} needs the {part}, which --what or the preset leaves out")
     options.ablate = options.ablate or "full"
     for name, least in LEAST.items():
         if getattr(options, name) < least:

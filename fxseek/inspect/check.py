@@ -72,7 +72,8 @@ def check_gradients(
 
     Raises:
         GradientMismatch: the error is above the tolerance.
-        InputError: the model is not compiled, or is in eval mode; the batch cannot be trained on;
+        InputError: the model is not compiled, or is in eval mode; has hooks that may change weights
+            in a backward; the batch cannot be trained on;
             ``loss`` is given and the model computes its own; dropout is on (prefill and learn draw
             separately, so that exactness is stated with dropout off); or the error is above the
             tolerance and the reference can't tell, since keys or values of all tokens are made from

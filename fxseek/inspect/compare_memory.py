@@ -205,6 +205,7 @@ def compare_memory(
     fields = {name: value for name, value in options.items() if name in known}
     _check_each("batches", batches, _check_batch)
     _check_each("tunings", tunings, lambda tuning: check_tuning(config_or_model, tuning))
+    SeekConfig.make(**fields)
     _check_each("ratios", ratios, lambda ratio: SeekConfig.make(ratio, **fields))
     ways: list[tuple[str, dict[str, Any]]] = [
         ("ordinary", {"ordinary": True}),

@@ -170,7 +170,7 @@ def estimate(
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ConfigError(
-            "no parameter of the model requires grad: let some require it, or pass tuning='lora'"
+            "no parameter of the model requires grad: let those that are to be trained require it"
         )
     about = {
         "tokens": tokens,
@@ -414,10 +414,10 @@ class _Run:
             self.tracker.hold(self.moments, "optimiser state")
             return None
         optimiser = self.optimizer(list(trained))
-        if not isinstance(optimiser, torch.optim.Optimizer):
+        if not all(hasattr(optimiser, name) for name in ("step", "zero_grad", "state")):
             raise ConfigError(
-                f"optimizer= gave a {type(optimiser).__name__}: it must make a "
-                "torch.optim.Optimizer of the parameters"
+                f"optimizer= gave a {type(optimiser).__name__}: it must make an optimiser of the "
+                "parameters, such as a torch.optim.Optimizer"
             )
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)

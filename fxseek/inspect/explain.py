@@ -56,8 +56,8 @@ class Explanation:
     `kept`: tokens of a row that are selected. Where the ratio varies, from `fewest_kept` to `kept`,
     for which the bytes are predicted: with ``"mass:0.9"`` the scores will tell, and with
     ``"labelled"`` the rows of this batch have so many labels (a causal model, which shifts them,
-    may keep one less), beside the sinks. Sampled spans fall short of a ratio by less than one.
-    `tokens` of each of `batch` rows; `attentions`: how many there are;
+    may keep one less), beside the sinks; a sample of spans may fall short of its ratio by less
+    than a span. `tokens` of each of `batch` rows; `attentions`: how many there are;
     `block_input`: where the gradient score is taken; `notes`: what else is to be known.
     """
 

@@ -38,7 +38,7 @@ def on_meta(config_or_model: Any, dtype: torch.dtype) -> nn.Module:
             config = AutoConfig.from_pretrained(config)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"config_or_model={config!r}: transformers has no such configuration "
+                f"config_or_model={config!r}: its configuration can't be loaded "
                 f"({_first_line(error)}). Pass a name of the hub, or a folder with a config.json"
             ) from error
     if not isinstance(config, PretrainedConfig):

@@ -82,7 +82,7 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
 
     Raises:
         InputError: the model is not compiled by fxseek, or with another backend than ``"eager"``,
-            is sharded, or computes no loss.
+            is sharded, computes no loss, or has hooks that may change weights in a backward.
         CaptureError, GraphError: as the training step would.
     """
     step = compiled_step(model)

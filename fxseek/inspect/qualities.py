@@ -68,7 +68,7 @@ class GradientQuality:
         ]
         batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
         title = "fxseek: gradients of selected tokens against all"
-        lines.insert(0, f"{title}, {batches}, {self.draws} draws of what is drawn")
+        lines.insert(0, f"{title}, {batches}, up to {self.draws} draws each")
         if self.between_batches is not None:
             lines.append(f"cosine between two batches: {self.between_batches:.3f}")
         if any(math.isnan(choice.bias) for choice in self.choices):

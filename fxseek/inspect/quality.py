@@ -128,10 +128,12 @@ def _batches(given: Any) -> list[dict[str, Any]]:
     """The batches, cut off from the graphs that their tensors may be part of."""
     if isinstance(given, Mapping):
         raise InputError("batches is one batch: put it in a list")
-    if not isinstance(given, Iterable) or isinstance(given, (str, Tensor)):
-        raise InputError(f"batches is a {type(given).__name__}: give a list of batches")
+    try:
+        listed = [*given]
+    except TypeError as error:
+        raise InputError(f"batches is a {type(given).__name__}: give a list of batches") from error
     found: list[dict[str, Any]] = []
-    for at, batch in enumerate(given):
+    for at, batch in enumerate(listed):
         if not isinstance(batch, Mapping) or not batch:
             shown = "empty" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise InputError(
@@ -271,6 +273,7 @@ class _Measure:
         for _ in range(steps):
             one = self.take(batch)
             if one.captured:  # whose time is not a step's
+                self.bar.total = (self.bar.total or self.bar.n) + 1
                 one = self.take(batch)
             squared = _dot(one.gradient, one.gradient)
             if not math.isfinite(squared) or (full is None and not squared):

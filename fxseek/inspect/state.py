@@ -42,8 +42,8 @@ def as_before(model: nn.Module, *others: Tensor) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if _torch.accumulation_hooked(parameter):
             raise InputError(
-                f"{name} has a hook that backward runs (register_post_accumulate_grad_hook), as an "
-                "optimizer has that steps there, and no weight is to be changed: remove it first"
+                f"{name} has a hook from register_post_accumulate_grad_hook, which may change "
+                "weights in the backward, as an optimizer's does: remove it first"
             )
     with (
         latest_kept(),

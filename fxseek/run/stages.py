@@ -115,11 +115,13 @@ class Select(nn.Module):
             )
         # of probabilities every position has some
         supervised_only = config.supervised_only and scores.supervised is not None
-        own = scores.scores
-        if spans is not None and scorer_of(config).equal:
-            own = drawn_scores(own, spans, _tiers(scores, supervised_only), cuts)
-            common["spans"] = None  # they are whole already
-        found = selecting.select_topk(own, k, supervised_only=supervised_only, **common)
+        if spans is None or not scorer_of(config).equal:
+            return selecting.select_topk(
+                scores.scores, k, supervised_only=supervised_only, **common
+            )
+        drawn = drawn_scores(scores.scores, spans, _tiers(scores, supervised_only), cuts)
+        single = {**common, "spans": None}  # the draw has them already
+        found = selecting.select_topk(drawn, k, supervised_only=supervised_only, **single)
         return dataclasses.replace(found, spans=spans)
 
     def _spans(self, scores: Scores, cuts: torch.Generator, most: float) -> Tensor | None:

@@ -84,6 +84,7 @@ def test_it_prints_a_table_and_plots(found, tmp_path: Path):
         ({"batches": (1, 0)}, r"^batches=\(1, 0\): batch=0 is out of range"),
         ({"batches": (1, True)}, r"^batches=\(1, True\): batch=True is not an integer"),
         ({"ratios": (0.3, "bad")}, r"^ratios=.*ratio='bad'"),
+        ({"span": 0}, r"^invalid fxseek configuration: span=0"),
         ({"shards": 8}, r"shards= is not for compare_memory"),
     ],
 )

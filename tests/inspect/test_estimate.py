@@ -276,7 +276,7 @@ def test_it_prints_and_plots(tmp_path):
         ({"shards": 8, "ordinary": True}, "FSDP2 without fxseek can't be estimated"),
         ({"ratios": 0.1}, "did you mean 'ratio'"),
         ({"config_or_model": 7}, "config_or_model=7 is of type int: pass"),
-        ({"config_or_model": "./no-such-folder"}, "no-such-folder.*no such configuration"),
+        ({"config_or_model": "./no-such-folder"}, "no-such-folder.*can't be loaded"),
         ({"config_or_model": T5Config()}, r"T5Config is of no causal language model .{,200}; make"),
         ({"dtype": "bfloat16", "tuning": "qlora"}, "dtype='bfloat16' must be a torch.dtype of"),
         ({"dtype": torch.int8}, "dtype=torch.int8 must be a torch.dtype of floating point"),

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxseek
 from fxseek.selecting import Selection, count_holding, count_kept, select_sample, select_topk
-from fxseek.spans import drawn_scores, over_spans, spans_of
+from fxseek.spans import drawn_scores, means_of_spans, over_spans, spans_of
 
 VOCAB = 37
 GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True)
@@ -198,7 +198,7 @@ def test_sums_and_means():
     spans = torch.tensor([[0, 0, 1, 2, 2, 2]])
     values = torch.tensor([[1.0, 2, 3, 4, 5, -torch.inf]])
     assert over_spans(values[:, :5], spans[:, :5]).tolist() == [[3, 3, 3, 9, 9]]
-    assert over_spans(values, spans, "mean").tolist() == [[1.5, 1.5, 3] + [-torch.inf] * 3]
+    assert means_of_spans(values, spans).tolist() == [[1.5, 1.5, 3, 4.5, 4.5, -torch.inf]]
 
 
 # ---- which are kept ------------------------------------------------------------------------------
