@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +36,15 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def _seeded_and_uncompiled() -> Iterator[None]:
-    """A test draws the same numbers alone and in the suite, and leaves no compiled code."""
+    """A test draws the same numbers alone and in the suite, and leaves no compiled code.
+
+    Nor does it leave the log at another level, as `examples/trl_ways.py` would.
+    """
     torch.manual_seed(0)
+    log = logging.getLogger("fxseek")
+    level = log.level
     yield
+    log.setLevel(level)
     torch._dynamo.reset()
     FakeTensorMode.cache_clear()  # it grows by thousands of entries a test, for every gc.collect()
 
