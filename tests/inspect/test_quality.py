@@ -75,7 +75,7 @@ def test_all_tokens_are_the_full_gradient():
 
 def test_bias_and_noise_are_told_apart():
     given = batches(1)
-    few = quality(decoder(), given, ratios=[0.4], spans=[1], score="random", draws=4)
+    few = quality(decoder(), given, ratios=[0.4], spans=[1], score="random", draws=16)
     many = quality(decoder(), given, ratios=[0.4], spans=[1], score="random", draws=64)
     few, many = few.choices[0], many.choices[0]
     assert many.noise > 0.1
