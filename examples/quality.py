@@ -181,7 +181,6 @@ def run_all(options: argparse.Namespace) -> None:
         )
         for seed in {line["seed"] or 0 for line in left}
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(left), desc="quality") as bar:
         # dequantised once, not in every process

@@ -14,6 +14,8 @@ import math
 from importlib import resources
 from typing import Any
 
+from torch import Tensor
+
 from fxseek.reports.tokens import Scale, Tokens
 
 __all__ = ["framed", "page_of"]
@@ -85,16 +87,20 @@ def _labels(tokens: Tokens, row: int) -> list[int | None] | None:
     """The labels of a row, None where there is none: of tokens, or of other classes."""
     if tokens.labels is None or tokens.labelled is None:
         return None
-    pairs = zip(tokens.labels[row].tolist(), tokens.labelled[row].tolist(), strict=True)
-    return [label if labelled else None for label, labelled in pairs]
+    return _where(tokens.labelled[row], tokens.labels[row])
 
 
 def _spans(tokens: Tokens, row: int) -> list[int | None] | None:
     """The span of each token of a row, None at padding."""
     if tokens.spans is None:
         return None
-    pairs = zip(tokens.spans[row].tolist(), tokens.valid[row].tolist(), strict=True)
-    return [span if valid else None for span, valid in pairs]
+    return _where(tokens.valid[row], tokens.spans[row])
+
+
+def _where(shown: Tensor, numbers: Tensor) -> list[int | None]:
+    """Numbers of a row, None where they are not to be shown."""
+    pairs = zip(numbers.tolist(), shown.tolist(), strict=True)
+    return [number if is_shown else None for number, is_shown in pairs]
 
 
 def _states(tokens: Tokens, row: int) -> list[int]:

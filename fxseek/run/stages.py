@@ -94,12 +94,12 @@ class Select(nn.Module):
             if labelled is None:  # probabilities: every position has some
                 labelled = torch.ones_like(scores.valid)
             return selecting.select_labelled(labelled, scores.required)
-        cuts = step_generator(config.seed, step, Stream.SPANS)
+        cuts = step_generator(config.seed, step, Stream.SPANS) if config.draws_spans else None
+        most = config.ratio_bounds[1] if ratio is None else ratio
+        spans = None if cuts is None else self._spans(scores, cuts, most)
         if ratio is None:
-            spans = self._spans(scores, cuts, config.ratio_bounds[1])
             k, counts = self._by_mass(scores, spans)
         else:
-            spans = self._spans(scores, cuts, ratio)
             k, counts = self._fixed(scores, ratio)
         common = {
             "valid": scores.valid,
@@ -115,7 +115,7 @@ class Select(nn.Module):
             )
         # of probabilities every position has some
         supervised_only = config.supervised_only and scores.supervised is not None
-        if spans is None or not scorer_of(config).equal:
+        if spans is None or cuts is None or not scorer_of(config).equal:
             return selecting.select_topk(
                 scores.scores, k, supervised_only=supervised_only, **common
             )
@@ -124,11 +124,9 @@ class Select(nn.Module):
         found = selecting.select_topk(drawn, k, supervised_only=supervised_only, **single)
         return dataclasses.replace(found, spans=spans)
 
-    def _spans(self, scores: Scores, cuts: torch.Generator, most: float) -> Tensor | None:
+    def _spans(self, scores: Scores, cuts: torch.Generator, most: float) -> Tensor:
         """The span of each position; none is longer than what the ratio `most` lets a row keep."""
         config, valid = self.config, scores.valid
-        if config.span == 1:
-            return None
         labelled = None
         if scores.supervised is not None and (config.supervised_only or config.select == "sample"):
             labelled = scores.supervised & valid

@@ -329,31 +329,29 @@ def test_choices_may_be_given_once():
     assert [(x.ratio, x.span) for x in found.choices] == [(0.3, 1), (0.5, 1), (0.3, 4), (0.5, 4)]
 
 
-def test_gradients_of_draws_are_let_go(monkeypatch: pytest.MonkeyPatch):
-    kept: list[Any] = []
+def counted_steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the steps took that count, from now on."""
+    taken: list[Any] = []
     mean = _Measure.mean
 
     def noted(self: _Measure, *given: Any, **options: Any) -> Any:
         found = mean(self, *given, **options)
-        kept.extend(found[1])
+        taken.extend(found[1])
         return found
 
     monkeypatch.setattr(_Measure, "mean", noted)
+    return taken
+
+
+def test_gradients_of_draws_are_let_go(monkeypatch: pytest.MonkeyPatch):
+    kept = counted_steps(monkeypatch)
     quality(decoder(), batches(2), ratios=[0.5], spans=[1], score="random")
     assert {one.gradient.untyped_storage().nbytes() for one in kept} == {0}
 
 
 def test_a_capture_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     """A batch of one row is captured anew."""
-    timed: list[Any] = []
-    mean = _Measure.mean
-
-    def noted(self: _Measure, *given: Any, **options: Any) -> Any:
-        found = mean(self, *given, **options)
-        timed.extend(found[1])
-        return found
-
-    monkeypatch.setattr(_Measure, "mean", noted)
+    timed = counted_steps(monkeypatch)
     given = [batch(VOCAB, 2, 20), batch(VOCAB, 1, 20, seed=1)]
     quality(decoder(), given, ratios=[0.5], spans=[1])
     assert not any(one.captured for one in timed)
