@@ -35,11 +35,7 @@ bench: $(STAMP) ## Measure step time and memory; write docs/benchmarks.md and it
 quality: $(STAMP) ## Measure what a share of the tokens teaches; write docs/quality.md (hours)
 	$(BIN)/python examples/quality.py $(ARGS)
 
-$(VENV)/.reproduce: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[reproduce]'
-	@touch $@
-
-reproduce: $(VENV)/.reproduce ## Run the paper's table and ablations; write docs/reproduction.md (hours)
+reproduce: $(STAMP) ## Run the paper's table and ablations; write docs/reproduction.md (hours)
 	$(BIN)/python examples/reproduce $(ARGS)
 
 # One thread a worker: the tests' tensors are small, so two workers beat two threads.

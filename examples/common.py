@@ -270,7 +270,11 @@ def _alpaca_pair(line: str) -> Pair:
 
 
 def tokenise(pair: Pair, tokenizer: Tokenizer, tokens: int) -> Row:
-    """Put a pair into the model's chat form, cut to ``tokens``; only the answer has labels."""
+    """Put a pair into the model's chat form, cut to ``tokens``; only the answer has labels.
+
+    Without a chat form it has Alpaca's headings, behind the tokeniser's first token.
+    """
+    begin: list[int] = []
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": pair.instruction}]
         prompt = _chat(tokenizer, messages, add_generation_prompt=True)
@@ -281,7 +285,9 @@ def tokenise(pair: Pair, tokenizer: Tokenizer, tokens: int) -> Row:
         prompt = f"### Instruction:\n{pair.instruction}\n\n### Response:\n"
         end = tokenizer.eos_token
         answer = pair.answer + (end if isinstance(end, str) else "")
-    head: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        first = tokenizer("x")["input_ids"][:1]  # Llama has seen no text without its first token
+        begin = first if first == [tokenizer.bos_token_id] else []
+    head: list[int] = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     tail: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
     ids, labels = head + tail, [IGNORED] * len(head) + tail
     return Row(ids[:tokens], labels[:tokens])

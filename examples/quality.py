@@ -72,7 +72,7 @@ ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
         {"ratio": "0.1->0.5", "score": "gradient", "select": "sample"},
     ),
 }
-TIMED_PAIRS = 3  # the first is not counted
+TIMED_PAIRS = 5  # the first is not counted
 
 
 Line = dict[str, Any]
@@ -268,8 +268,8 @@ def run(job: Job) -> dict[str, Any]:
 def time_pairs(job: Job) -> dict[str, Any]:
     """A step of the way and one of gradient checkpointing in turns.
 
-    The medians in seconds; and the bytes that the first forward keeps for its backward, and the
-    most that a step takes, of the one and of the other.
+    The seconds of each pair and their medians; and the bytes that the first forward keeps for its
+    backward, and the most that a step takes, of the one and of the other.
     """
     device = torch.device(job.device)
     model = start(job)
@@ -288,8 +288,10 @@ def time_pairs(job: Job) -> dict[str, Any]:
                 saved[at] += train_step(one, optimizer, batch, count=step == 0)  # not timed
             peaks[at].append(peak.bytes)
     forget(device)
-    own, pace = (statistics.median(some[1:]) for some in seconds)
+    pairs = [*zip(*seconds, strict=True)][1:]
+    own, pace = map(statistics.median, zip(*pairs, strict=True))
     return {
+        "pairs": pairs,
         "seconds": own,
         "checkpointing": pace,
         "saved": saved,

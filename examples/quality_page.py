@@ -24,7 +24,7 @@ STEP = ("model", "data", "least", "tuning", "tokens", "batch", "dtype")
 """What a step's time depends on, on one machine."""
 TARGETS = {"labelled": 98, "50 %": 97, "25 %": 93, "10 %": 85}
 """Gains to reach in as many steps, in per cent of ordinary training's."""
-PUBLISHED = ("tokentune", "tokenseek")
+PUBLISHED = {"tokentune": "TokenTune", "tokenseek": "TokenSeek"}
 
 HEAD = """# What a share of the tokens teaches
 
@@ -35,18 +35,24 @@ select among labelled tokens learn a larger share of those. On CUDA, products ar
 
 *Gain* is how much the loss has fallen, as a share of what ordinary training gains with that seed
 and text on that kind of device in as many steps; *at equal time*, as a share of what gradient
-checkpointing gains in the seconds that the way's own steps took. Both are the mean and the
-deviation over seeds. Between two evaluations checkpointing's gain is taken as linear in the
-logarithm of the steps, which errs by up to two points where they are far apart; before its first
-evaluation there is no figure at equal time. *Step* is the median step's time over that of gradient
-checkpointing, measured in turns; *saved* and *peak* are, over checkpointing's, what a forward keeps
-for its backward, and the most memory of a step.
+checkpointing, which learns what ordinary training learns, gains in the seconds that the way's own
+steps took. Both are the mean and the deviation over seeds; ways of different seeds are compared by
+gain, not by loss. Between two evaluations checkpointing's gain is taken as linear in the logarithm
+of the steps; before its first evaluation, and for ways that are slower than it, there is no figure
+at equal time. *Step* is a step's time over that of gradient checkpointing beside it, on two CPU
+cores: the median of the turns, and their range where more than two count. *Saved* and *peak* are,
+over checkpointing's, what a forward keeps for its backward, and the most memory of a step; with so
+few steps peaks vary by a fifth.
 
-*Targets* are what we set out to reach. A half of the tokens holds a half of what there is to learn
-only where all of them have labels: the larger the share that has none, the nearer a way that
-selects among labelled tokens comes to ordinary training. That is why the same ways reach targets on
-one text that they miss on another. What else is missing is what unselected tokens would have
-learned through their keys and values ([bias and noise](scoring.md#which-ratio)).
+*As published* are TokenTune's and TokenSeek's selections among all tokens, run by fxseek. A *span*
+is no longer than what a row keeps: one of 32 tokens needs a row that keeps as many.
+
+*Targets* are what we set out to reach. Where all tokens have labels, a half of them holds a half of
+the gradient: the larger the share that has none, the nearer a way that selects among labelled
+tokens comes to ordinary training. That is why the same ways reach targets on one text that they
+miss on another. What else is missing is what unselected tokens would have learned through their
+keys and values ([bias and noise](scoring.md#which-ratio)); labelled tokens alone miss it of the
+prompt. The fewer the steps, the farther the smallest share is behind.
 """
 
 
@@ -128,7 +134,20 @@ def alike(a: Run, b: Run) -> bool:
 
 def paces(timings: Iterable[Run]) -> dict[str, float]:
     """Each way's step in steps of gradient checkpointing."""
-    return {line["arm"]: line["seconds"] / line["checkpointing"] for line in timings}
+    return {line["arm"]: statistics.median(ratios(line)) for line in timings}
+
+
+def ratios(line: Run) -> list[float]:
+    """A way's step over checkpointing's beside it, turn by turn; of older lines, their medians'."""
+    pairs = line.get("pairs", [[line["seconds"], line["checkpointing"]]])
+    return [own / other for own, other in pairs]
+
+
+def paced(line: Run) -> str:
+    """The median of the turns, and their range."""
+    found = ratios(line)
+    shown = f"{statistics.median(found):.2f}×"
+    return f"{shown} ({min(found):.2f}–{max(found):.2f})" if len(found) > 1 else shown
 
 
 def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
@@ -144,7 +163,7 @@ def section(runs: Sequence[Run], timings: Sequence[Run], plot: str) -> str:
                 some[0]["name"],
                 str(len(some)),
                 f"{line['seconds']:.1f}" if line else "–",
-                f"{pace[arm]:.2f}×" if line else "–",
+                paced(line) if line else "–",
                 *(over(*line.get(name, (0, 0))) for name in ("saved", "peaks")),
                 spread([run["losses"][-1][1] for run in some], "{:.3f}"),
                 spread([100 * x for x in gained(some, runs)], "{:.1f}", " %"),
@@ -177,13 +196,14 @@ def title(runs: Sequence[Run], timings: Iterable[Run]) -> str:
     command = (
         f"{data}{least}--tunings {first['tuning']} --tokens {first['tokens']} "
         f"--batch {first['batch']} --steps {first['steps']} --every {first['every']} "
-        f"--held-out {first['held_out']}"
+        f"--held-out {first['held_out']} --seeds {len({run['seed'] for run in runs})}"
     )
+    before = {run["seed"]: run["losses"][0][1] for run in runs}
     return (
         f"## {first['data']}, {first['tuning']}\n\n{first['model']}, {first['dtype']}, on "
         f"{machines_of(runs)}: {first['steps']} steps of {first['batch']} rows {rows}, learning "
         f"rate {first['rate']:g}, {first['held_out']} held-out rows. Held-out loss before: "
-        f"{spread([run['losses'][0][1] for run in runs], '{:.3f}')}. "
+        f"{spread([*before.values()], '{:.3f}')}. "
         f"{f'Steps were timed on {machines}.' if machines else 'No step was timed.'} "
         f"Command: `python examples/quality.py {command}`.\n"
     )
@@ -206,12 +226,15 @@ def targets(runs: Sequence[Run], pace: dict[str, float]) -> str:
         names = {arm: some[0]["name"].partition(",")[0] for arm, some in found.items()}
         above = " and ".join(f"{names[arm]} {100 * x:.1f} %" for arm, x in others.items())
         reached = 100 * own[best] >= least and all(own[best] > x for x in others.values())
+        families = {arm.partition("-")[0] for arm in others}
+        unknown = [name for arm, name in PUBLISHED.items() if arm not in families]
+        doubt = "" if share in found else "".join(f"; {name} was not run" for name in unknown)
         rows.append(
             [
                 f"gain of {found[best][0]['name']}",
                 f"{100 * own[best]:.1f} %",
                 f"≥ {least} %" + (f", above {above}" if above else ""),
-                "yes" if reached else "**no**",
+                f"yes{doubt}" if reached else "**no**",
             ]
         )
     timely = {

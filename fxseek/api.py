@@ -33,10 +33,11 @@ def compile(
     the model (by TRL, or of a call without labels), outputs have the values of all tokens, and
     gradients go through the selected ones.
 
-    The default is the paper's. By what was measured (docs/quality.md), take ``ratio=1.0,
-    learn_chunk=256`` where memory is short, which is ordinary fine-tuning, and for preferences and
-    rewards; ``ratio=0.5, score="gradient", select="sample"`` where time is; ``ratio="labelled"``
-    where only completions have labels.
+    The default is the paper's. Take ``ratio=1.0, learn_chunk=256``, which is ordinary fine-tuning,
+    where memory is short (on a GPU larger parts), and for preferences and rewards;
+    ``ratio="labelled"`` where only completions have labels; ``ratio=0.5, score="gradient",
+    select="sample"`` where time is short on a CPU. What these learn was measured
+    (docs/quality.md); `gradient_quality` compares them on your data.
 
     Args:
         model: any module that Dynamo captures as one graph; returned itself, not wrapped.

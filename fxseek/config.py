@@ -51,8 +51,8 @@ class SeekConfig:
 
     Args:
         ratio: Share of each row's tokens that is trained on, in (0, 1]; a row of ``n`` tokens
-            keeps ``ceil(ratio * n)``. At 1.0 every position is kept, padding too, and no score is
-            computed. Or ``"mass:0.9"``: as few tokens as hold 90 % of the row's
+            keeps ``ceil(ratio * n)``. 1.0 keeps every position, padding too, and, where it is
+            fixed, computes no score. Or ``"mass:0.9"``: as few tokens as hold 90 % of the row's
             score mass, best first, within ``ratio_bounds`` (docs/scoring.md); rows then keep
             different numbers, and a step waits for the device to learn the largest. Not with
             ``score="random"``, which gives all tokens the same mass. Or ``"labelled"``: the

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import fxseek
+import quality_page
+from reproduce import page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md"])
@@ -21,6 +23,18 @@ def blocks(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return ["\n" * text[: match.start(1)].count("\n") + match[1] for match in found]
+
+
+def test_pages_of_runs_are_what_their_programs_write(tmp_path: Path) -> None:
+    for name, write, runs in (
+        ("quality.md", quality_page.write, "quality.jsonl"),
+        ("reproduction.md", page.write, "reproduction"),
+    ):
+        write(tmp_path / name, ROOT / "docs" / runs)
+        committed = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert (tmp_path / name).read_text(encoding="utf-8") == committed
+        for picture in re.findall(r"\]\((\S+\.svg)\)", committed):
+            assert (ROOT / "docs" / picture).exists()
 
 
 def test_the_page_that_rebuilds_fxseek_runs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from byte_models import byte_tokenizer, save_tiny_llama
+from tokenizers import processors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -100,11 +102,21 @@ def test_only_the_answer_and_its_end_carry_labels(tokenizer: PreTrainedTokenizer
 
 def test_a_tokeniser_without_a_chat_form_gets_alpacas(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template, kept = None, tokenizer.chat_template
+    text = "### Instruction:\nWho?\n\n### Response:\nMe.</s>"
     try:
         row = common.tokenise(Pair("Who?", "Me."), tokenizer, tokens=1000)
+        assert tokenizer.decode(row.ids) == text
+        begins = copy.deepcopy(tokenizer)  # as Llama's do
+        begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", begins.convert_tokens_to_ids("<s>"))]
+        )
+        begins.bos_token = "<s>"
+        row = common.tokenise(Pair("Who?", "Me."), begins, tokens=1000)
+        assert tokenizer.decode(row.ids) == f"<s>{text}"
     finally:
         tokenizer.chat_template = kept
-    assert tokenizer.decode(row.ids) == "### Instruction:\nWho?\n\n### Response:\nMe.</s>"
+    labelled = [label for label in row.labels if label != common.IGNORED]
+    assert tokenizer.decode(labelled) == "Me.</s>"
 
 
 def test_no_pair_is_both_learned_and_held_out(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -389,7 +401,10 @@ class InThisProcess:
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(call(*arguments))
+        try:
+            future.set_result(call(*arguments))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -636,11 +651,11 @@ def test_the_quality_runs_go_on_where_they_stopped(
     always = [*always.split(), "--held-out", "2", "--out", str(out), "--page", str(page)]
     assert quality.main([*always, "--arms", "ordinary", "--seeds", "1"]) == 0
     first = out.read_text()
-    some = "ordinary,checkpointing,labelled,spans-0.5,growing"
+    some = "ordinary,checkpointing,every,labelled,spans-0.5,growing"
     assert quality.main([*always, "--arms", some, "--seeds", "2"]) == 0
     assert out.read_text().startswith(first)
     lines = quality_page.read(out)
-    assert len({quality_page.key(line) for line in lines}) == len(lines) == 15
+    assert len({quality_page.key(line) for line in lines}) == len(lines) == 18
     runs = [line for line in lines if line["seed"] is not None]
     timings = {line["arm"]: line["seconds"] for line in lines if line["seed"] is None}
     assert set(timings) == set(some.split(",")) and min(timings.values()) > 0
@@ -651,7 +666,8 @@ def test_the_quality_runs_go_on_where_they_stopped(
     assert all([step for step, _ in run["losses"]] == [0, 2, 4] for run in runs)
     assert len({run["losses"][0][1] for run in of_first}) == 1
     end = {run["arm"]: run["losses"][-1][1] for run in of_first}
-    assert end["checkpointing"] == pytest.approx(end["ordinary"], abs=1e-6)
+    for arm in ("checkpointing", "every"):
+        assert end[arm] == pytest.approx(end["ordinary"], abs=1e-6)
     assert len(set(end.values())) >= 4
     text = page.read_text()
     assert "## counting, full" in text
@@ -661,6 +677,28 @@ def test_the_quality_runs_go_on_where_they_stopped(
     assert (tmp_path / "quality-0.svg").exists()
     out.write_text(first + "{}\n")
     assert quality.main([*always, "--arms", "ordinary", "--seeds", "1"]) == 2
+
+
+def test_a_quality_run_that_fails_is_named_and_the_others_are_kept(
+    folder: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
+    run = quality.run
+
+    def fail(job: quality.Job) -> dict[str, Any]:
+        if job.arm == "labelled":
+            raise RuntimeError("out of memory")
+        return run(job)
+
+    monkeypatch.setattr(quality, "run", fail)
+    out, page = tmp_path / "runs.jsonl", tmp_path / "quality.md"
+    arguments = f"--model {folder} --data {alpaca} --tunings lora --what runs --seeds 1 --steps 2"
+    given = [*arguments.split(), "--held-out", "2", "--out", str(out), "--page", str(page)]
+    assert quality.main([*given, "--arms", "labelled,sampled-0.5,windows-0.25"]) == 2
+    assert "these did not run:\nlabelled, lora: out of memory" in capsys.readouterr().err
+    kept = {line["arm"] for line in quality_page.read(out)}
+    assert kept == {"sampled-0.5", "windows-0.25"}
 
 
 @pytest.mark.filterwarnings(
@@ -726,9 +764,17 @@ def test_the_targets_of_the_quality_page() -> None:
         ["gain of sampled tokens, 50 %", "98.0 %",
          "≥ 97 %, above TokenSeek as published 99.0 %", "**no**"],
         ["gain of sampled tokens, 25 %", "94.0 %",
-         "≥ 93 %, above TokenTune as published 70.0 %", "yes"],
+         "≥ 93 %, above TokenTune as published 70.0 %", "yes; TokenSeek was not run"],
         ["gain at equal time of sampled tokens, 50 %", "196.0 %", "≥ 100 %", "yes"],
     ]  # fmt: skip
+
+
+def test_the_pace_of_a_way_is_the_median_of_its_turns() -> None:
+    line = {"arm": "every", "seconds": 9.0, "checkpointing": 10.0}
+    assert quality_page.paced(line) == "0.90×"
+    line |= {"pairs": [[8.0, 10.0], [5.0, 10.0], [14.0, 20.0]]}
+    assert quality_page.paced(line) == "0.70× (0.50–0.80)"
+    assert quality_page.paces([line]) == {"every": 0.7}
 
 
 def test_gain_is_a_share_of_what_the_same_kind_of_device_gained_on_the_same_text() -> None:

@@ -67,7 +67,7 @@ def run_of(text: str, memory: float, loss: float, seed: int = 0, **options: Any)
     if options:
         way = Way(way.tuner, way.selection, {**(way.options or {}), **options})
     return {
-        "setting": {"model": "m", "data": "d", "steps": 3, "tasks": "one,two"},
+        "setting": {"model": "m", "data": "d", "steps": 3, "tasks": "one,two", "device": "cpu"},
         "way": vars(way),
         "seed": seed,
         "rate": paper.RATES[way.tuner],
@@ -486,11 +486,92 @@ def test_the_papers_settings_are_the_defaults_with_a_model() -> None:
     options = program.parse(["--model", "meta-llama/Llama-3.2-1B"])
     assert options.data == "garage-bAInd/Open-Platypus"
     assert options.tasks == ["mmlu", "arc_challenge", "hellaswag", "truthfulqa_mc2", "winogrande"]
-    assert len(options.ways) == 14 and options.steps == 0
-    assert program.parse([]).tasks == [tasks.LOCAL]
+    assert [paper.FEWSHOT[task] for task in options.tasks] == [5, 25, 10, 0, 0]
+    names = "batch", "accumulate", "tokens", "steps", "rate", "schedule", "decay", "dtype"
+    wanted = [1, 32, 2048, 0, 4e-4, "cosine", 0.01, "bfloat16"]
+    assert [getattr(options, name) for name in names] == wanted
+    assert {page.way_of(program.line_of(options, "m", *one)).tuner
+            for one in program.planned(options)} == set(methods.TUNERS)  # fmt: skip
+    assert {program.line_of(options, "m", *one)["rate"] for one in program.planned(options)} == {
+        4e-4
+    }
+    ablated = [way.options or {} for way, _ in program.planned(options) if way.tuner == "qlora"]
+    shares = {x["ratio"] for x in ablated if x.keys() == {"ratio"}}
+    assert shares == {0.1, 0.2, 0.3, 0.4, 0.5}
+
+
+def test_the_plan_of_the_offline_preset() -> None:
+    options = program.parse([])
+    assert options.tasks == [tasks.LOCAL]
     assert set(paper.RATES) == set(methods.TUNERS)
-    planned = [*program.planned(program.parse(["--seeds", "1", "--also", "none"]))]
-    assert len(planned) == 14 + 4 + 4  # each setting of an ablation is run once
+    planned = [*program.planned(options)]
+    assert [seed for _, seed in planned] == [0] * 28 + [1] * 28 + [2] * 28
+    selections = ("tokentune", "tokenseek", "recommended", "parts")
+    table = [way for way, seed in planned if way.is_named and seed == 0]
+    assert {(way.tuner, way.selection) for way in table} == {
+        *((tuner, "") for tuner in methods.TUNERS),
+        *((tuner, selection) for tuner in ("full", "loha", "qlora") for selection in selections),
+    }
+    ablated = [way.options for way, seed in planned if not way.is_named and seed == 0]
+    assert all(ablated) and len(table) == 20
+    pairs = {(x["alpha"], x["beta"]) for x in ablated if x and "alpha" in x}
+    assert pairs == {(1, 0), (0, 1), (5, 1), (1, 5)}  # equal ones are the table's
+    assert [x["ratio"] for x in ablated if x and "alpha" not in x] == [0.2, 0.3, 0.4, 0.5]
+    alone = [*program.planned(program.parse(["--seeds", "1", "--also", "none"]))]
+    assert len(alone) == 14 + 4 + 4  # each setting of an ablation is run once
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["", "--steps 48 --held-out 9 --context 0", "--rate 0.5", "--preset small", "--tasks none"],
+)
+def test_the_command_of_a_table_gives_its_runs_again(arguments: str) -> None:
+    def lines(arguments: list[str]) -> list[page.Run]:
+        options = program.parse([*arguments, "--device", "cpu"])
+        planned = [*program.planned(options)]
+        return [program.line_of(options, paper.OFFLINE, *one) for one in planned]
+
+    own = lines(arguments.split())
+    command = page.command(own).strip("`\n").split()
+    assert command[:2] == ["python", "examples/reproduce"]
+    assert lines(command[2:])[: len(own)] == own
+    own[0]["setting"]["data"] = "my"
+    assert page.command(own) == ""
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12, 48])
+def test_the_step_with_the_longest_row_is_measured_and_does_not_bias_the_mean(steps: int) -> None:
+    rows = [Row([1] * (9 if i == 2 * steps - 1 else 4), [1] * 4) for i in range(2 * steps)]
+    job = types.SimpleNamespace(device="cpu", steps=steps, batch=2, accumulate=1, train=rows)
+    averaged, measured = train.measured_steps(job)  # type: ignore[arg-type]
+    assert averaged and measured == averaged | {steps - 1}
+    assert len(averaged) <= train.MEASURED and measured <= {*range(steps)}
+    assert steps == 1 or 0 not in averaged
+    job.device = "cuda"
+    assert train.measured_steps(job) == ({*range(steps)}, {*range(steps)})  # type: ignore[arg-type]
+
+
+def test_runs_at_a_time_share_the_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[train.Job] = []
+
+    def took(job: train.Job) -> dict[str, Any]:
+        jobs.append(job)
+        return run_of("full", 40.0, 2.0)["found"]
+
+    monkeypatch.setattr(program, "apart", took)
+    monkeypatch.setattr(train, "available", lambda device: 10 * train.GIB)
+    arguments = given(folder, tmp_path, "--methods", "full,ia3,lora,lokr", "--workers", "2")
+    assert program.main(arguments) == 0
+    assert {job.room for job in jobs} == {5 * train.GIB}
+    assert {job.place for job in jobs} <= {1, 2}
+    monkeypatch.setattr(train, "estimated", lambda *_, **__: 6 * train.GIB)
+    with pytest.raises(train.Lacking, match=r"needs 6.0 GiB .* 5.0 GiB are free for a run: lower"):
+        train.refuse_what_does_not_fit(jobs[0], torch.float32)
+    monkeypatch.setattr(train, "available", lambda device: 4 * train.GIB)
+    with pytest.raises(train.Lacking, match=r"4.0 GiB are free"):
+        train.refuse_what_does_not_fit(jobs[0], torch.float32)
 
 
 def test_questions_are_about_what_was_held_out(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -518,9 +599,7 @@ def test_questions_are_about_what_was_held_out(tokenizer: PreTrainedTokenizerFas
     assert tasks.documents([Row([1, 2], [common.IGNORED, 2])], tokenizer, 20) == []
 
 
-@pytest.mark.sweep
 def test_lm_eval_asks_them(folder: Path, tmp_path: Path, here: None) -> None:
-    pytest.importorskip("lm_eval")
     arguments = given(folder, tmp_path, "--methods", "full", "--tasks", "continuation")
     assert program.main([*arguments, "--questions", "8", "--tokens", "256"]) == 0
     (run,) = page.read(tmp_path / "runs").values()
@@ -542,7 +621,10 @@ def test_every_method_runs(text: str, folder: Path, tmp_path: Path, here: None) 
 def test_another_rate_is_a_row_of_its_own() -> None:
     own, other = run_of("full", 40.0, 2.0), run_of("full", 40.0, 2.2)
     other["rate"] = 0.01
-    assert [*page.grouped([other, own])] == ["Full parameter", "Full parameter, rate 0.01"]
+    rows = ["Full parameter, rate 2e-05", "Full parameter, rate 0.01"]
+    assert [*page.grouped([other, own])] == rows
+    own["rate"] = other["rate"]
+    assert [*page.grouped([other, own])] == ["Full parameter"]
 
 
 def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,12 +655,31 @@ def test_a_new_setting_renames_no_picture(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_is_known() -> None:
-    text = page.beside()
+    text = page.beside([])
     assert "two cores" not in text
-    assert re.search(r"arXiv has one figure of memory: 14\.8 %.*ICLR version .* 2\.8 GB", text)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["QLoRA + TokenSeek", "14.8 % / 14.3 %, 52.6"] in rows
+    assert ["QLoRA + TokenTune (random)", "14.8 % / –, 49.2"] in rows
+    assert "52.61 at 10 %, 51.80 at 20 %" in text
+    assert "48.45 with (1, 0), 46.39 with (0, 1)" in text
     assert "LoHa, r 8, alpha 16;" in text
     assert "boft_block_size 4" in text
     assert "IA3 scales k_proj, v_proj, down_proj" in text
+
+
+def test_the_papers_figures_are_beside_those_of_the_runs() -> None:
+    runs = [
+        run_of("full", 40.0, 2.0), run_of("full", 60.0, 2.0, seed=1),
+        run_of("qlora+tokenseek", 5.0, 2.0), run_of("full+tokenseek", 9.0, 2.0, ratio=0.5),
+    ]  # fmt: skip
+    without = [run_of("lora", 5.0, 2.0)]  # has no full-parameter training to be a share of
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in page.figures([runs, without]).splitlines()]  # fmt: skip
+    assert rows[0] == ["method", "the paper", "m, cpu"]
+    assert ["Full parameter", "100.0 % / 100.0 %, 40.8", "100.0 % / 100.0 %, 60.0"] in rows
+    assert ["QLoRA + TokenSeek", "14.8 % / 14.3 %, 52.6", "10.0 % / 10.0 %, 37.5"] in rows
+    assert ["Full parameter + TokenSeek", "64.6 % / 34.3 %, 41.1", "–"] in rows
+    assert len(rows) == 2 + len(paper.FIGURES)
 
 
 def test_the_page_says_how_uncertain_few_questions_leave_a_score() -> None:
@@ -613,7 +714,7 @@ def test_the_page_has_the_papers_columns_the_ablations_and_pictures(tmp_path: Pa
     loha = ["LoHa + TokenSeek", "1", "25.0 %", "25.0 %", "50.0", "30.0", "40.0", "2.500"]
     assert rows.index(full) < rows.index(loha)
     names = [row[0] for row in rows if row]
-    assert names.count("Full parameter + TokenSeek") == 3  # the table's, and in both ablations
+    assert names.count("Full parameter + TokenSeek") == 4  # ablations, and beside the paper
     assert "Full parameter + TokenSeek, alpha 0.0, beta 1.0" in names
     assert "Full parameter + TokenSeek, ratio 0.5" in names
     pictures = re.findall(r"\]\((page-\S+\.svg)\)", text)

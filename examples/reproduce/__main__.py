@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 if __name__ == "__main__":  # where `common` and the other examples are
@@ -39,6 +40,7 @@ from tqdm import tqdm
 import common
 import programs
 from common import ExampleError, ModelSource, Pair, Row, Tokenizer
+from quality_page import TEXT
 from reproduce import methods, page, paper, tasks, train
 from reproduce.methods import Way
 from reproduce.train import Job, apart
@@ -103,7 +105,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--also", help="more selections of full, loha and qlora, without --methods: recommended, "
         "parts, or none")  # fmt: skip
     add("--what", help="some of table,ablations")
-    add("--ablate", choices=list(methods.TUNERS), help="the ablations' tuner (full)")
+    add("--ablate", choices=[*methods.TUNERS], help="the ablations' tuner (full; of a model qlora)")
     add("--seeds", type=int, help="runs of each method")
     add("--steps", type=int, help="training steps; 0 for one epoch")
     add("--batch", type=int, help="rows of a forward")
@@ -112,7 +114,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--held-out", type=int, help="rows to judge by")
     add("--questions", type=int, help="of the task made of the held-out text")
     add("--context", type=int, help="words of its answer that a question has at most; 0 for any")
-    add("--rate", type=float, help="learning rate (default: one for each tuner)")
+    add("--rate", type=float, help="learning rate (one for each tuner; of a model 4e-4)")
     add("--schedule", help="of the learning rate: one of transformers that needs no options")
     add("--decay", type=float, help="weight decay")
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights")
@@ -144,7 +146,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, part in (("methods", "table"), ("also", "table"), ("ablate", "ablations")):
         if name in asked and part not in options.what:
             parser.error(f"--{name} needs the {part}, which --what or the preset leaves out")
-    options.ablate = options.ablate or "full"
     for name, least in LEAST.items():
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
@@ -195,7 +196,7 @@ def line_of(options: argparse.Namespace, model: str, way: Way, seed: int) -> pag
 
 
 def data_name(data: str | None) -> str:
-    path = Path(data or "documentation")
+    path = Path(data or TEXT)
     return path.stem if path.suffix in SUFFIXES else path.name
 
 
@@ -238,9 +239,16 @@ def run_left(
     problems: list[str],
 ) -> None:  # fmt: skip
     """Some runs at a time; when stopped, as by Ctrl-C, it stops those that run and ends."""
+    places: SimpleQueue[int] = SimpleQueue()  # of progress bars, below the one of all runs
+    for place in range(1, options.workers + 1):
+        places.put(place)
 
     def one(line: page.Run) -> page.Run:
-        run = {**line, "origin": origin, "found": apart(job_of(job, line))}
+        place = places.get()
+        try:
+            run = {**line, "origin": origin, "found": apart(job_of(job, line, place))}
+        finally:
+            places.put(place)
         page.write_run(file_of(options.out, line), run)  # here, for nobody may wait any more
         return run
 
@@ -355,12 +363,14 @@ def first_job(
         held_out=held_out, pad_id=pad_id, batch=options.batch, accumulate=options.accumulate,
         steps=steps, rate=0.0, schedule=options.schedule, decay=options.decay,
         device=options.device, dtype=options.dtype, tasks=options.tasks, folder=str(folder),
+        room=train.available(options.device) // options.workers, place=1,
     )  # fmt: skip
 
 
-def job_of(job: Job, line: page.Run) -> Job:
+def job_of(job: Job, line: page.Run, place: int) -> Job:
     """The job of one run."""
     given: dict[str, Any] = {**vars(job), "way": page.way_of(line), "seed": line["seed"]}
+    given["place"] = place
     rows: list[Row] = train.shuffled(job.train, line["seed"])
     return Job(**{**given, "rate": line["rate"], "train": rows})
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import common
 from common import ExampleError
-from quality_page import spread
+from quality_page import TEXT, spread
 from reproduce import paper
 from reproduce.methods import LAYERS, SELECTIONS, TUNERS, Way, ablations
 from reproduce.tasks import LOCAL
@@ -29,12 +29,13 @@ BAD = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionErr
 HEAD = """# Reproduction
 
 Written by `make reproduce` (`examples/reproduce/`), from the runs in `{folder}`: the methods and
-ablations of TokenSeek ([arXiv 2601.19739](https://arxiv.org/abs/2601.19739)).
+ablations of TokenSeek ([arXiv 2601.19739](https://arxiv.org/abs/2601.19739)). Ways that select
+tokens, TokenTune's and TokenSeek's among them, are run by fxseek.
 
 *Memory* is all that tensors take in a step: weights, gradients, AdamW's state and activations. A
-step's figure is its peak; *average* is the mean over the measured steps, *maximal* the largest,
-both as a share of full-parameter training on every token. On the CPU a few steps of a run are
-measured, the one with the longest row among them; on CUDA every step, by the allocator. Weights,
+step's figure is its peak; *average* is the mean over steps, *maximal* the largest, both as a share
+of full-parameter training on every token. On CUDA every step is measured, by the allocator; on the
+CPU some steps spread over the run, and for the maximal the one with the longest row. Weights,
 gradients and AdamW's state are in each, and no share of the tokens changes them: rows within a
 point of each other may be in one order by average memory and in the other by maximal. Where rows
 are so few and short that the peak comes after the activations are freed, full-parameter ways take
@@ -69,7 +70,8 @@ def check(run: Run) -> None:
     setting, found, way = run["setting"], run["found"], way_of(run)
     if way.tuner not in TUNERS or way.selection not in SELECTIONS:
         raise ValueError(f"there is no method {way.tuner}+{way.selection}")
-    words = [setting["model"], setting["data"], setting["tasks"], found["machine"], way.name]
+    words = [setting[name] for name in ("model", "data", "tasks", "device")]
+    words += [found["machine"], way.name]
     numbers = [run["rate"], run["seed"], found["memory"]["average"], found["memory"]["maximal"]]
     numbers += [loss for _, loss in found["losses"]] or [None]
     numbers += [*found.get("scores", {}).values()]
@@ -100,9 +102,7 @@ def way_of(run: Run) -> Way:
 
 
 def name_of(run: Run) -> str:
-    """A row's name: its way, and its learning rate where that is not the tuner's own."""
-    way, rate = way_of(run), run["rate"]
-    return way.name if rate == paper.RATES[way.tuner] else f"{way.name}, rate {rate:g}"
+    return way_of(run).name
 
 
 def write(page: Path, folder: Path) -> None:
@@ -117,7 +117,7 @@ def write(page: Path, folder: Path) -> None:
     for setting, some in settings.items():
         digest = hashlib.sha256(setting.encode()).hexdigest()[:8]
         sections.append(section(some, page.with_name(f"{page.stem}-{digest}")))
-    sections.append(beside())
+    sections.append(beside([*settings.values()]))
     replace(page, "\n".join(sections))
 
 
@@ -136,6 +136,7 @@ def section(runs: Sequence[Run], stem: Path) -> str:
     text = [
         f"## {setting['model']}, {setting['data']}\n",
         f"{about}; on {machines}. Held-out loss before: {', '.join(told)}.{uncertainty(runs)}\n",
+        *filter(None, [command(runs)]),
     ]
     main = [run for run in runs if way_of(run).is_named]
     tables: list[tuple[str, str, list[Run], Callable[[Sequence[Run], Sequence[Run]], Figure]]] = [
@@ -157,6 +158,22 @@ def section(runs: Sequence[Run], stem: Path) -> str:
     return "\n".join(text)
 
 
+def command(runs: Sequence[Run]) -> str:
+    """What gives the runs of a setting, of the offline model and text; "" of others.
+
+    The page doesn't know where others lie.
+    """
+    setting, rates = runs[0]["setting"], {run["rate"] for run in runs}
+    usual = {**paper.PRESETS["offline"], "model": paper.OFFLINE, "data": TEXT, "device": "cpu"}
+    if (setting["model"], setting["data"]) != (usual["model"], usual["data"]):
+        return ""
+    given = {name: value for name, value in setting.items() if value != usual[name]}
+    if len(rates) == 1 and all(run["rate"] != paper.RATES[way_of(run).tuner] for run in runs):
+        given["rate"] = f"{rates.pop():g}"
+    options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
+    return f"```\n{' '.join(['python examples/reproduce', *options])}\n```\n"
+
+
 def uncertainty(runs: Sequence[Run]) -> str:
     """The standard error of a score, where the questions are those of the local task."""
     setting, found = runs[0]["setting"], scores(runs)
@@ -170,8 +187,8 @@ def uncertainty(runs: Sequence[Run]) -> str:
     )
 
 
-def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each way and rate, in the order of the paper's table."""
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each way, in the order of the paper's table; of each rate, where it has more."""
     order = [*TUNERS], [*SELECTIONS]
 
     def place(run: Run) -> tuple[Any, ...]:
@@ -180,9 +197,14 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
         changed = json.dumps(way.options), run["rate"], run["seed"]
         return bool(selected), order[0].index(way.tuner), selected, changed
 
+    rates: dict[str, set[float]] = {}
+    for run in runs:
+        rates.setdefault(name_of(run), set()).add(run["rate"])
     found: dict[str, list[Run]] = {}
     for run in sorted(runs, key=place):
-        found.setdefault(name_of(run), []).append(run)
+        name = name_of(run)
+        rate = f", rate {run['rate']:g}" if len(rates[name]) > 1 else ""
+        found.setdefault(f"{name}{rate}", []).append(run)
     return found
 
 
@@ -232,8 +254,8 @@ def table(runs: Sequence[Run], main: Sequence[Run]) -> str:
     return common.table(header, rows)
 
 
-def beside() -> str:
-    """What is known of the paper's settings and figures."""
+def beside(settings: Sequence[Sequence[Run]]) -> str:
+    """What is known of the paper's figures and settings, beside those of the runs here."""
     header = ["setting", "the paper", "source", "offline"]
     rows = [[x.name, x.paper, x.source, x.offline] for x in paper.SETTINGS]
     rates = ", ".join(f"{TUNERS[tuner][0]} {rate:g}" for tuner, rate in paper.RATES.items())
@@ -247,18 +269,53 @@ def beside() -> str:
     return "\n".join(
         [
             "## Beside the paper\n",
-            f"The paper's abstract on arXiv has one figure of memory: {paper.FIGURE}. The abstract "
-            f"of its ICLR version has it in bytes, too: {paper.FIGURE_ICLR}. That is of a model in "
-            "which activations have another share of the memory than in a smaller one, so that "
-            "percentages of other models are not to be compared with it. The settings, as far as "
-            "the paper's are known here:\n",
+            "Average and maximal memory, and the average score: the paper's for Llama-3.2-1B, as "
+            f"far as {paper.NOTES} quote them, and those of the tables above.\n",
+            f"{figures(settings)}\n",
+            paper.DIFFERENCES,
+            f"{ablated()}\n",
+            "The settings, as far as the paper's are known here:\n",
             f"{common.table(header, rows)}\n",
             "Adapters are ours but for LoRA's and QLoRA's rank, alpha and dropout. On every linear "
             f"layer of a block: {'; '.join(adapters)}. IA3 scales {ia3}. What is not named here is "
             "as peft has it.\n",
-            f"Learning rates are ours, chosen without a search: {rates}. Pairs of alpha and beta "
-            "in {0, 1, 5} that rank tokens alike are run once.\n",
+            f"Offline learning rates are ours, chosen without a search: {rates}. Pairs of alpha "
+            "and beta in {0, 1, 5} that rank tokens alike are run once, and (0, 0), which ranks "
+            "none, is not run.\n",
         ]
+    )
+
+
+def figures(settings: Sequence[Sequence[Run]]) -> str:
+    """The paper's table, and a column for each setting that has full-parameter training."""
+
+    def told(average: float | None, maximal: float | None, score: float | None) -> str:
+        shares = ["–" if x is None else f"{x:.1f} %" for x in (average, maximal)]
+        return f"{' / '.join(shares)}, {'–' if score is None else f'{score:.1f}'}"
+
+    settings = [some for some in settings if base(some, "average") is not None]
+    named = [f"{x[0]['setting']['model']}, {x[0]['setting']['device']}" for x in settings]
+    rows = []
+    for method, known in paper.FIGURES.items():
+        tuner, _, selection = method.partition("+")
+        way = Way(tuner, selection, SELECTIONS[selection][1])
+        row = [way.name, told(*known)]
+        for runs in settings:
+            some = [run for run in runs if way_of(run) == way]
+            memory = [shares(some, runs, kind) for kind in ("average", "maximal")]
+            means = [statistics.mean(x) if x else None for x in (*memory, scores(some))]
+            row.append(told(*means) if some else "–")
+        rows.append(row)
+    return common.table(["method", "the paper", *named], rows)
+
+
+def ablated() -> str:
+    """The paper's ablations."""
+    shares = ", ".join(f"{x:.2f} at {share} %" for share, x in paper.SHARE_SCORES.items())
+    factors = ", ".join(f"{x:.2f} with {pair}" for pair, x in paper.FACTOR_SCORES.items())
+    return (
+        f"The paper's ablation of the share, with QLoRA: average scores of {shares}. Of (alpha, "
+        f"beta), with a model and tuner that the notes don't name: {factors}."
     )
 
 
@@ -311,7 +368,7 @@ def bars(runs: Sequence[Run], main: Sequence[Run]) -> Figure:
     from matplotlib.figure import Figure
 
     found = grouped(runs)
-    names = [name.rpartition("TokenSeek")[2].strip(", ") or "as published" for name in found]
+    names = [name.rpartition("TokenSeek")[2].strip(", ") or "the default" for name in found]
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, title, values in (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from common import IGNORED, Row, Tokenizer
 from reproduce.paper import FEWSHOT
@@ -147,9 +148,13 @@ def build(names: Sequence[str], folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def evaluate(
-    model: nn.Module, tokenizer: Tokenizer, built: tuple[Any, dict[str, Any]], batch: int
-) -> dict[str, float]:
-    """The score in per cent of each task of `build`, of the ordinary model."""
+    model: nn.Module, tokenizer: Tokenizer, built: tuple[Any, dict[str, Any]], batch: int,
+    place: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """The score in per cent of each task of `build`, of the ordinary model.
+
+    `place` is the line of the progress bar.
+    """
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
@@ -157,9 +162,11 @@ def evaluate(
     known, loaded = built
     model.eval()
     scores: dict[str, float] = {}
-    with _silent():
+    # Made before lm-eval's own are silenced.
+    bar = tqdm(loaded.items(), "evaluation", unit="task", leave=False, position=place)
+    with _silent(), bar:
         language: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)  # type: ignore[arg-type]
-        for name, task in loaded.items():
+        for name, task in bar:
             found: Any = harness.simple_evaluate(
                 language, tasks=[task], num_fewshot=FEWSHOT.get(name), task_manager=known,
                 bootstrap_iters=0, log_samples=False,

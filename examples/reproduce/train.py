@@ -21,7 +21,7 @@ import common
 import peak
 import processes
 from common import MIB, ExampleError, ModelSource, Row
-from reproduce import methods, tasks
+from reproduce import methods, paper, tasks
 from reproduce.methods import Way
 
 MEASURED = 4
@@ -53,6 +53,10 @@ class Job:
     dtype: str
     tasks: list[str]
     folder: str
+    room: int
+    """Bytes of memory for it: what was free before the first run, shared among the workers."""
+    place: int
+    """The line of its progress bar, below that of all runs."""
 
 
 class Lacking(ExampleError):
@@ -68,9 +72,8 @@ def run(job: Job) -> dict[str, Any]:
     """Train, and return the run's losses, memory, scores and time.
 
     Memory is all that the step holds, in bytes: weights, gradients, the optimiser's state and
-    activations. `average` is the mean over the measured steps of a step's peak, `maximal` the
-    largest. An evaluation that fails leaves its reason, `unscored`, in place of the scores: what
-    was trained is kept.
+    activations. `average` is the mean of steps' peaks, `maximal` the largest. An evaluation that
+    fails leaves its reason, `unscored`, in place of the scores: what was trained is kept.
     """
     common.quiet()
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # kernels of BOFT
@@ -88,15 +91,16 @@ def run(job: Job) -> dict[str, Any]:
     # Fused, it makes no tensors in its step, which would be the peak of a small model's.
     optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=job.decay, fused=True)
     schedule = get_scheduler(
-        job.schedule, optimizer, num_warmup_steps=job.steps // 20, num_training_steps=job.steps
-    )
+        job.schedule, optimizer, num_warmup_steps=min(paper.WARM_UP, job.steps // 10),
+        num_training_steps=job.steps,
+    )  # fmt: skip
     judged = (job.held_out, job.pad_id, device)
     before = common.held_out_loss(model, *judged)
-    measured = set(measured_steps(job)) if device.type == "cpu" else set(range(job.steps))
-    peaks: list[int] = []
+    averaged, measured = measured_steps(job)
+    peaks: dict[int, int] = {}
     seconds: list[float] = []
     model.train()
-    for step in tqdm(range(job.steps), job.way.name, unit="step", leave=False, position=1):
+    for step in tqdm(range(job.steps), job.way.name, unit="step", leave=False, position=job.place):
         batches = [
             common.batch_of(job.train, step * job.accumulate + part, job.batch, job.pad_id, device)
             for part in range(job.accumulate)
@@ -111,7 +115,7 @@ def run(job: Job) -> dict[str, Any]:
                 optimizer.zero_grad(set_to_none=True)
 
         if step in measured:
-            peaks.append(step_memory(once, model, optimizer, device))
+            peaks[step] = step_memory(once, model, optimizer, device)
         else:
             once()
         if step not in measured or device.type == "cuda":  # a profiler takes time
@@ -125,7 +129,11 @@ def run(job: Job) -> dict[str, Any]:
         raise ExampleError(f"it diverged, the held-out loss is {after}: lower --rate")
     found: dict[str, Any] = {
         "losses": [[0, before], [job.steps, after]],
-        "memory": {"average": statistics.mean(peaks), "maximal": max(peaks), "steps": len(peaks)},
+        "memory": {
+            "average": statistics.mean(peaks[step] for step in averaged),
+            "maximal": max(peaks.values()),
+            "steps": len(peaks),
+        },
         "trained": sum(parameter.numel() for parameter in trained),
         "seconds": statistics.median(seconds) if seconds else None,
         "machine": machine(device),
@@ -133,7 +141,7 @@ def run(job: Job) -> dict[str, Any]:
     if built:
         try:
             tokenizer = common.load_tokenizer(job.source)
-            found["scores"] = tasks.evaluate(model, tokenizer, built, job.batch)
+            found["scores"] = tasks.evaluate(model, tokenizer, built, job.batch, job.place)
         except Exception as error:  # of memory, of the network
             found["unscored"] = f"{type(error).__name__}: {error}"
     return found
@@ -151,17 +159,23 @@ def unusable_schedule(name: str) -> str | None:
     return None
 
 
-def measured_steps(job: Job) -> list[int]:
-    """A few steps, spread over the run, and the one with the longest row; not the first."""
+def measured_steps(job: Job) -> tuple[set[int], set[int]]:
+    """Which steps' memory is averaged, and which is measured, the former among them.
+
+    On CUDA both are every step. On the CPU a few are averaged, spread over the run, but not the
+    first, and the one with the longest row is measured besides.
+    """
 
     def longest(step: int) -> int:
         size = job.batch * job.accumulate
         rows = [job.train[i % len(job.train)] for i in range(step * size, (step + 1) * size)]
         return max(len(row.ids) for row in rows)
 
+    if torch.device(job.device).type == "cuda":
+        return {*range(job.steps)}, {*range(job.steps)}
     steps = range(min(1, job.steps - 1), job.steps)
-    spread = steps[:: max(1, len(steps) // MEASURED)][:MEASURED]
-    return sorted({*spread, max(steps, key=longest)})
+    spread = {*steps[:: max(1, len(steps) // MEASURED)][:MEASURED]}
+    return spread, {*spread, max(steps, key=longest)}
 
 
 def step_memory(
@@ -195,14 +209,14 @@ def refuse_what_does_not_fit(job: Job, dtype: torch.dtype) -> None:
     Raises:
         Lacking: the machine has less memory than the step needs.
     """
-    free = available(job.device)
+    free = min(job.room, available(job.device))
     needed = estimated(job, dtype, ordinary=True)
     if needed is not None and needed > free and job.way.options is not None:
         needed = estimated(job, dtype, ordinary=False)
     if needed is not None and needed > free:
         raise Lacking(
             f"a step needs {needed / GIB:.1f} GiB by fxseek.estimate, and {free / GIB:.1f} GiB are "
-            "free: lower --batch or --tokens, or take a smaller --model"
+            "free for a run: lower --workers, --batch or --tokens, or take a smaller --model"
         )
 
 

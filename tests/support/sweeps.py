@@ -37,10 +37,6 @@ SHARES: dict[str, dict[str, int | None]] = {
         "test_a_step_learns_the_same": None,
         "test_out_of_reach": None,
     },
-    "test_compare_memory.py": {
-        "test_a_bar_is_an_estimate_whose_parts_add_up": None,
-        "test_it_prints_a_table_and_plots": None,
-    },
     "test_compile.py": {
         "test_a_copy_is_an_ordinary_model_of_its_own": 3,
         "test_explain_of_a_second_model": None,
@@ -85,8 +81,6 @@ SHARES: dict[str, dict[str, int | None]] = {
     "test_examples.py": {
         "test_the_benchmark_writes_its_tables_between_its_markers": None,
         "test_the_peak_is_seen_after_the_memory_is_given_back": 3,
-        "test_the_quality_runs_go_on_where_they_stopped": None,
-        "test_the_ways_of_the_demo_learn_and_fxseek_saves_less": None,
     },
     "test_experts.py": {
         "test_adapters_on_experts": None,
