@@ -31,7 +31,9 @@ HEAD = """# What a share of the tokens teaches
 Written by `make quality` (`examples/quality.py`), from the runs in `quality.jsonl`. Each run trains
 for some steps; the loss is that of held-out answers, in nats per token, of the ordinary model. Only
 answers have labels, and a ratio counts all tokens of a row: where prompts are long, ways that
-select among labelled tokens learn a larger share of those. On CUDA, products are in TF32.
+select among labelled tokens learn a larger share of those. Rows of documentation, of which older
+runs don't tell, have 184 to 768 tokens (median 526), 93 % of them with labels. On CUDA, products
+are in TF32.
 
 *Gain* is how much the loss has fallen, as a share of what ordinary training gains with that seed
 and text on that kind of device in as many steps; *at equal time*, as a share of what gradient

@@ -109,14 +109,14 @@ def report(model: nn.Module | None = None) -> StepReport:
             one of ``torch.compile(..., backend="fxseek")``.
 
     Raises:
-        InputError: the model is not compiled by fxseek, no training step has run, or the compiled
-            function of the last one is gone. A report that was asked for before stays.
+        InputError: the model is not compiled by fxseek, no training step has run, or the model or
+            compiled function of the last one is gone. A report that was asked for before stays.
     """
     recorder = latest_recorder() if model is None else compiled_step(model).recorder
     if model is None and latest_is_released():
         raise InputError(
-            "the compiled function of the last step in this thread is gone, and its report with "
-            "it: keep the function, or ask for the report before it is released"
+            "the model or compiled function of this thread's last step is gone, and its report "
+            "with it: keep the model, or ask for the report before it is released"
         )
     if recorder is None or recorder.last is None:
         raise InputError(

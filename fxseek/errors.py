@@ -6,6 +6,8 @@ for a bad value are also ``ValueError``, so that callers who catch the built-in 
 
 from __future__ import annotations
 
+import torch
+
 __all__ = [
     "CaptureError",
     "ConfigError",
@@ -53,3 +55,10 @@ class ScoreError(FxseekError, ValueError):
 
 class GradientMismatch(FxseekError, AssertionError):
     """Gradients differ from masked full backprop by more than the tolerance."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on the CPU torch's error has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

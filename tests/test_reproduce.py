@@ -23,6 +23,7 @@ from byte_models import byte_tokenizer, save_tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
+import fxseek
 from common import ExampleError, Row
 from reproduce import __main__ as program
 from reproduce import methods, page, paper, tasks, train
@@ -230,9 +231,11 @@ def test_tasks_without_a_score_are_left_out(monkeypatch: pytest.MonkeyPatch) -> 
     }  # fmt: skip
 
     class Manager:
-        all_tasks = tuple(known)
+        all_tasks = (*known, "gone")
 
         def load(self, names: list[str]) -> dict[str, Any]:
+            if names == ["gone"]:
+                raise ConnectionError("no network\nand a long story")
             return dict(zip(("tasks", "groups"), known[names[0]], strict=True))
 
     for name in ("lm_eval", "lm_eval.tasks"):
@@ -240,6 +243,7 @@ def test_tasks_without_a_score_are_left_out(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys.modules["lm_eval.tasks"], "TaskManager", Manager, raising=False)
     found = tasks.unusable([*known])
     assert {*found} == {"wikitext", "loose", "tag"}
+    assert tasks.unusable(["gone", "arc"]) == {"gone": "its data can't be had (no network)"}
     assert "none of acc_norm, acc, exact_match: leave it out of --tasks" in found["wikitext"]
     assert "name its tasks in --tasks" in found["tag"]
     results = {"alias": "gsm8k", "exact_match,flexible-extract": 0.1}
@@ -267,6 +271,26 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(
     assert program.main(given(folder, tmp_path, "--methods", "full,lora")) == 1
     assert "LoRA: Lacking: a step needs" in capsys.readouterr().err
     assert "Full parameter" in (tmp_path / "page.md").read_text()
+
+
+def test_a_tuner_that_peft_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    assert methods.lacking(methods.way_of("bone")) is None
+    monkeypatch.delattr(peft, "MissConfig")
+    assert methods.lacking(methods.way_of("bone")) == "this peft has no MissConfig: upgrade peft"
+
+
+def test_without_an_estimate_a_run_is_tried(
+    folder: Path, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise fxseek.GraphError("no rule for it")
+
+    monkeypatch.setattr(fxseek, "estimate", fail)
+    assert program.main(given(folder, tmp_path, "--methods", "full")) == 0
+    assert "Full parameter: no estimate of its memory (no rule for it)" in capsys.readouterr().out
 
 
 def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

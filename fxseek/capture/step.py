@@ -33,7 +33,7 @@ from fxseek.capture.switches import Switches
 from fxseek.capture.trl import refuse_untraceable, traceable_log_probs
 from fxseek.capture.uncomputed import Uncomputed, cleared
 from fxseek.config import SeekConfig
-from fxseek.errors import CaptureError, FxseekError, InputError
+from fxseek.errors import CaptureError, FxseekError, InputError, lacks_memory
 from fxseek.run.assemble import Step
 
 __all__ = ["SeekStep", "compiled_step", "step_of"]
@@ -393,9 +393,9 @@ class SeekStep:
                     _scalar(self.config.loss(outputs, batch))
         except FxseekError as error:
             return error
-        except torch.OutOfMemoryError:
-            return None  # a capture needs no memory
         except Exception as error:
+            if lacks_memory(error):
+                return None  # a capture needs none
             error.add_note(
                 f"Raised by the code of {type(self.model).__name__}, its hooks or loss=, when "
                 "fxseek captured a training step, and without fxseek too. The call was given "

@@ -21,7 +21,7 @@ from fxseek.capture.sharded import refuse_shards
 from fxseek.capture.step import SeekStep, step_of
 from fxseek.capture.switches import Switches
 from fxseek.config import SeekConfig
-from fxseek.errors import InputError
+from fxseek.errors import InputError, lacks_memory
 from fxseek.inspect.budget import within_budget
 from fxseek.inspect.qualities import Choice, GradientQuality
 from fxseek.inspect.state import as_before, state_of
@@ -339,8 +339,8 @@ def _full(
     plain = None if base.loss is None and not in_parts else every
     try:
         return *_fulls(plain, measure, batches, draws), in_parts
-    except torch.OutOfMemoryError:
-        if in_parts:
+    except RuntimeError as error:
+        if in_parts or not lacks_memory(error):
             raise
     # Out of the handler: what it has caught holds the activations of the step that failed.
     log.warning("fxseek: no memory for ordinary backprop: it is done in parts of %s", _PARTS)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxseek import _fsdp, errors
-from fxseek.errors import FxseekError
+from fxseek.errors import FxseekError, lacks_memory
 
 __all__ = ["Team", "as_message", "error_of", "step_begins", "steps_begun", "tell", "telling"]
 
@@ -149,9 +149,9 @@ def _hearing() -> Iterator[None]:
     """A collective that fails raises the error of the process that has left it, where known."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise  # this process's own
     except RuntimeError as error:
+        if lacks_memory(error):
+            raise  # this process's own
         error.add_note(_ECHO)
         told = _told()
         if told is None:

@@ -134,11 +134,16 @@ def test_all_is_put_back():
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
 
-def test_without_the_memory_for_ordinary_backprop(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_without_the_memory_for_ordinary_backprop(
+    device: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+):
     model = decoder()
 
     def forward(**inputs: Any) -> Any:
         if not torch.compiler.is_compiling():
+            if device == "cpu":
+                torch.empty(2**60, dtype=torch.uint8)
             raise torch.OutOfMemoryError("no memory")
         return TinyDecoder.forward(model, **inputs)
 
@@ -303,6 +308,12 @@ def test_bad_input(options: dict[str, Any], message: str):
     with pytest.raises(fxseek.FxseekError, match=message):
         fxseek.gradient_quality(model, progress=False, **given)
     assert step_of(model) is None
+
+
+def test_a_bar_shows_the_steps(capsys: pytest.CaptureFixture[str]):
+    fxseek.gradient_quality(decoder(), batches(2), ratios=[0.5], spans=[1], draws=3)
+    shown = capsys.readouterr().err
+    assert "gradient quality: 100%" in shown and "step/s" in shown
 
 
 def test_a_gradient_without_direction_is_refused():

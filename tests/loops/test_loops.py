@@ -353,6 +353,12 @@ class WandbCallback(TrainerCallback):
         )
 
 
+class TrackioCallback(WandbCallback):
+    def __init__(self) -> None:
+        super().__init__()
+        self._trackio = self.__dict__.pop("_wandb")
+
+
 class TensorBoardCallback(TrainerCallback):
     def __init__(self) -> None:
         self.texts: list[tuple[str, str, int]] = []
@@ -361,9 +367,11 @@ class TensorBoardCallback(TrainerCallback):
 
 def test_the_callback_writes_token_pages(tmp_path):
     model, wandb, board = compiled(small()), WandbCallback(), TensorBoardCallback()
+    trackio = TrackioCallback()
     args = arguments(tmp_path, max_steps=4, gradient_accumulation_steps=2)
     words = Words([f" w{i}" for i in range(VOCABULARY)])
-    trainer, watch = watched(model, args, train_dataset=Rows(16), callbacks=[wandb, board])
+    reporters = [wandb, trackio, board]
+    trainer, watch = watched(model, args, train_dataset=Rows(16), callbacks=reporters)
     fxseek.SeekCallback(html_every=2, tokenizer=words).attach(trainer)
     trainer.train()
     written = sorted(path.name for path in (tmp_path / "fxseek").iterdir())
@@ -376,6 +384,7 @@ def test_the_callback_writes_token_pages(tmp_path):
         )  # the last micro-batch of the step
     assert [entry["train/global_step"] for entry in wandb.logs] == [2, 4]
     assert wandb.logs[0]["fxseek/tokens"] == (str(tmp_path / "fxseek" / "tokens-2.html"), False)
+    assert trackio.logs == wandb.logs
     assert [(name, step) for name, _, step in board.texts] == [("fxseek/tokens", x) for x in (2, 4)]
     assert "<strong>" in board.texts[0][1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import gc
 import hashlib
 import html
 import itertools
@@ -395,6 +396,18 @@ def test_virtual_tokens_and_embeddings():
     data = data_of(found.to_html(numbered(37), input_ids=ids))
     assert [data["texts"][i] for i in row["text"][:3]] == ["⟨virtual⟩"] * 3
     assert data["texts"][row["text"][3]] == f" w{int(given['input_ids'][0, 0])}"
+
+
+def test_a_released_model_has_no_report():
+    model = fxseek.compile(tiny_llama(num_hidden_layers=1).train(), score="context")
+    model(**batch(37))
+    found = fxseek.report()
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    with pytest.raises(fxseek.InputError, match=r"model or compiled function .* is gone"):
+        fxseek.report()
+    assert "{{" not in found.to_html(numbered(37))
 
 
 def test_a_released_function_has_no_report():

@@ -135,6 +135,9 @@ def test_a_function_of_the_step():
     fxseek.compile(model, lambda index: 1.0 if index == 2 else 0.25, learn_chunk=6)
     inputs = batch(VOCAB, batch=3, tokens=20, padding="right")
     assert [exact_step(model, inputs).ratio for _ in range(4)] == [0.25, 0.25, 1.0, 0.25]
+    assert len(fxseek.capture.step.step_of(model).recorder.steps) == 1  # type: ignore[union-attr]
+    fxseek.resume(model, 2)
+    assert exact_step(model, inputs).ratio == 1.0
 
 
 def test_a_ratio_of_one_on_the_way_is_ordinary_training():

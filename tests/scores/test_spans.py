@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -92,6 +93,32 @@ def test_random_spans_have_every_token_equally_often(
         left -= min(left, int(tier.sum()))
         deviation = (share * (1 - share) / rows) ** 0.5
         assert float((counts[1:][tier] / rows - share).abs().max()) <= 4.5 * deviation
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_random_spans_of_padded_rows_have_every_token_equally_often(padding: str):
+    model = decoder()
+    fxseek.compile(model, 0.3, span=4, score="random")
+    lengths, rows, steps = (13, 20), 400, 5
+    inputs = batch(VOCAB, batch=rows, tokens=20)
+    padded = slice(0, 7) if padding == "left" else slice(13, 20)
+    mask = torch.ones(rows, 20, dtype=torch.long)
+    mask[::2, padded] = 0
+    inputs["attention_mask"] = mask
+    inputs["labels"][mask == 0] = -100
+    counts = torch.zeros(2, 20)
+    for _ in range(steps):
+        model(**inputs)
+        selected = fxseek.report(model).selected
+        for row, kept in enumerate(selected):
+            counts[row % 2, kept[kept >= 0]] += 1
+    for at, length in enumerate(lengths):
+        share = math.ceil(0.3 * length) / length
+        valid = mask[at].bool()
+        assert counts[at][~valid].sum() == 0
+        draws = rows * steps / 2
+        deviation = (share * (1 - share) / draws) ** 0.5
+        assert float((counts[at][valid] / draws - share).abs().max()) <= 4.5 * deviation
 
 
 def test_random_spans_are_whole_but_for_two():
