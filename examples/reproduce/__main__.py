@@ -105,7 +105,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--also", help="more selections of full, loha and qlora, without --methods: recommended, "
         "parts, or none")  # fmt: skip
     add("--what", help="some of table,ablations")
-    add("--ablate", choices=[*methods.TUNERS], help="the ablations' tuner (full; of a model qlora)")
+    add("--ablate", choices=[*methods.TUNERS],
+        help="the ablations' tuner (offline: full; else: qlora)")  # fmt: skip
     add("--seeds", type=int, help="runs of each method")
     add("--steps", type=int, help="training steps; 0 for one epoch")
     add("--batch", type=int, help="rows of a forward")
@@ -114,7 +115,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--held-out", type=int, help="rows to judge by")
     add("--questions", type=int, help="of the task made of the held-out text")
     add("--context", type=int, help="words of its answer that a question has at most; 0 for any")
-    add("--rate", type=float, help="learning rate (one for each tuner; of a model 4e-4)")
+    add("--rate", type=float, help="learning rate (offline: one for each tuner; else: 4e-4)")
     add("--schedule", help="of the learning rate: one of transformers that needs no options")
     add("--decay", type=float, help="weight decay")
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights")

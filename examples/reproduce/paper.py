@@ -109,7 +109,7 @@ RATES = {
 """Learning rates by tuner of the offline presets. Source: ours, chosen without a search."""
 
 WARM_UP = 100
-"""Steps of warm-up, where a schedule has one; a tenth of the steps, if that is less. Source:
+"""Steps of warm-up, where a schedule has one; a fifth of the steps, if that is less. Source:
 COMMAND."""
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -91,7 +91,7 @@ def run(job: Job) -> dict[str, Any]:
     # Fused, it makes no tensors in its step, which would be the peak of a small model's.
     optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=job.decay, fused=True)
     schedule = get_scheduler(
-        job.schedule, optimizer, num_warmup_steps=min(paper.WARM_UP, job.steps // 10),
+        job.schedule, optimizer, num_warmup_steps=min(paper.WARM_UP, job.steps // 5),
         num_training_steps=job.steps,
     )  # fmt: skip
     judged = (job.held_out, job.pad_id, device)
