@@ -36,7 +36,7 @@ def compile(
     The default is the paper's. Take ``ratio=1.0, learn_chunk=256``, which is ordinary fine-tuning,
     where memory is short (on a GPU larger parts), and for preferences and rewards;
     ``ratio="labelled"`` where only completions have labels; ``ratio=0.5, score="gradient",
-    select="sample"`` where time is short on a CPU. What these learn was measured
+    select="sample"`` where time is short on a CPU. What shares of the tokens teach was measured
     (docs/quality.md); `gradient_quality` compares them on your data.
 
     Args:

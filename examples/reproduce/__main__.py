@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -370,10 +371,10 @@ def first_job(
 
 def job_of(job: Job, line: page.Run, place: int) -> Job:
     """The job of one run."""
-    given: dict[str, Any] = {**vars(job), "way": page.way_of(line), "seed": line["seed"]}
-    given["place"] = place
     rows: list[Row] = train.shuffled(job.train, line["seed"])
-    return Job(**{**given, "rate": line["rate"], "train": rows})
+    return dataclasses.replace(
+        job, way=page.way_of(line), seed=line["seed"], rate=line["rate"], train=rows, place=place
+    )
 
 
 def read(data: str | None) -> list[Pair]:
