@@ -35,14 +35,16 @@ tokens, TokenTune's and TokenSeek's among them, are run by fxseek.
 *Memory* is all that tensors take in a step: weights, gradients, AdamW's state and activations. A
 step's figure is its peak; *average* is the mean over steps, *maximal* the largest, both as a share
 of full-parameter training on every token. On CUDA every step is measured, by the allocator; on the
-CPU some steps spread over the run, and for the maximal the one with the longest row. Weights,
-gradients and AdamW's state are in each, and no share of the tokens changes them: rows within a
-point of each other may be in one order by average memory and in the other by maximal. Where rows
-are so few and short that the peak comes after the activations are freed, full-parameter ways take
-the same memory at any share. *Score* is the mean over the tasks, in per cent; the loss is that of
-held-out answers, in nats per token. Both are of the ordinary model. ± is the deviation over seeds.
-A question of *continuation* shows the beginning of a held-out answer, up to `context` words of it
-(0: any number), and asks which of four pieces of the same answer comes next. 0 steps are one epoch.
+CPU up to four, spread over the run, and for the maximal the one with the longest row: the two
+figures are the same where each of these has a row of `tokens` tokens, at which rows are cut.
+Weights, gradients and AdamW's state are in each, and no share of the tokens changes them: rows
+within a point of each other may be in one order by average memory and in the other by maximal.
+Where rows are so few and short that the peak comes after the activations are freed, full-parameter
+ways take the same memory at any share. *Score* is the mean over the tasks, in per cent; the loss is
+that of held-out answers, in nats per token. Both are of the ordinary model. ± is the deviation over
+seeds. A question of *continuation* shows the beginning of a held-out answer, up to `context` words
+of it (0: any number), and asks which of four pieces of the same answer comes next. 0 steps are one
+epoch.
 """
 
 

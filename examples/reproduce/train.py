@@ -25,7 +25,7 @@ from reproduce import methods, paper, tasks
 from reproduce.methods import Way
 
 MEASURED = 4
-"""Steps of a run whose memory is measured on the CPU; on CUDA it is every step's."""
+"""Steps whose memory a run on the CPU averages, at most; on CUDA it is every step's."""
 
 ROOM = {"cpu": 1024 * MIB, "cuda": 1024 * MIB}
 """What a process needs besides tensors."""
@@ -174,7 +174,7 @@ def measured_steps(job: Job) -> tuple[set[int], set[int]]:
     if torch.device(job.device).type == "cuda":
         return {*range(job.steps)}, {*range(job.steps)}
     steps = range(min(1, job.steps - 1), job.steps)
-    spread = {*steps[:: max(1, len(steps) // MEASURED)][:MEASURED]}
+    spread = {*steps[:: math.ceil(len(steps) / MEASURED)]}
     return spread, {*spread, max(steps, key=longest)}
 
 
