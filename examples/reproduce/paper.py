@@ -90,12 +90,12 @@ of the 18.9 GB that the abstract's 14.8 % and 2.8 GB make of full-parameter trai
 SmolLM2-135M in float32 are 2.2 GB, about a third of what it takes here. So QLoRA, which shrinks
 these alone, saves less here, and a selection, which shrinks activations alone, saves more. For each
 adapter of LoRA and QLoRA, dropout keeps a mask and an input of its own; on the CPU the mask is as
-large as the input, and SmolLM2-135M so trained takes more than full-parameter training does. What
-the paper's average is over, is not known: that it is far above the maximal where tokens are
-selected, fits a text of which most rows are short. Scores are of other models and tasks, and not to
-be compared. The paper's full-parameter rows score 26 % on HellaSwag, where guessing scores 25 % and
-its QLoRA rows 63 to 66 %: they have lost what the model knew, and that its QLoRA is better than its
-full-parameter training says little about other learning rates.
+large as the input, and with rows of 512 tokens SmolLM2-135M then takes more than full-parameter
+training does. What the paper's average is over, is not known: that it is far above the maximal
+where tokens are selected, fits a text of which most rows are short. Scores are of other models and
+tasks, and not to be compared. The paper's full-parameter rows score 26 % on HellaSwag, where
+guessing scores 25 % and its QLoRA rows 63 to 66 %: they have lost what the model knew, and that its
+QLoRA is better than its full-parameter training says little about other learning rates.
 """
 
 SHARE_SCORES = {10: 52.61, 20: 51.80, 30: 52.75, 40: 52.66, 50: 52.26}
