@@ -237,8 +237,8 @@ def test_resuming_from_a_checkpoint_without_the_callback(told, tmp_path, caplog)
 def test_resuming_from_a_checkpoint_with_two_callbacks(tmp_path):
     def trainer(steps: int) -> Trainer:
         args = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)
-        callbacks = [fxseek.SeekCallback(), fxseek.SeekCallback()]
-        return Trainer(compiled(small()), args, train_dataset=Rows(8), callbacks=callbacks)
+        both: list[TrainerCallback] = [fxseek.SeekCallback(), fxseek.SeekCallback()]
+        return Trainer(compiled(small()), args, train_dataset=Rows(8), callbacks=both)
 
     trainer(2).train()
     again = trainer(3)
