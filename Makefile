@@ -32,10 +32,10 @@ demo: $(STAMP) ## Fine-tune a real language model in six ways and compare them
 bench: $(STAMP) ## Measure step time and memory; write docs/benchmarks.md and its plots (hours)
 	$(BIN)/python examples/benchmark.py $(ARGS)
 
-quality: $(STAMP) ## Measure what a share of the tokens teaches; write docs/quality.md (hours)
+quality: $(STAMP) ## Measure what a share of the tokens teaches; write build/quality.md (hours)
 	$(BIN)/python examples/quality.py $(ARGS)
 
-reproduce: $(STAMP) ## Run the paper's table and ablations; write docs/reproduction.md (hours)
+reproduce: $(STAMP) ## Run the paper's table and ablations; write build/reproduction.md (hours)
 	$(BIN)/python examples/reproduce $(ARGS)
 
 # One thread a worker: the tests' tensors are small, so two workers beat two threads.

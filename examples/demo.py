@@ -224,16 +224,22 @@ def run(job: Job) -> Result:
     with common.PeakBytes(device) as first:
         for step in range(UNTIMED_STEPS):
             learn(step)
-    with common.PeakBytes(device) as peak:
-        for step in range(UNTIMED_STEPS, MOST * job.steps):
-            learn(step)
-            ends, in_time = step + 1 == job.steps, at_time is None and _spent(seconds, job.seconds)
-            if ends or in_time:
-                found = common.held_out_loss(model, *judged)
-                after_steps = found if ends else after_steps
-                at_time = (found, step + 1) if in_time else at_time
-            if after_steps is not None and (at_time is not None or job.seconds is None):
-                break
+    done, peak_bytes = UNTIMED_STEPS, 0
+    while after_steps is None or (
+        at_time is None and job.seconds is not None and done < MOST * job.steps
+    ):
+        ends = in_time = False
+        with common.PeakBytes(device) as peak:  # of steps: an evaluation takes memory, too
+            while not ends and not in_time and done < MOST * job.steps:
+                learn(done)
+                done += 1
+                ends = done == job.steps
+                in_time = at_time is None and _spent(seconds, job.seconds)
+        peak_bytes = max(peak_bytes, peak.bytes)
+        if ends or in_time:
+            found = common.held_out_loss(model, *judged)
+            after_steps = found if ends else after_steps
+            at_time = (found, done) if in_time else at_time
     bar.close()
     assert after_steps is not None
     if job.method == SHOWN:
@@ -245,7 +251,7 @@ def run(job: Job) -> Result:
     return Result(
         method=job.method,
         saved_bytes=saved_bytes[0],
-        peak_bytes=peak.bytes,
+        peak_bytes=peak_bytes,
         first_bytes=first.bytes,
         step_seconds=statistics.median(seconds[UNTIMED_STEPS:]),
         loss_before=before,

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import programs
 import quality_page
 from common import ExampleError, ModelSource, Row
 
-DOCS = Path(__file__).parents[1] / "docs"
+BUILD = Path(__file__).parents[1] / "build"
 SHARES = (0.1, 0.25, 0.5)
 # The ways that have a ratio: name and options of fxseek.compile. "As published" selects among all
 # tokens, as the papers do; the other ways among those that have a label.
@@ -73,6 +74,13 @@ ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
     ),
 }
 TIMED_PAIRS = 5  # the first is not counted
+KILLED = (
+    "a process was killed, as by too little memory, and with it the runs beside it and those to "
+    "come: lower --workers, and the same call goes on"
+)
+LOWEST = {"steps": 1, "seeds": 1, "first_seed": 0, "every": 1, "batch": 1, "workers": 1,
+          "tokens": 2, "held_out": 1}  # fmt: skip
+"""The least that options may be."""
 
 
 Line = dict[str, Any]
@@ -103,16 +111,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         programs.check_writable("--page", options.page)
         programs.check_writable("--out", options.out)
-        run_all(options)
-        quality_page.write(options.page, options.out)
+        try:
+            run_all(options)
+        finally:
+            write_page(options)
     except ExampleError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nquality: stopped; the same call goes on from here", file=sys.stderr)
         return 130
-    print(f"\nWritten: {options.page}")
     return 0
+
+
+def write_page(options: argparse.Namespace) -> None:
+    """The page of the runs, where there are any."""
+    if not options.out.exists():
+        return
+    try:
+        quality_page.write(options.page, options.out)
+    except OSError as error:
+        raise ExampleError(f"--page {options.page} cannot be written: {error}") from error
+    print(f"\nWritten: {options.page}, from {options.out}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -131,20 +151,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=4, help="rows of a step (%(default)s)")
     add("--tokens", type=int, default=768, help="the longest row (%(default)s)")
     least = quality_page.LEAST
-    add(
-        "--least",
-        type=int,
-        default=least,
-        help="characters of the shortest docstring (%(default)s)",
-    )
+    add("--least", type=int, help=f"characters of the shortest docstring ({least})")
     add("--held-out", type=int, default=24, help="rows to judge by (%(default)s)")
     add("--rate", type=float, help="learning rate (default: 5e-4 for LoRA, 2e-5 for full)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--what", default="timings,runs", help="some of %(default)s")
     add("--workers", type=int, default=1, help="runs at a time (%(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
-    add("--out", type=Path, default=DOCS / "quality.jsonl", help="a line a run (%(default)s)")
-    add("--page", type=Path, default=DOCS / "quality.md", help="the page (%(default)s)")
+    add("--out", type=Path, default=BUILD / "quality.jsonl", help="a line a run "
+        "(build/quality.jsonl; what stands in docs is in docs/quality.jsonl)")  # fmt: skip
+    add("--page", type=Path, help="the page (default: beside --out, with .md)")
     options = parser.parse_args(arguments)
     kinds = ["timings", "runs"]
     for name, known in (("tunings", ["lora", "full"]), ("arms", list(ARMS)), ("what", kinds)):
@@ -153,34 +169,53 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if unknown:
             parser.error(f"--{name} has {', '.join(unknown)}; there are {', '.join(known)}")
         setattr(options, name, chosen)
-    for name in ("steps", "seeds", "every", "batch", "workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    for name, smallest in LOWEST.items():
+        if getattr(options, name) < smallest:
+            parser.error(f"--{name.replace('_', '-')} must be at least {smallest}")
+    if options.data and options.least is not None:
+        parser.error("--least is for docstrings: leave it out where --data is given")
+    if not options.data and options.least is None:
+        options.least = least
+    options.page = options.page or options.out.with_suffix(".md")
     programs.check_rate(parser, options.rate)
     options.device = programs.device_of(parser, options.device)
     return options
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Every run that the file does not have yet."""
+    """Every run that the file does not have yet.
+
+    Raises:
+        ExampleError: some did not run, and why; or the file has runs of other data or another model
+            of these names.
+    """
     common.quiet()
-    done = {quality_page.key(line) for line in quality_page.read(options.out)}
+    done = {quality_page.key(line): line for line in quality_page.read(options.out)}
     source = common.find_model(options.model)
-    left = [line for line in settings(options, source.name) if quality_page.key(line) not in done]
-    if not left:
-        return
+    lines = [*settings(options, source.name)]
     tokenizer = common.load_tokenizer(source)
     if options.data:
         pairs = common.read_alpaca(options.data)
     else:
         pairs = common.docstring_pairs(least_characters=options.least)
-    pad_id = common.pad_id_of(tokenizer)
     rows = {
         seed: common.split_rows(
             pairs, tokenizer, options.tokens, options.steps * options.batch, options.held_out, seed
         )
-        for seed in {line["seed"] or 0 for line in left}
+        for seed in {line["seed"] or 0 for line in lines}
     }
+    origins = {seed: common.origin_of(source, some) for seed, some in rows.items()}
+    for line in lines:
+        line["origin"] = origins[line["seed"] or 0]
+        known = done.get(quality_page.key(line))
+        if known is not None and (other := common.other_origin(known, line["origin"])):
+            raise ExampleError(
+                f"{options.out} has a run of {line['arm']} with {other}: give another --out"
+            )
+    left = [line for line in lines if quality_page.key(line) not in done]
+    if not left:
+        return
+    pad_id = common.pad_id_of(tokenizer)
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(left), desc="quality") as bar:
         # dequantised once, not in every process
@@ -206,6 +241,9 @@ def run_all(options: argparse.Namespace) -> None:
                     bar.update()
                     try:
                         found = future.result()
+                    except BrokenProcessPool:
+                        failed.append(f"{line['arm']}, {line['tuning']}: {KILLED}")
+                        continue
                     except Exception as error:
                         failed.append(f"{line['arm']}, {line['tuning']}: {error}")
                         continue
@@ -229,14 +267,14 @@ def settings(options: argparse.Namespace, model: str) -> Iterator[Line]:
                 yield {
                     "model": model,
                     "data": Path(options.data).stem if options.data else quality_page.TEXT,
-                    "least": None if options.data else options.least,
+                    "least": options.least,
                     "tuning": tuning,
                     "tokens": options.tokens,
                     "batch": options.batch,
                     "steps": options.steps,
                     "every": options.every,
                     "held_out": options.held_out,
-                    "rate": options.rate or (2e-5 if tuning == "full" else 5e-4),
+                    "rate": options.rate or quality_page.RATES[tuning],
                     "dtype": options.dtype,
                     "device": options.device,
                     "arm": arm,

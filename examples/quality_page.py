@@ -16,7 +16,10 @@ from common import ExampleError
 Run = dict[str, Any]
 
 TEXT = "documentation"
+MODEL = "SmolLM2-135M-Instruct.Q4_1"
 LEAST = 600
+RATES = {"lora": 5e-4, "full": 2e-5}
+"""What runs are of where the command does not say."""
 SETTING = ("model", "data", "least", "tuning", "tokens", "batch", "steps", "every", "held_out",
            "rate", "dtype")  # fmt: skip
 """What runs of one table have in common."""
@@ -28,7 +31,7 @@ PUBLISHED = {"tokentune": "TokenTune", "tokenseek": "TokenSeek"}
 
 HEAD = """# What a share of the tokens teaches
 
-Written by `make quality` (`examples/quality.py`), from the runs in `quality.jsonl`. Each run trains
+Written by `make quality` (`examples/quality.py`), from the runs in `{runs}`. Each run trains
 for some steps; the loss is that of held-out answers, in nats per token, of the ordinary model. Only
 answers have labels, and a ratio counts all tokens of a row: where prompts are long, ways that
 select among labelled tokens learn a larger share of those. Rows of documentation, of which older
@@ -94,7 +97,7 @@ def write(page: Path, out: Path) -> None:
     lines = sorted(read(out), key=lambda run: tuple(map(str, setting(run))))
     runs = [line for line in lines if line["seed"] is not None]
     timings = [line for line in lines if line["seed"] is None]
-    sections = [HEAD]
+    sections = [HEAD.replace("{runs}", out.name)]
     for number, (_, group) in enumerate(groupby(runs, setting)):
         some = list(group)
         step = {name: some[0][name] for name in STEP}
@@ -193,12 +196,20 @@ def title(runs: Sequence[Run], timings: Iterable[Run]) -> str:
             f"{share:.0%} of them with labels)"
         )
     machines = ", ".join(sorted({line["machine"] for line in timings}))
-    data = "" if first["data"] == TEXT else f"--data {first['data']}.jsonl "
-    least = "" if first["least"] in (None, LEAST) else f"--least {first['least']} "
-    command = (
-        f"{data}{least}--tunings {first['tuning']} --tokens {first['tokens']} "
-        f"--batch {first['batch']} --steps {first['steps']} --every {first['every']} "
-        f"--held-out {first['held_out']} --seeds {len({run['seed'] for run in runs})}"
+    seeds = sorted({run["seed"] for run in runs})
+    given = {
+        "data": None if first["data"] == TEXT else f"{first['data']}.jsonl",
+        "model": None if first["model"] == MODEL else first["model"],
+        "least": None if first["least"] == LEAST else first["least"],
+        "rate": None if first["rate"] == RATES[first["tuning"]] else f"{first['rate']:g}",
+        "dtype": None if first["dtype"] == "float32" else first["dtype"],
+        "tunings": first["tuning"],
+        **{name: first[name] for name in ("tokens", "batch", "steps", "every", "held_out")},
+        "first_seed": seeds[0] or None,
+        "seeds": len(seeds),
+    }
+    command = " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None
     )
     before = {run["seed"]: run["losses"][0][1] for run in runs}
     return (
@@ -325,7 +336,7 @@ def draw(path: Path, runs: Sequence[Run], timings: Sequence[Run]) -> None:
             colour = colours[families.setdefault(family, len(families)) % 10]
             line = {"0.1": ":", "0.25": "--"}.get(share, "-")
             steps = [step for step, _ in some[0]["losses"]]
-            gains = [[100 * x for x in gained(some, runs, at) or [0.0]] for at in steps]
+            gains = [[100 * x for x in gained(some, runs, at) or [math.nan]] for at in steps]
             means = [statistics.mean(each) for each in gains]
             apart = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in gains]
             given = {"color": colour, "ls": line, "marker": "o", "ms": 2, "lw": 1.1}

@@ -1,7 +1,8 @@
 """Selecting: from scores to the kept positions of every row and their weights in the loss.
 
-Pure tensor functions, under ``no_grad``. None waits for the device: how many positions are kept
-is given, and all cases (rows with few labels, much padding) are orders, not branches.
+Pure tensor functions, under ``no_grad``. All but `select_labelled` are told how many positions are
+kept, and none of these waits for the device: all cases (rows with few labels, much padding) are
+orders, not branches.
 
 Sizes: batch, tokens, kept (k, the same for all rows of a batch).
 """
@@ -199,7 +200,8 @@ def select_labelled(supervised: Tensor, required: Tensor | None = None) -> Selec
     Shapes: supervised Bool [batch, tokens]; required Long [batch, any].
     """
     own = supervised if required is None else supervised.scatter(-1, required, True)
-    counts = own.sum(-1).clamp_min(1)
+    own = torch.cat((own[:, :1] | ~own.any(-1, keepdim=True), own[:, 1:]), -1)
+    counts = own.sum(-1)
     k = int(counts.max())
     if len(counts) == 1:
         counts = None  # nothing to fill up
@@ -233,9 +235,10 @@ def select_sample(
     both counted over the whole batch: ``Σ weight · loss / kept positions with a label`` estimates
     the batch's mean loss over all labelled positions without bias.
 
-    A row with at most ``k`` labelled positions keeps them all; unlabelled valid positions fill it
-    up by mass, then invalid ones, with weight 1 (they have no label). Labels at invalid positions
-    don't count. ``supervised=None`` takes every valid position as labelled.
+    A row that has no more labelled positions than it keeps beside ``required`` ones keeps them all;
+    unlabelled valid positions fill it up by mass, then invalid ones, with weight 1 (they have no
+    label). Labels at invalid positions don't count. ``supervised=None`` takes every valid position
+    as labelled.
 
     The draws come from ``generator``, on the CPU, so that all devices select alike.
 

@@ -71,6 +71,11 @@ def plan_scores(
             "captured graph, from values of all tokens. Pass labels to the model, or use "
             "select='topk'."
         )
+    if config.select == "sample" and targets is None:
+        raise GraphError(
+            "select='sample' weighs each token's loss, and the captured graph has no cross-entropy "
+            "over tokens that fxseek knows. Use select='topk'."
+        )
     if config.supervised_only and targets is None:
         raise GraphError(
             "supervised_only=True selects among the positions that have a label, and the captured "

@@ -673,10 +673,57 @@ def test_the_quality_runs_go_on_where_they_stopped(
     assert "## counting, full" in text
     assert "sampled spans of 8, 50 %" in text
     assert "| gain of labelled tokens" in text and "≥ 98 %" in text
-    assert "--data counting.jsonl --tunings full --tokens 768 --batch 2 --steps 4 --every 2" in text
+    told = f"--data counting.jsonl --model {folder.name} --tunings full --tokens 768 --batch 2"
+    assert f"`python examples/quality.py {told} --steps 4 --every 2 --held-out 2 --seeds 2`" in text
     assert (tmp_path / "quality-0.svg").exists()
     out.write_text(first + "{}\n")
     assert quality.main([*always, "--arms", "ordinary", "--seeds", "1"]) == 2
+
+
+def test_a_quality_run_of_other_data_of_the_same_name_is_refused(
+    folder: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
+    out, other = tmp_path / "runs.jsonl", tmp_path / "other" / alpaca.name
+    other.parent.mkdir()
+    given = f"--model {folder} --tunings lora --what runs --seeds 1 --steps 1 --arms ordinary"
+    given = [*given.split(), "--held-out", "2", "--out", str(out)]
+    assert quality.main([*given, "--data", str(alpaca)]) == 0
+    assert (tmp_path / "runs.md").exists()
+    before = out.read_text()
+    other.write_text(alpaca.read_text().replace("1", "one"))
+    assert quality.main([*given, "--data", str(other)]) == 2
+    assert "a --data of the same name and other content" in capsys.readouterr().err
+    assert quality.main([*given, "--data", str(alpaca)]) == 0
+    assert out.read_text() == before
+
+
+def test_a_killed_quality_run_is_named(
+    folder: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", OutOfMemory)
+    given = ["--model", str(folder), "--data", str(alpaca), "--out", str(tmp_path / "runs.jsonl")]
+    given += ["--held-out", "2", "--tunings", "lora", "--arms", "ordinary", "--what", "runs"]
+    assert quality.main(given) == 2
+    assert "ordinary, lora: a process was killed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--held-out 0", "--held-out must be at least 1"),
+        ("--first-seed -1", "--first-seed must be at least 0"),
+        ("--data my.jsonl --least 300", "--least is for docstrings"),
+    ],
+)
+def test_bad_arguments_of_quality(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(arguments.split())
+    assert said in capsys.readouterr().err
 
 
 def test_a_quality_run_that_fails_is_named_and_the_others_are_kept(

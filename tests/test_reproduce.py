@@ -439,13 +439,13 @@ def test_other_rows_or_another_model_of_the_same_name_are_refused(
     monkeypatch.setattr(program, "apart", never)
     assert program.main(arguments) == 0
     weights, data = copy / "model.safetensors", copy / "counting.jsonl"
-    for changed, option in ((weights, "--model"), (data, "--data")):
+    for changed, option in ((weights, "a --model"), (data, "other rows: a --data")):
         before = changed.read_bytes()
         changed.write_bytes(before.replace(b"Count", b"Sum up") + b"\n")
         for methods_ in ("full", "lora"):  # a row of its own would be in the same table
             assert program.main([*arguments, "--methods", methods_]) == 2
             assert re.search(
-                rf"{file.name} was run with a {option} .* give another --out, or delete",
+                rf"{file.name} was run with {option} .* give another --out, or delete",
                 capsys.readouterr().err,
             )
         changed.write_bytes(before)
@@ -463,15 +463,10 @@ def test_names_of_data_keep_what_is_no_suffix() -> None:
     ]  # fmt: skip
 
 
-def test_only_the_offline_table_is_written_into_the_documentation() -> None:
-    docs, build = program.DOCS / "reproduction", program.BUILD / "reproduction"
-    for arguments, out in (
-        ([], docs), (["--methods", "full", "--seeds", "1", "--what", "table"], docs),
-        (["--preset", "small"], build), (["--data", "my.jsonl"], build),
-        (["--steps", "3"], build), (["--model", "some/model"], build), (["--rate", "1"], build),
-        (["--out", "here/set-v1.5"], Path("here/set-v1.5")),
-    ):  # fmt: skip
-        options = program.parse(arguments)
+def test_nothing_is_written_into_the_documentation_unasked() -> None:
+    build = program.BUILD / "reproduction"
+    for given, out in ([], build), (["--out", "here/set-v1.5"], Path("here/set-v1.5")):
+        options = program.parse(given)
         assert options.out == out
         assert options.page == Path(f"{out.resolve()}.md")
 
@@ -547,7 +542,14 @@ def test_the_plan_of_the_offline_preset() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["", "--steps 48 --held-out 9 --context 0", "--rate 0.5", "--preset small", "--tasks none"],
+    [
+        "",
+        "--steps 48 --held-out 9 --context 0",
+        "--rate 0.5",
+        "--rate 2e-5",
+        "--preset small",
+        "--tasks none",
+    ],
 )
 def test_the_command_of_a_table_gives_its_runs_again(arguments: str) -> None:
     def lines(arguments: list[str]) -> list[page.Run]:
@@ -652,6 +654,14 @@ def test_another_rate_is_a_row_of_its_own() -> None:
     assert [*page.grouped([other, own])] == ["Full parameter"]
 
 
+def test_memory_is_a_share_of_the_same_seeds() -> None:
+    main = [run_of("full", 40.0, 2.0), run_of("full", 60.0, 2.0, seed=1)]
+    some = [run_of("lora", 30.0, 2.0, seed=seed) for seed in range(3)]
+    assert page.shares(some, main, "average") == [75.0, 50.0]
+    assert page.shares(main, main, "maximal") == [100.0, 100.0]
+    assert page.shares(some, some, "average") == []
+
+
 def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, run, replace = tmp_path / "a.json", run_of("full", 40.0, 2.0), os.replace
 
@@ -702,9 +712,13 @@ def test_the_papers_figures_are_beside_those_of_the_runs() -> None:
             for line in page.figures([runs, without]).splitlines()]  # fmt: skip
     assert rows[0] == ["method", "the paper", "m, cpu"]
     assert ["Full parameter", "100.0 % / 100.0 %, 40.8", "100.0 % / 100.0 %, 60.0"] in rows
-    assert ["QLoRA + TokenSeek", "14.8 % / 14.3 %, 52.6", "10.0 % / 10.0 %, 37.5"] in rows
+    # of a seed's own rows
+    assert ["QLoRA + TokenSeek", "14.8 % / 14.3 %, 52.6", "12.5 % / 12.5 %, 37.5"] in rows
     assert ["Full parameter + TokenSeek", "64.6 % / 34.3 %, 41.1", "–"] in rows
     assert len(rows) == 2 + len(paper.FIGURES)
+    runs.append({**run_of("qlora+tokenseek", 5.0, 3.0), "rate": 1.0})
+    (row,) = [x for x in page.figures([runs]).splitlines() if x.startswith("| QLoRA + TokenSeek")]
+    assert row.split("|")[-2].strip() == "at several rates"
 
 
 def test_the_page_says_how_uncertain_few_questions_leave_a_score() -> None:

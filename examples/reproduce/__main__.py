@@ -46,13 +46,11 @@ from reproduce import methods, page, paper, tasks, train
 from reproduce.methods import Way
 from reproduce.train import Job, apart
 
-DOCS = Path(__file__).parents[2] / "docs"
-BUILD = DOCS.with_name("build")
+BUILD = Path(__file__).parents[2] / "build"
 SETTING = ("tokens", "batch", "accumulate", "steps", "held_out", "questions", "context", "schedule",
            "decay", "dtype", "device")  # fmt: skip
 """Options that runs of one table have in common, beside model, data and tasks."""
 SUFFIXES = (".json", ".jsonl")
-WEIGHTS = ("*.safetensors", "*.bin")
 PARTS = ("table", "ablations")
 LEAST = {"seeds": 1, "batch": 1, "accumulate": 1, "workers": 1, "tokens": 1, "held_out": 1,
          "steps": 0, "context": 0, "decay": 0}  # fmt: skip
@@ -122,17 +120,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--workers", type=int, default=1, help="runs at a time (%(default)s)")
-    add("--out", type=Path, help="folder of a file a run (offline as it is: docs/reproduction, "
-        "else build/reproduction)")  # fmt: skip
+    add("--out", type=Path, default=BUILD / "reproduction", help="folder of a file a run "
+        "(build/reproduction; what stands in docs is in docs/reproduction)")  # fmt: skip
     add("--page", type=Path, help="the page (default: beside --out, with .md)")
     options = parser.parse_args(arguments)
     asked = [name for name in ("methods", "also", "ablate") if getattr(options, name) is not None]
     if "methods" in asked and (options.also or "none") != "none":
         parser.error("--also is for the default methods: name all that are to run in --methods")
     preset = options.preset or ("paper" if options.model else "offline")
-    own = ("model", "data", "tasks", "rate", *(name for name in SETTING if name != "device"))
-    plain = preset == "offline" and all(getattr(options, name) is None for name in own)
-    options.out = options.out or (DOCS if plain else BUILD) / "reproduction"
     options.page = options.page or Path(f"{options.out.resolve()}.md")
     for name, value in paper.PRESETS[preset].items():
         if getattr(options, name) is None:
@@ -217,7 +212,7 @@ def run_all(options: argparse.Namespace, problems: list[str]) -> None:
     lines = [line_of(options, source.name, *one) for one in planned(options)]
     tokenizer = common.load_tokenizer(source)
     texts = texts_of(options, tokenizer)
-    origin = origin_of(source, texts)
+    origin = common.origin_of(source, texts)
     refuse_other_origin(done, lines, origin)
     files = [file_of(options.out, line) for line in lines]
     problems += filter(None, (unscored(done[file], file) for file in files if file in done))
@@ -305,23 +300,6 @@ def texts_of(options: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     return common.split_rows(pairs, tokenizer, options.tokens, wanted, options.held_out, seed=0)
 
 
-def origin_of(source: ModelSource, texts: Texts) -> dict[str, str]:
-    """Digests of the rows, and of the model's files or of its hub id.
-
-    They are not in a run's key: names are, and the same name may be of something else later.
-    """
-    rows = json.dumps([[(row.ids, row.labels) for row in some] for some in texts])
-    model, folder = hashlib.sha256(), Path(source.location)
-    if folder.is_dir():
-        kinds = [source.gguf_file] if source.gguf_file else ["config.json", *WEIGHTS]
-        for file in sorted(file for kind in kinds for file in folder.glob(kind)):
-            with file.open("rb") as opened:
-                model.update(hashlib.file_digest(opened, "sha256").digest())
-    else:
-        model.update(source.location.encode())
-    return {"rows": hashlib.sha256(rows.encode()).hexdigest()[:16], "model": model.hexdigest()[:16]}
-
-
 def refuse_other_origin(
     done: dict[Path, page.Run], lines: Sequence[page.Run], origin: dict[str, str]
 ) -> None:
@@ -332,13 +310,8 @@ def refuse_other_origin(
     """
     settings = [line["setting"] for line in lines]
     for file, run in done.items():
-        known = run.get("origin", origin)
-        if run["setting"] in settings and known != origin:
-            other = "--data" if known["model"] == origin["model"] else "--model"
-            raise ExampleError(
-                f"{file} was run with a {other} of the same name and other content: give another "
-                "--out, or delete the file"
-            )
+        if run["setting"] in settings and (other := common.other_origin(run, origin)):
+            raise ExampleError(f"{file} was run with {other}: give another --out, or delete it")
 
 
 def first_job(

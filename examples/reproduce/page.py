@@ -34,11 +34,11 @@ tokens, TokenTune's and TokenSeek's among them, are run by fxseek.
 
 *Memory* is all that tensors take in a step: weights, gradients, AdamW's state and activations. A
 step's figure is its peak; *average* is the mean over steps, *maximal* the largest, both as a share
-of full-parameter training on every token. On CUDA every step is measured, by the allocator; on the
-CPU up to four, spread over the run, and for the maximal the one with the longest row: the two
-figures are the same where each of these has a row of `tokens` tokens, at which rows are cut.
-Weights, gradients and AdamW's state are in each, and no share of the tokens changes them: rows
-within a point of each other may be in one order by average memory and in the other by maximal.
+of full-parameter training on every token and the same rows. On CUDA every step is measured, by the
+allocator; on the CPU up to four, spread over the run, and for the maximal the one with the longest
+row: the two figures are the same where each of these has a row of `tokens` tokens, at which rows
+are cut. Weights, gradients and AdamW's state are in each, and no share of the tokens changes them:
+rows within a point of each other may be in one order by average memory and in the other by maximal.
 Where rows are so few and short that the peak comes after the activations are freed, full-parameter
 ways take the same memory at any share. *Score* is the mean over the tasks, in per cent; the loss is
 that of held-out answers, in nats per token. Both are of the ordinary model. ± is the deviation over
@@ -170,7 +170,7 @@ def command(runs: Sequence[Run]) -> str:
     if (setting["model"], setting["data"]) != (usual["model"], usual["data"]):
         return ""
     given = {name: value for name, value in setting.items() if value != usual[name]}
-    if len(rates) == 1 and all(run["rate"] != paper.RATES[way_of(run).tuner] for run in runs):
+    if len(rates) == 1 and any(run["rate"] != paper.RATES[way_of(run).tuner] for run in runs):
         given["rate"] = f"{rates.pop():g}"
     options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
     return f"```\n{' '.join(['python examples/reproduce', *options])}\n```\n"
@@ -210,16 +210,20 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def base(runs: Iterable[Run], kind: str) -> float | None:
-    """Bytes of full-parameter training on every token; None where it was not run."""
-    found = [run["found"]["memory"][kind] for run in runs if way_of(run) == Way("full", "", None)]
-    return statistics.mean(found) if found else None
+def bases(runs: Iterable[Run], kind: str) -> dict[int, float]:
+    """Bytes of full-parameter training on every token, by seed: rows differ."""
+    full = (run for run in runs if way_of(run) == Way("full", "", None))
+    return {run["seed"]: run["found"]["memory"][kind] for run in full}
 
 
 def shares(some: Iterable[Run], main: Sequence[Run], kind: str) -> list[float]:
-    """Memory in per cent of full-parameter training on every token."""
-    whole = base(main, kind)
-    return [] if whole is None else [100 * run["found"]["memory"][kind] / whole for run in some]
+    """Memory of the runs in per cent of full-parameter training on every token of their seed."""
+    whole = bases(main, kind)
+    return [
+        100 * run["found"]["memory"][kind] / whole[run["seed"]]
+        for run in some
+        if run["seed"] in whole
+    ]
 
 
 def scores(some: Iterable[Run]) -> list[float]:
@@ -295,7 +299,7 @@ def figures(settings: Sequence[Sequence[Run]]) -> str:
         shares = ["–" if x is None else f"{x:.1f} %" for x in (average, maximal)]
         return f"{' / '.join(shares)}, {'–' if score is None else f'{score:.1f}'}"
 
-    settings = [some for some in settings if base(some, "average") is not None]
+    settings = [some for some in settings if bases(some, "average")]
     named = [f"{x[0]['setting']['model']}, {x[0]['setting']['device']}" for x in settings]
     rows = []
     for method, known in paper.FIGURES.items():
@@ -306,7 +310,8 @@ def figures(settings: Sequence[Sequence[Run]]) -> str:
             some = [run for run in runs if way_of(run) == way]
             memory = [shares(some, runs, kind) for kind in ("average", "maximal")]
             means = [statistics.mean(x) if x else None for x in (*memory, scores(some))]
-            row.append(told(*means) if some else "–")
+            several = len({run["rate"] for run in some}) > 1
+            row.append("at several rates" if several else told(*means) if some else "–")
         rows.append(row)
     return common.table(["method", "the paper", *named], rows)
 
@@ -381,7 +386,7 @@ def bars(runs: Sequence[Run], main: Sequence[Run]) -> Figure:
             [shares(some, main, "average") for some in found.values()],
         ),
     ):
-        means = [statistics.mean(some) if some else 0.0 for some in values]
+        means = [statistics.mean(some) if some else math.nan for some in values]
         panel.errorbar(means, range(len(means)), xerr=[deviation(x) for x in values], fmt="o", ms=4)
         panel.set_yticks(range(len(names)), names)
         panel.set_xlabel(title)

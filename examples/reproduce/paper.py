@@ -87,15 +87,16 @@ DIFFERENCES = """\
 Shares of memory depend on how much of it activations take. Llama-3.2-1B has 1.24 G parameters:
 weights, gradients and AdamW's state in bfloat16, as TokenTune's script has them, are 9.9 GB, a half
 of the 18.9 GB that the abstract's 14.8 % and 2.8 GB make of full-parameter training. Those of
-SmolLM2-135M in float32 are 2.2 GB, about a third of what it takes here. So QLoRA, which shrinks
-these alone, saves less here, and a selection, which shrinks activations alone, saves more. For each
-adapter of LoRA and QLoRA, dropout keeps a mask and an input of its own; on the CPU the mask is as
-large as the input, and with rows of 512 tokens SmolLM2-135M then takes more than full-parameter
-training does. What the paper's average is over, is not known: that it is far above the maximal
-where tokens are selected, fits a text of which most rows are short. Scores are of other models and
-tasks, and not to be compared. The paper's full-parameter rows score 26 % on HellaSwag, where
-guessing scores 25 % and its QLoRA rows 63 to 66 %: they have lost what the model knew, and that its
-QLoRA is better than its full-parameter training says little about other learning rates.
+SmolLM2-135M in float32 are 2.2 GB, about a third of what it takes with 4 rows of 512 tokens. So
+there QLoRA, which shrinks these alone, saves less than the paper's, and a selection, which shrinks
+activations alone, saves more. For each adapter of LoRA and QLoRA, dropout keeps a mask and an input
+of its own; on the CPU the mask is as large as the input, and with rows of 512 tokens SmolLM2-135M
+then takes more than full-parameter training does. What the paper's average is over, is not known:
+that it is far above the maximal where tokens are selected, fits a text of which most rows are
+short. Scores of SmolLM2-135M and of the task made of held-out text are not to be compared with the
+paper's. The paper's full-parameter rows score 26 % on HellaSwag, where guessing scores 25 % and its
+QLoRA rows 63 to 66 %: they have lost what the model knew, and that its QLoRA is better than its
+full-parameter training says little about other learning rates.
 """
 
 SHARE_SCORES = {10: 52.61, 20: 51.80, 30: 52.75, 40: 52.66, 50: 52.26}

@@ -5,6 +5,7 @@ Imported on first use, for transformers takes seconds and a loop of one's own ne
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -24,6 +25,8 @@ except ImportError:  # Windows
     resource = None
 
 __all__ = ["SeekCallback"]
+
+log = logging.getLogger("fxseek")
 
 
 class SeekCallback(TrainerCallback, ExportableState):
@@ -120,9 +123,10 @@ class SeekCallback(TrainerCallback, ExportableState):
         if self._pages is not None:
             config = step.config
             self._pages.check(kwargs.get("processing_class"), config.score, config.is_scored)
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if state.global_step and isinstance(saved, dict):
-            resume(step.model, saved["attributes"]["_steps"])
+        name = type(self).__name__
+        if state.global_step:
+            _go_on(step, state.stateful_callbacks.get(name))
+        state.stateful_callbacks.setdefault(name, self.state())  # which the Trainer writes over
         step.recorder.timed = self.timings
         self._steps, self._last = step.recorder.step, step.recorder.last
 
@@ -187,6 +191,20 @@ class SeekCallback(TrainerCallback, ExportableState):
     def _add(self, key: str, value: Any) -> None:
         self._sums[key] = self._sums.get(key, 0.0) + value
         self._counts[key] = self._counts.get(key, 0) + 1
+
+
+def _go_on(step: SeekStep, saved: Any) -> None:
+    """Start at the forward that a checkpoint ended with, by a callback's saved state."""
+    if isinstance(saved, list):  # of several callbacks, the newest last
+        saved = saved[-1]
+    if saved is not None:
+        resume(step.model, saved["attributes"]["_steps"])
+    elif not step.recorder.step:
+        log.warning(
+            "the checkpoint was saved without SeekCallback and does not say how many forwards came "
+            "before it: random scores, samples and a ratio that follows forwards start anew. To go "
+            "on with them, call fxseek.resume(model, forwards) before trainer.train()."
+        )
 
 
 def _step(model: Any) -> SeekStep | None:

@@ -101,7 +101,9 @@ def cross_entropy_parts(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropy over kept positions that have a label, and their mass.
 
-    Without class weights and scale, the mass is the number of these positions.
+    Without class weights and scale, the mass is the number of these positions: a sample's weights
+    are made for it. With them it is the weighted sum of what the positions count for, as an
+    estimate of what all count for.
 
     Shapes: logits and target of the kept positions, as `F.cross_entropy` takes them; weights
     [batch, kept], 0 where padding fills a row up (its label does not count); class_weights
@@ -124,7 +126,10 @@ def cross_entropy_parts(
     if not indices:
         losses = losses.masked_fill(~counts, 0.0)
     masses = _masses(counts, target if indices else None, class_weights, scale)
-    return (_scaled(losses, scale) * share.to(losses.dtype)).sum(), masses.sum()
+    share = share.to(losses.dtype)
+    if masses is not counts:
+        masses = masses * share
+    return (_scaled(losses, scale) * share).sum(), masses.sum()
 
 
 class Scratch:

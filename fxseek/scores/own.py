@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fxseek import _torch
 from fxseek.errors import ScoreError
 from fxseek.scores.base import ScoreInputs, Scorer
 from fxseek.scores.measures import wide
@@ -34,7 +35,7 @@ class Own(Scorer):
         """The function's, checked."""
         with torch.no_grad():
             scores = self.function(given)
-        return check_scores(scores, given.valid).to(given.valid.device)
+        return check_scores(scores, given.valid)
 
     def mass(self, scores: Tensor, parts: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         """The scores themselves."""
@@ -45,8 +46,9 @@ class Own(Scorer):
 def check_scores(scores: object, valid: Tensor) -> Tensor:
     """A score function's result as [batch, tokens] float32 or float64, or what is wrong with it.
 
-    Integers and booleans are converted. ``-inf`` means "keep anything else first"; NaN and ``+inf``
-    are refused. Only valid positions are judged, the others become ``-inf``.
+    Integers and booleans are converted, to float64 where the device has it. ``-inf`` ranks a token
+    below all others; NaN and ``+inf`` are refused. Only valid positions are judged, the others
+    become ``-inf``. The result is on the device of `valid`.
 
     Waits for the device once.
 
@@ -70,14 +72,15 @@ def check_scores(scores: object, valid: Tensor) -> Tensor:
             f"the score function returned shape {list(scores.shape)}; expected [batch, tokens] = "
             f"[{batch}, {tokens}]. {_shape_remedy(tuple(scores.shape), batch, tokens)}"
         )
-    scores = scores.detach().to(wide(scores)).masked_fill(~valid, -math.inf)
+    dtype = wide(scores) if scores.is_floating_point() else _torch.widest(valid.device)
+    scores = scores.detach().to(valid.device, dtype).masked_fill(~valid, -math.inf)
     wrong = scores.isnan() | (scores == math.inf)
     if bool(wrong.any()):
         row, token = wrong.nonzero()[0].tolist()
         raise ScoreError(
             f"{int(scores.isnan().sum())} of {batch * tokens} scores are NaN and "
             f"{int((scores == math.inf).sum())} are +inf, the first at row {row}, token {token}. "
-            f"Scores must be finite, or -inf for tokens to keep last. Look for overflow in half "
+            f"Scores must be finite, or -inf for tokens to rank last. Look for overflow in half "
             f"precision, log or division of zero, and NaN in the model's weights."
         )
     return scores

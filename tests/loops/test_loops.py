@@ -220,14 +220,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(options, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_resuming_from_a_checkpoint_without_the_callback(tmp_path):
+@pytest.mark.parametrize("told", [False, True])
+def test_resuming_from_a_checkpoint_without_the_callback(told, tmp_path, caplog):
     args = arguments(tmp_path, save_strategy="steps", save_steps=2)
     Trainer(compiled(small()), args, train_dataset=Rows(8)).train()
     args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
     model = compiled(small())
+    if told:
+        fxseek.resume(model, 7)
     trainer = Trainer(model, args, train_dataset=Rows(8), callbacks=[fxseek.SeekCallback()])
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert fxseek.report(model).step == 0
+    assert fxseek.report(model).step == (7 if told else 0)
+    assert ("call fxseek.resume" in caplog.text) is not told
+
+
+def test_resuming_from_a_checkpoint_with_two_callbacks(tmp_path):
+    def trainer(steps: int) -> Trainer:
+        args = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)
+        both: list[TrainerCallback] = [fxseek.SeekCallback(), fxseek.SeekCallback()]
+        return Trainer(compiled(small()), args, train_dataset=Rows(8), callbacks=both)
+
+    trainer(2).train()
+    again = trainer(3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert fxseek.report(again.model).step == 2
 
 
 def test_resume_in_a_loop_of_ones_own():

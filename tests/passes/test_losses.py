@@ -46,16 +46,21 @@ def inputs_of(padding: str = "right") -> dict[str, Any]:
 
 @dataclass
 class Terms:
-    """[batch, tokens]: losses, what each is divided by in a mean, and the selection's weights."""
+    """[batch, tokens]: losses, what each is divided by in a mean, and the selection's weights.
+
+    `counted`: each labelled token counts as 1, and the selection's weights are made for that.
+    """
 
     losses: Tensor
     masses: Tensor
     weights: Tensor
     chosen: Tensor
+    counted: bool = True
 
     def mean(self) -> Tensor:
         picked = (self.losses * self.weights)[self.chosen].sum()
-        return picked / self.masses[self.chosen].sum()
+        masses = self.masses if self.counted else self.masses * self.weights
+        return picked / masses[self.chosen].sum()
 
     def sum(self) -> Tensor:
         return self.mean() * self.masses.sum()
@@ -222,7 +227,8 @@ def wanted_of(case: Case, logits: Tensor, x: Any, chosen: Tensor, weights: Tenso
     labels = next_ones(x["labels"]) if case.shift else x["labels"]
     losses, masses = spelled_out(logits, labels, case.classes, case.smoothing)
     scale = torch.ones_like(losses) if case.scale is None else case.scale(x)
-    return case.wanted(Terms(losses * scale, masses * scale.abs(), weights, chosen), x)
+    counted = case.classes is None and case.scale is None
+    return case.wanted(Terms(losses * scale, masses * scale.abs(), weights, chosen, counted), x)
 
 
 def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -302,6 +308,18 @@ def test_scores_by_the_loss_that_is_minimised(name: str, attention: str):
     torch.testing.assert_close(report.gradient, slope.abs().sum(-1))
 
 
+@pytest.mark.parametrize("name", ["weight", "a weighted sum by hand", "terms by a mask"])
+def test_the_mean_of_many_samples_is_ordinary_training(name: str):
+    """Large masses are drawn more often; the mean over what is drawn has to make up for that."""
+    case, x = CASES[name], inputs_of()
+    model = model_of()
+    ordinary = case.loss(_torch.eager_call(model)(**x), x).detach()
+    fxseek.compile(model, 0.4, loss=case.loss, score="gradient", select="sample", uniform=0.1)
+    found = torch.stack([model(**x).loss.detach() for _ in range(300)]) / ordinary
+    assert (found.mean() - 1).abs() < 0.015
+    assert 0.01 < found.std() < 0.1
+
+
 # ---- probabilities as targets ----------------------------------------------------------------
 
 
@@ -357,6 +375,17 @@ def test_the_loss_that_is_returned_and_not_the_models_own():
     full = fxseek.report(model).full_loss
     assert full is not None
     torch.testing.assert_close(full, square.detach())
+
+
+def test_a_sample_needs_losses_to_weigh():
+    x, model = inputs_of(), model_of()
+
+    def pooled(o: Any, x: Any) -> Tensor:
+        return F.cross_entropy(o.logits[:, -1], x["labels"][:, 0].clamp(min=0))
+
+    fxseek.compile(model, 0.4, loss=pooled, score="random", select="sample")
+    with pytest.raises(fxseek.GraphError, match="select='sample' weighs each token's loss"):
+        model(**x)
 
 
 def test_two_cross_entropies():

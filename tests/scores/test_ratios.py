@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxseek
 from fxseek.inspect.compare import compare
+from fxseek.selecting import select_labelled
 
 VOCAB = 37
 GROUPED = TinyConfig(depth=3, heads=6, kv_heads=3, positions="rotary", bias=True)
@@ -94,6 +95,16 @@ def test_without_a_loss_over_tokens_it_is_an_error():
     fxseek.compile(model, "labelled", loss=lambda outputs, inputs: outputs.logits.square().mean())
     with pytest.raises(fxseek.GraphError, match="ratio='labelled' keeps the positions"):
         model(**batch(VOCAB, tokens=12))
+
+
+def test_rows_that_keep_their_first_position_keep_each_position_once():
+    supervised = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    found = select_labelled(supervised)
+    assert found.kept.tolist() == [[1, 2, 3], [0, 1, 2]]
+    assert found.filled is not None
+    assert found.filled.tolist() == [[False] * 3, [False, True, True]]
+    found = select_labelled(supervised, torch.tensor([[4], [4]]))
+    assert found.kept.tolist() == [[1, 2, 3, 4], [4, 0, 1, 2]]  # what fills up comes last
 
 
 def test_explain_counts_the_labels_of_the_batch():

@@ -518,6 +518,8 @@ def test_good_scores_pass():
     assert check_scores(torch.tensor([[1, 2]]), every).tolist() == [[1.0, 2.0]]
     assert check_scores(torch.tensor([[True, False]]), every).tolist() == [[1.0, 0.0]]
     assert check_scores(torch.zeros(1, 2).double(), every).dtype == torch.float64
+    times = [1_700_000_000, 1_700_000_001]  # one and the same in float32
+    assert check_scores(torch.tensor([times]), every).tolist() == [times]
 
 
 def test_padding_may_hold_nan():
