@@ -17,7 +17,7 @@ import processes
 
 EXAMPLES = Path(processes.__file__).parent
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 import processes
 
 def wait(file):
@@ -27,6 +27,7 @@ def wait(file):
     time.sleep(600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with processes.pool(1) as pool:
         waiting = [pool.submit(wait, sys.argv[1]) for _ in range(3)]
         waiting[0].result()
