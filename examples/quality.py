@@ -190,7 +190,7 @@ def run_all(options: argparse.Namespace) -> None:
             of these names.
     """
     common.quiet()
-    done = {quality_page.key(line): line for line in quality_page.read(options.out)}
+    known = quality_page.read(options.out)
     source = common.find_model(options.model)
     lines = [*settings(options, source.name)]
     tokenizer = common.load_tokenizer(source)
@@ -205,13 +205,16 @@ def run_all(options: argparse.Namespace) -> None:
         for seed in {line["seed"] or 0 for line in lines}
     }
     origins = {seed: common.origin_of(source, some) for seed, some in rows.items()}
-    for line in lines:
-        line["origin"] = origins[line["seed"] or 0]
-        known = done.get(quality_page.key(line))
-        if known is not None and (other := common.other_origin(known, line["origin"])):
+    asked = {quality_page.setting(line) for line in lines}
+    for line in known:  # of one table, and so whatever the way
+        origin = origins.get(line["seed"] or 0)
+        if origin is None or quality_page.setting(line) not in asked:
+            continue
+        if other := common.other_origin(line, origin):
             raise ExampleError(
                 f"{options.out} has a run of {line['arm']} with {other}: give another --out"
             )
+    done = {quality_page.key(line) for line in known}
     left = [line for line in lines if quality_page.key(line) not in done]
     if not left:
         return
@@ -241,13 +244,12 @@ def run_all(options: argparse.Namespace) -> None:
                     bar.update()
                     try:
                         found = future.result()
-                    except BrokenProcessPool:
-                        failed.append(f"{line['arm']}, {line['tuning']}: {KILLED}")
-                        continue
                     except Exception as error:
-                        failed.append(f"{line['arm']}, {line['tuning']}: {error}")
+                        reason = KILLED if isinstance(error, BrokenProcessPool) else error
+                        failed.append(f"{line['arm']}, {line['tuning']}: {reason}")
                         continue
                     with options.out.open("a", encoding="utf-8") as file:
+                        found["origin"] = origins[line["seed"] or 0]
                         file.write(f"{json.dumps({**line, **found})}\n")
     if failed:
         raise ExampleError("\n".join(["these did not run:", *failed]))

@@ -693,8 +693,9 @@ def test_a_quality_run_of_other_data_of_the_same_name_is_refused(
     assert (tmp_path / "runs.md").exists()
     before = out.read_text()
     other.write_text(alpaca.read_text().replace("1", "one"))
-    assert quality.main([*given, "--data", str(other)]) == 2
-    assert "a --data of the same name and other content" in capsys.readouterr().err
+    for arm in ("ordinary", "labelled"):  # another way would be in the same table
+        assert quality.main([*given, "--data", str(other), "--arms", arm]) == 2
+        assert "a --data of the same name and other content" in capsys.readouterr().err
     assert quality.main([*given, "--data", str(alpaca)]) == 0
     assert out.read_text() == before
 
