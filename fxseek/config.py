@@ -130,7 +130,7 @@ class SeekConfig:
             Default (0.01, 0.5).
         ratio_steps: Steps over which a ratio such as ``"0.1->0.5"`` goes from one to the other:
             calls of the model in training, each micro-batch one. None for the optimiser's steps of
-            a Trainer that has a `SeekCallback`. Default None.
+            a Trainer that has a `SeekCallback`; no other ratio reads it. Default None.
 
     Raises:
         ConfigError: A value is of the wrong type or out of range; the message names each
