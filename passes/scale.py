@@ -68,20 +68,24 @@ def _scale_sum(graph: fx.Graph, total: fx.Node, sizes: Sizes) -> None:
         "label_smoothing": loss.label_smoothing,
     }
     with graph.inserting_before(total):
-        if not chain and operation(total) == "sum":
+        like: Any = loss.target
+        if loss.probabilities:  # those of one class
+            dim = 0 if example(like).dim() == 1 else 1
+            like = make(torch.select, like, dim, 0, example_value=constants)
+        if all(operation(node) in _MOVES for _, node in chain):  # each counts as 1
             rest["reduction"] = "sum"
-            made = graph.call_function(F.cross_entropy, (loss.logits, loss.target), rest)
+            made = make(
+                F.cross_entropy, loss.logits, loss.target, example_value=example(total), **rest
+            )
+            if operation(total) == "mean":
+                made = graph.call_function(_divided_by_size_of, (made, like))
         else:
-            like: Any = loss.target
-            if loss.probabilities:  # those of one class
-                dim = 0 if example(like).dim() == 1 else 1
-                like = make(torch.select, like, dim, 0, example_value=constants)
             ones = make(torch.ones_like, like, dtype=constants.dtype, example_value=constants)
             scale = ones
             for before, node in reversed(chain):
                 scale = _again(graph, node, before, scale)
             if operation(total) == "mean":
-                scale = make(_divided_by_its_size, scale, example_value=example(scale))
+                scale = make(_divided_by_size_of, scale, scale, example_value=example(scale))
             if sizes.shape(example(scale)) != sizes.shape(example(ones)):
                 scale = make(torch.Tensor.reshape_as, scale, ones, example_value=constants)
             rest["scale"] = scale
@@ -91,8 +95,8 @@ def _scale_sum(graph: fx.Graph, total: fx.Node, sizes: Sizes) -> None:
     graph.erase_node(total)
 
 
-def _divided_by_its_size(scale: torch.Tensor) -> torch.Tensor:
-    return scale / scale.numel()
+def _divided_by_size_of(x: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+    return x / terms.numel()
 
 
 def _again(graph: fx.Graph, node: fx.Node, before: fx.Node, operand: fx.Node) -> fx.Node:

@@ -195,10 +195,14 @@ def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 class _Terms(NamedTuple):
-    """Losses of all positions, and what each counts for in their mean (the class weight)."""
+    """Losses of all positions, and what each counts for in their mean (the class weight).
+
+    `counted`: each counts as 1, and the selection's weights are made for that.
+    """
 
     losses: Tensor
     masses: Tensor
+    counted: bool = True
 
 
 _SCALING = ("Mul", "Div", "Neg", "ToCopy", "MaskedFill", "Where")
@@ -256,7 +260,7 @@ class _SelectedCrossEntropy(TorchFunctionMode):
         if call["weight"] is None:
             return _Terms(losses, labelled)
         masses = call["weight"][target.where(labelled, 0)]
-        return _Terms(losses, masses.where(labelled, 0))
+        return _Terms(losses, masses.where(labelled, 0), counted=False)
 
     def _selected(self, terms: _Terms, scale: Tensor, reduction: str) -> Tensor:
         """The weighted mean over selected positions, or that times the mass of all."""
@@ -264,22 +268,27 @@ class _SelectedCrossEntropy(TorchFunctionMode):
         chosen, weights = (x[:, :length].reshape(shape) for x in self.report.by_position())
         masses = terms.masses * scale.abs()
         total = (terms.losses * scale * weights).masked_fill(~chosen, 0).sum()
-        mass = masses[chosen].sum()
+        mass = (masses if terms.counted else masses * weights)[chosen].sum()
         mean = total / mass.where(mass != 0, 1)
         return mean * masses.sum() if reduction == "sum" else mean
 
     def _scaled(self, value: Tensor) -> _Terms | None:
         """The terms that a value is made of by constant factors alone, as autograd recorded it."""
         of_terms = {x.losses.grad_fn: x for x in self.terms if x.losses.grad_fn is not None}
-        node, last = value.grad_fn, True
+        node, last, scaled = value.grad_fn, True, False
         while node is not None and node not in of_terms:
             name = node.name()
             summed = last and name.startswith(("Sum", "Mean"))
-            if not summed and not name.startswith((*_SCALING, *_MOVING)):
+            is_scale = name.startswith(_SCALING)
+            if not summed and not is_scale and not name.startswith(_MOVING):
                 return None
+            scaled = scaled or (is_scale and not summed)
             before = [x for x, _ in node.next_functions if x is not None]
             node, last = before[0] if len(before) == 1 else None, False
-        return None if node is None else of_terms[node]
+        if node is None:
+            return None
+        terms = of_terms[node]
+        return terms._replace(counted=terms.counted and not scaled)
 
     def _detaches_terms(self, x: Any, other: Any) -> bool:
         tensors = isinstance(x, Tensor) and isinstance(other, Tensor)
