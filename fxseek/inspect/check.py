@@ -282,7 +282,7 @@ class _SelectedCrossEntropy(TorchFunctionMode):
             is_scale = name.startswith(_SCALING)
             if not summed and not is_scale and not name.startswith(_MOVING):
                 return None
-            scaled = scaled or (is_scale and not summed)
+            scaled = scaled or is_scale
             before = [x for x, _ in node.next_functions if x is not None]
             node, last = before[0] if len(before) == 1 else None, False
         if node is None:
