@@ -30,8 +30,8 @@ from fxseek.passes.facts import Sizes, example, is_tensor, made_call, needs_grad
 from fxseek.passes.rules import argument, operation
 from fxseek.passes.rules.loss import TokenLoss
 
-_MOVES = ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone")
-"""Operations that keep the elements and their order."""
+_MOVES = ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "to")
+"""Operations that, where they keep the dtype, keep the elements and their order."""
 
 
 def scale_terms(graph: fx.Graph, sizes: Sizes) -> fx.Graph:
@@ -72,7 +72,7 @@ def _scale_sum(graph: fx.Graph, total: fx.Node, sizes: Sizes) -> None:
         if loss.probabilities:  # those of one class
             dim = 0 if example(like).dim() == 1 else 1
             like = make(torch.select, like, dim, 0, example_value=constants)
-        if all(operation(node) in _MOVES for _, node in chain):  # each counts as 1
+        if all(_only_moves(before, node) for before, node in chain):  # each counts as 1
             rest["reduction"] = "sum"
             made = make(
                 F.cross_entropy, loss.logits, loss.target, example_value=example(total), **rest
@@ -126,7 +126,7 @@ def _scaled_by_constants(node: fx.Node, sizes: Sizes) -> fx.Node | None:
         return None
     if not example(node).is_floating_point():
         return None
-    if name in ("to", "neg") or (name in _MOVES and example(node).dtype == example(operand).dtype):
+    if name in ("to", "neg") or _only_moves(operand, node):
         return operand
     if _elements(sizes, operand) != _elements(sizes, node):
         return None  # it multiplies each by several
@@ -137,6 +137,10 @@ def _scaled_by_constants(node: fx.Node, sizes: Sizes) -> fx.Node | None:
     if name == "where" and len(args) == 3 and args[0] is not operand:
         return operand if _is_zero(args[2] if args[1] is operand else args[1]) else None
     return None
+
+
+def _only_moves(before: fx.Node, node: fx.Node) -> bool:
+    return operation(node) in _MOVES and example(node).dtype == example(before).dtype
 
 
 def _is_zero(value: Any) -> bool:

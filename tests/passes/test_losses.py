@@ -185,6 +185,17 @@ CASES = {
         lambda t, x: t.sum() / x["labels"][:, 1:].numel(),
         shift=True,
     ),
+    "terms, moved, mean": Case(
+        lambda o, x: each(o, x, second).view(-1).mean(), lambda t, x: t.sum() / x["labels"].numel()
+    ),
+    "terms of their own dtype, mean": Case(
+        lambda o, x: each(o, x).to(torch.float64).mean(), lambda t, x: t.sum() / x["labels"].numel()
+    ),
+    "terms by a number, mean": Case(
+        lambda o, x: (0.5 * each(o, x)).mean(),
+        lambda t, x: t.sum() / x["labels"].numel(),
+        scale=lambda x: torch.full(x["labels"].shape, 0.5),
+    ),
     "terms by a mask": Case(masked_rows, lambda t, x: t.sum() / mask_of(x).sum(), scale=mask_of),
     "terms by a mask, cut": Case(
         masked_cut,
