@@ -4,12 +4,12 @@
     python examples/demo.py --data my.jsonl --model Qwen/Qwen2.5-0.5B --full
 
 The ways are ordinary fine-tuning, gradient checkpointing, fxseek on every token in parts (which
-learns the same), on the labelled tokens, on a quarter of them, sampled by their gradients, and
-TokenSeek, as the paper has it, on the tenth that scores best. Each starts from the same weights and
-sees the same batches in the same order, in a process of its own, so that their memory can be
-compared. They are judged after the same number of steps, and when their steps have taken as long as
-those of gradient checkpointing. A page shows which tokens TokenSeek has selected in its last step.
-Without --data the text is the documentation of installed libraries.
+learns the same), on the labelled tokens, on a quarter of all, sampled among the labelled ones by
+their gradients, and TokenSeek, as the paper has it, on the tenth that scores best. Each starts from
+the same weights and sees the same batches in the same order, in a process of its own, so that their
+memory can be compared. They are judged after the same number of steps, and when their steps have
+taken as long as those of gradient checkpointing. A page shows which tokens TokenSeek has selected
+in its last step. Without --data the text is the documentation of installed libraries.
 """
 
 from __future__ import annotations

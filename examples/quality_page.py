@@ -50,7 +50,11 @@ over checkpointing's, what a forward keeps for its backward, and the most memory
 few steps peaks vary by a fifth.
 
 *As published* are TokenTune's and TokenSeek's selections among all tokens, run by fxseek. A *span*
-is no longer than what a row keeps: one of 32 tokens needs a row that keeps as many.
+is no longer than what its row keeps, and a sampled one than a quarter of that: random spans of 32
+and sampled ones of 8 have that many tokens in rows that keep 32. *Ends oftener*: when these runs
+were made, tokens at the ends of rows were selected a little more often than others. *10 % to 50 %*
+is a share that grows from step to step, and *the first* is a row's first token, which is always
+kept (`sinks=1`).
 
 *Targets* are what we set out to reach. Where all tokens have labels, a half of them holds a half of
 the gradient: the larger the share that has none, the nearer a way that selects among labelled

@@ -91,15 +91,16 @@ SmolLM2-135M in float32 are 2.2 GB, about a third of what it takes with 4 rows o
 there QLoRA, which shrinks these alone, saves less than the paper's, and a selection, which shrinks
 activations alone, saves more. For each adapter of LoRA and QLoRA, dropout keeps a mask and an input
 of its own; on the CPU the mask is as large as the input, and with rows of 512 tokens SmolLM2-135M
-then takes more than full-parameter training does. There a tenth of the tokens also takes a little
-more than a fifth: autograd's first sum of a parameter's gradients is in memory of its own, and that
-of the tied embedding comes last where the kept tokens' logits fit one chunk (`chunk_bytes`), when
-all other gradients are there; with several chunks it comes first. What the paper's average is over,
-is not known: that it is far above the maximal where tokens are selected, fits a text of which most
-rows are short. Scores of SmolLM2-135M and of the task made of held-out text are not to be compared
-with the paper's. The paper's full-parameter rows score 26 % on HellaSwag, where guessing scores
-25 % and its QLoRA rows 63 to 66 %: they have lost what the model knew, and that its QLoRA is better
-than its full-parameter training says little about other learning rates.
+then takes more than full-parameter training does. On the CPU a tenth of the tokens also takes a
+little more than a fifth: autograd's first sum of a parameter's gradients is in memory of its own,
+and that of the tied embedding comes last where the kept tokens' logits fit one chunk
+(`chunk_bytes`), when all other gradients are there; with several chunks it comes first. It is not
+known what the paper's average is over. Where tokens are selected it is far above the maximal, as it
+would be for a text of mostly short rows. Scores of SmolLM2-135M and of the task made of held-out
+text are not to be compared with the paper's. The paper's full-parameter rows score 26 % on
+HellaSwag, where guessing scores 25 % and its QLoRA rows 63 to 66 %: they have lost what the model
+knew, and that its QLoRA is better than its full-parameter training says little about other learning
+rates.
 """
 
 SHARE_SCORES = {10: 52.61, 20: 51.80, 30: 52.75, 40: 52.66, 50: 52.26}

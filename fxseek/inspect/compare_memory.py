@@ -14,7 +14,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import ConfigError
 from fxseek.inspect.estimate import Estimate, estimate
 from fxseek.inspect.memory import unit_of
-from fxseek.inspect.meta import check_tuning, name_of
+from fxseek.inspect.meta import check_tuning, name_of, tunings_of
 from fxseek.plots import figure_for
 
 __all__ = ["MemoryBar", "MemoryComparison", "compare_memory"]
@@ -156,7 +156,7 @@ def compare_memory(
     tokens: int,
     *,
     batches: Sequence[int] = (1, 8),
-    tunings: Sequence[str] = ("full", "lora", "qlora"),
+    tunings: Sequence[str] | None = None,
     ratios: Sequence[Any] = (0.1,),
     progress: bool = True,
     **options: Any,
@@ -167,15 +167,16 @@ def compare_memory(
     checkpointing of every layer as transformers does it, and one for fxseek at each ratio. A bar
     has the bytes at the peak of the step: parameters, gradients and optimiser state, and the rest
     (keys and values, activations, and what comes and goes). Each is an `estimate`; nothing is
-    computed, and no weights or device are needed. A model of 8 billion parameters takes about
-    ten seconds for each bar of fxseek.
+    computed, and no weights or device are needed. A model of 8 billion parameters takes ten to
+    twenty seconds for each bar of fxseek.
 
     Args:
-        config_or_model: as for `estimate`. A module that trains adapters of its own, or is
-            quantised, has ``tunings=("full",)``: what requires grad.
+        config_or_model: as for `estimate`.
         tokens: tokens of a row, 2 or more.
         batches: numbers of rows.
-        tunings: some of ``"full"``, ``"lora"``, ``"qlora"``.
+        tunings: some of ``"full"`` (what requires grad), ``"lora"``, ``"qlora"``. None: all that
+            the model can have. One that trains adapters of its own has ``"full"`` alone, and a
+            quantised one no ``"qlora"``.
         ratios: shares of the tokens to keep, each as ``SeekConfig.ratio``.
         progress: show a progress bar.
         options: others of `estimate`: ``optimizer``, ``dtype``, ``lora_rank``, ``device``, and
@@ -186,6 +187,8 @@ def compare_memory(
             not installed, or transformers cannot checkpoint the model.
         CaptureError, GraphError: as the training step would.
     """
+    if tunings is None:
+        tunings = tunings_of(config_or_model)
     given = {"batches": batches, "tunings": tunings, "ratios": ratios}
     for name, several in given.items():
         if isinstance(several, str) or not isinstance(several, Sequence) or not several:

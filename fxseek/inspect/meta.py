@@ -16,7 +16,16 @@ from fxseek.checks import choice, shown
 from fxseek.errors import ConfigError
 from fxseek.inspect.memory import module_tensors
 
-__all__ = ["TUNINGS", "batch_of", "check_tuning", "checkpointed", "name_of", "on_meta", "tuned"]
+__all__ = [
+    "TUNINGS",
+    "batch_of",
+    "check_tuning",
+    "checkpointed",
+    "name_of",
+    "on_meta",
+    "tuned",
+    "tunings_of",
+]
 
 TUNINGS = ("full", "lora", "qlora")
 
@@ -134,6 +143,13 @@ def check_tuning(config_or_model: Any, tuning: str) -> None:
             f"{type(config_or_model).__name__} already: pass 'lora', or 'full' for what requires "
             "grad"
         )
+
+
+def tunings_of(config_or_model: Any) -> tuple[str, ...]:
+    """The tunings that a model can have, whatever is installed."""
+    if _has_adapters(config_or_model):
+        return ("full",)
+    return ("full", "lora") if _has_quantised(config_or_model) else TUNINGS
 
 
 def _has_adapters(config_or_model: Any) -> bool:

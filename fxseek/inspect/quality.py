@@ -59,9 +59,10 @@ def gradient_quality(
     is told (``ordinary.noise``): set p to 0 to leave it out.
 
     The gradient of all tokens is that of ordinary backprop, without gradient checkpointing, which
-    is switched off meanwhile. Where the device lacks the memory for it, or where the configuration
-    has a ``learn_chunk``, it is that of ``ratio=1.0`` in parts, which is the same. Host memory
-    holds one set of gradients for each batch, and four more.
+    is switched off meanwhile; with ``loss=``, that of ``ratio=1.0``. Where the device lacks the
+    memory for it, or the configuration has a ``learn_chunk``, it is that of ``ratio=1.0`` in parts.
+    All these are the same gradient. Host memory holds one set of gradients for each batch, and four
+    more.
 
     Args:
         model: a module, or one that `fxseek.compile` has compiled, whose configuration is then the

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxseek
 
@@ -92,6 +92,26 @@ def test_bad_arguments(options, message, monkeypatch):
     monkeypatch.setattr("fxseek.inspect.compare_memory.estimate", None)  # before the first estimate
     with pytest.raises(fxseek.ConfigError, match=message):
         fxseek.compare_memory(CONFIG, 101, progress=False, **options)
+
+
+def test_without_tunings_those_that_the_model_can_have():
+    import bitsandbytes
+    from peft import LoraConfig, get_peft_model
+
+    def tunings_of(config_or_model: Any) -> list[str]:
+        found = fxseek.compare_memory(
+            config_or_model, 101, batches=(1,), score="random", device="cpu", progress=False
+        )
+        return list(dict.fromkeys(bar.tuning for bar in found.bars))
+
+    assert tunings_of(CONFIG) == ["full", "lora", "qlora"]
+    model = LlamaForCausalLM(CONFIG)
+    for layer in model.model.layers:
+        down = layer.mlp.down_proj
+        layer.mlp.down_proj = bitsandbytes.nn.Linear4bit(*down.weight.T.shape, bias=False).to("cpu")
+    assert tunings_of(model) == ["full", "lora"]
+    adapters = LoraConfig(target_modules="all-linear")
+    assert tunings_of(get_peft_model(LlamaForCausalLM(CONFIG), adapters)) == ["full"]
 
 
 def test_a_ratio_is_named_as_it_was_given():
