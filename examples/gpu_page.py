@@ -20,11 +20,11 @@ HEAD = """# On a GPU
 ones, bfloat16, one row of random tokens, every token labelled, a step with fused AdamW. LoRA has
 rank 16 on all linear layers but the head; "qlora" stores these in NF4. "checkpointing" is gradient
 checkpointing of every layer, with the head and the loss on 256 tokens at a time; "1.0", "0.5" and
-"0.1" are fxseek at that ratio with TokenSeek; "lean" has smaller parts, "kept" adds
+"0.1" are fxseek at that ratio, the latter two with TokenSeek; "lean" has smaller parts, "kept" adds
 `recompute="none"`, "offload" adds `recompute="block", kv="offload"`. The peak is that of torch's
 allocator, weights included; in brackets is what `fxseek.estimate` says. A step that takes less than
-10 s is timed at its second run, a longer one at its first, so that memory is taken from the driver
-meanwhile.
+10 s is timed at its second run, a longer one at its first, in which memory is still taken from the
+driver.
 
 The H100's points are older. Its parts ran flash attention, those of the H200 run cuDNN's
 ([how](architecture.md#prefill-score-learn-and-lifetimes)); and its steps of more than 2 s were

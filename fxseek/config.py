@@ -92,8 +92,9 @@ class SeekConfig:
             in (0, 1]. Default 0.5.
         seed: Seed of random scores, of samples and of where spans are cut, a non-negative integer.
             Default 0.
-        backend: What runs the learn stage and its head: ``"eager"``, ``"aot_eager"`` or
-            ``"inductor"``; prefill and score run eagerly. Default ``"eager"``.
+        backend: What runs the learn stage, and the head in learn and score: ``"eager"``,
+            ``"aot_eager"`` or ``"inductor"``; the prefill and the rest of the score run eagerly.
+            Default ``"eager"``.
         recompute: What backward makes again instead of keeping it: ``"none"``; ``"selective"``,
             what follows cheaply from products (norms, activations, rotations, casts), as the
             partitioner of the compiled backends does in any case; or ``"block"``, where only keys,
@@ -117,9 +118,10 @@ class SeekConfig:
             without optimiser state), or such as ``"20GiB"``. To stay below it, fxseek picks
             ``learn_chunk``, ``prefill_chunk``, ``recompute``, ``kv`` and ``chunk_bytes``, those
             that are left at their default, and nothing that changes what is learned. Default None.
-        outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None),
-            ``"selected"`` (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at
-            the selected ones). Default ``"loss"``.
+        outputs: What token-shaped outputs such as logits are in a training step: ``"loss"`` (None;
+            where the loss is computed outside the model, the same as ``"full"``), ``"selected"``
+            (``[batch, kept, ...]``), or ``"full"`` (all tokens, with gradients at the selected
+            ones). Default ``"loss"``.
         chunk_bytes: Most bytes of logits, and of the attention maps that scores read, that exist
             at once. None for 64 MiB on the CPU and 256 MiB on other devices. Default None.
         loss: ``loss(outputs, batch) -> scalar tensor``, for models that are given no labels.

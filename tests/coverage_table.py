@@ -52,11 +52,12 @@ HEAD = """# Coverage
     make coverage
 
 runs every cell below and writes this page; the tests run a part of it again. A cell is a tiny
-random model of the family, compiled by `fxseek.compile(model, 0.3)`, a padded batch, and one step
-whose gradients are compared with [masked full backprop](masked-backprop.md): **exact** is to 1e-9
-in float64, and to 1e-4 in float32 where weights are quantised. Operations on the
-[general path](architecture.md) are exact too and cost an activation of all tokens each; they are
-named. LoRA is on all linear layers, or on those that are listed below the table.
+random model of the family, compiled by `fxseek.compile(model, 0.3)` (gemma3n and mamba2 with
+`score="random"`: they have no residual stream, or no attention, for TokenSeek's scores), a padded
+batch, and one step whose gradients are compared with [masked full backprop](masked-backprop.md):
+**exact** is to 1e-9 in float64, and to 1e-4 in float32 where weights are quantised. Operations on
+the [general path](architecture.md) are exact too and cost an activation of all tokens each; they
+are named. LoRA is on all linear layers, or on those that are listed below the table.
 """
 
 
