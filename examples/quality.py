@@ -17,6 +17,7 @@ import contextlib
 import copy
 import gc
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -108,20 +109,24 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    errors: list[str] = []
     try:
         programs.check_writable("--page", options.page)
         programs.check_writable("--out", options.out)
         try:
             run_all(options)
+        except ExampleError as error:
+            errors.append(str(error))
         finally:
             write_page(options)
     except ExampleError as error:
-        print(f"quality: {error}", file=sys.stderr)
-        return 2
+        errors += [str(error)] if str(error) not in errors else []
     except KeyboardInterrupt:
         print("\nquality: stopped; the same call goes on from here", file=sys.stderr)
         return 130
-    return 0
+    for error in errors:
+        print(f"quality: {error}", file=sys.stderr)
+    return 2 if errors else 0
 
 
 def write_page(options: argparse.Namespace) -> None:
@@ -198,18 +203,21 @@ def run_all(options: argparse.Namespace) -> None:
         pairs = common.read_alpaca(options.data)
     else:
         pairs = common.docstring_pairs(least_characters=options.least)
+    asked = {quality_page.setting(line) for line in lines}
+    table = [line for line in known if quality_page.setting(line) in asked]  # whatever the way
+    # The documentation of other seeds may be that of another machine; a file is the same for all.
+    told = [*lines, *table] if options.data else lines
     rows = {
         seed: common.split_rows(
             pairs, tokenizer, options.tokens, options.steps * options.batch, options.held_out, seed
         )
-        for seed in {line["seed"] or 0 for line in lines}
+        for seed in {line["seed"] or 0 for line in told}
     }
     origins = {seed: common.origin_of(source, some) for seed, some in rows.items()}
-    asked = {quality_page.setting(line) for line in lines}
-    for line in known:  # of one table, and so whatever the way
-        origin = origins.get(line["seed"] or 0)
-        if origin is None or quality_page.setting(line) not in asked:
-            continue
+    (model,) = {origin["model"] for origin in origins.values()}
+    for line in table:
+        own = {"model": model, "rows": line.get("origin", {}).get("rows")}
+        origin = origins.get(line["seed"] or 0, own)
         if other := common.other_origin(line, origin):
             raise ExampleError(
                 f"{options.out} has a run of {line['arm']} with {other}: give another --out"
@@ -301,6 +309,10 @@ def run(job: Job) -> dict[str, Any]:
         train_step(model, optimizer, batch)
         if (step + 1) % job.every == 0 or step + 1 == job.steps:
             losses.append((step + 1, common.held_out_loss(model, *judged)))
+            if not math.isfinite(losses[-1][1]):
+                raise ExampleError(
+                    f"it diverged, the held-out loss is {losses[-1][1]}: lower --rate"
+                )
     forget(device)
     return {"losses": losses, **told(job.train), "machine": machine(device)}
 

@@ -44,10 +44,10 @@ checkpointing, which learns what ordinary training learns, gains in the seconds 
 steps took. Both are the mean and the deviation over seeds; ways of different seeds are compared by
 gain, not by loss. Between two evaluations checkpointing's gain is taken as linear in the logarithm
 of the steps; before its first evaluation, and for ways that are slower than it, there is no figure
-at equal time. *Step* is a step's time over that of gradient checkpointing beside it, on two CPU
-cores: the median of the turns, and their range where more than two count. *Saved* and *peak* are,
-over checkpointing's, what a forward keeps for its backward, and the most memory of a step; with so
-few steps peaks vary by a fifth.
+at equal time. *Step* is a step's time over that of gradient checkpointing beside it, on the machine
+that is named: the median of the turns, and their range where more than two count. *Saved* and
+*peak* are, over checkpointing's, what a forward keeps for its backward, and the most memory of a
+step; with so few steps peaks vary by a fifth.
 
 *As published* are TokenTune's and TokenSeek's selections among all tokens, run by fxseek. A *span*
 is no longer than what its row keeps, and a sampled one than a quarter of that: random spans of 32
@@ -73,13 +73,16 @@ def read(path: Path) -> list[Run]:
     """
     runs: list[Run] = []
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for number, line in enumerate(filter(None, text.split("\n")), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line:
+            continue
         try:
             found = json.loads(line)
             found.setdefault("least", LEAST if found["data"] == TEXT else None)
             key(found)
             assert found["losses"] if found["seed"] is not None else found["checkpointing"]
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            assert all(math.isfinite(loss) for _, loss in found.get("losses", [])), "it diverged"
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise ExampleError(
                 f"line {number} of {path} is no run ({error}): delete it, and it is run again"
             ) from error
@@ -104,12 +107,25 @@ def write(page: Path, out: Path) -> None:
     sections = [HEAD.replace("{runs}", out.name)]
     for number, (_, group) in enumerate(groupby(runs, setting)):
         some = list(group)
-        step = {name: some[0][name] for name in STEP}
-        timed = [line for line in timings if all(line[name] == step[name] for name in STEP)]
+        timed = timings_of(some, timings)
         plot = page.with_name(f"{page.stem}-{number}.svg")
         draw(plot, some, timed)
         sections.append(section(some, timed, plot.name))
     page.write_text("\n".join(sections), encoding="utf-8")
+
+
+def timings_of(runs: Sequence[Run], timings: Iterable[Run]) -> list[Run]:
+    """The timings of a setting's steps on one machine; of the runs' kind where there are any."""
+    first = runs[0]
+    machines: dict[str, list[Run]] = {}
+    for line in timings:
+        if all(line[name] == first[name] for name in STEP):
+            machines.setdefault(line["machine"], []).append(line)
+    if not machines:
+        return []
+    devices = {run["device"] for run in runs}
+    best = max(machines.values(), key=lambda some: (some[0]["device"] in devices, len(some)))
+    return sorted(best, key=lambda line: setting(line) == setting(first))  # the last counts
 
 
 def arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -232,9 +248,10 @@ def targets(runs: Sequence[Run], pace: dict[str, float]) -> str:
     rows = []
     for share, least in TARGETS.items():
         own = {
-            arm: statistics.mean(gained(some, runs) or [math.nan])
+            arm: statistics.mean(gains)
             for arm, some in found.items()
             if arm == share or some[0]["name"].endswith(f", {share}")
+            if (gains := gained(some, runs))
         }
         others = {arm: own.pop(arm) for arm in [*own] if arm.partition("-")[0] in PUBLISHED}
         if not own:
@@ -245,7 +262,7 @@ def targets(runs: Sequence[Run], pace: dict[str, float]) -> str:
         reached = 100 * own[best] >= least and all(own[best] > x for x in others.values())
         families = {arm.partition("-")[0] for arm in others}
         unknown = [name for arm, name in PUBLISHED.items() if arm not in families]
-        doubt = "" if share in found else "".join(f"; {name} was not run" for name in unknown)
+        doubt = "" if share in found else "".join(f"; {name} has no figure" for name in unknown)
         rows.append(
             [
                 f"gain of {found[best][0]['name']}",

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import json
+import math
 import os
 import re
 import runpy
@@ -676,8 +677,58 @@ def test_the_quality_runs_go_on_where_they_stopped(
     told = f"--data counting.jsonl --model {folder.name} --tunings full --tokens 768 --batch 2"
     assert f"`python examples/quality.py {told} --steps 4 --every 2 --held-out 2 --seeds 2`" in text
     assert (tmp_path / "quality-0.svg").exists()
-    out.write_text(first + "{}\n")
-    assert quality.main([*always, "--arms", "ordinary", "--seeds", "1"]) == 2
+
+
+def test_a_line_that_is_no_quality_run_is_named(tmp_path: Path) -> None:
+    """By the number that an editor shows; what else there is stays."""
+    known: dict[str, Any] = dict.fromkeys(quality_page.SETTING, 1)
+    known |= {"arm": "ordinary", "seed": 0, "losses": [[0, 2.0]]}
+    out, text = tmp_path / "runs.jsonl", f"{json.dumps(known)}\n\n{json.dumps(known)}\n"
+    out.write_text(text)
+    assert len(quality_page.read(out)) == 2
+    for line in ("{}", "[]", "null", "{", json.dumps({**known, "losses": [[0, math.nan]]})):
+        out.write_text(f"{text}{line}\n")
+        with pytest.raises(ExampleError, match=r"line 4 of .* is no run"):
+            quality_page.read(out)
+
+
+def test_a_quality_run_that_diverges_is_named_with_the_page_s_error(
+    folder: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(common, "held_out_loss", lambda *args: math.nan)
+    out, page = tmp_path / "runs.jsonl", tmp_path / "page.md"
+    given = f"--model {folder} --data {alpaca} --tunings lora --what runs --seeds 1 --steps 1"
+    given = [*given.split(), "--held-out", "2", "--out", str(out), "--page", str(page)]
+    assert quality.main([*given, "--arms", "ordinary"]) == 2
+    assert "ordinary, lora: it diverged" in capsys.readouterr().err
+    assert not out.exists()
+
+    def fail(*args: Any) -> None:
+        raise ExampleError("no page")
+
+    monkeypatch.setattr(quality, "write_page", fail)
+    assert quality.main([*given, "--arms", "ordinary"]) == 2
+    said = capsys.readouterr().err
+    assert "it diverged" in said and "no page" in said
+
+
+def test_timings_of_a_table_are_of_one_machine() -> None:
+    setting = dict.fromkeys(quality_page.SETTING, 1)
+    runs = [{**setting, "steps": 32, "device": "cuda"}]
+
+    def timing(arm: str, device: str, steps: int, seconds: float) -> dict[str, Any]:
+        return {**setting, "arm": arm, "machine": device, "device": device, "steps": steps,
+                "seconds": seconds}  # fmt: skip
+
+    cpu = [timing(arm, "cpu", 64, 9.0) for arm in ("every", "labelled")]
+    cuda = [timing("every", "cuda", steps, seconds) for steps, seconds in ((32, 1.0), (64, 2.0))]
+    for timings in ([*cpu, *cuda], [*cuda, *cpu]):
+        found = {line["arm"]: line["seconds"] for line in quality_page.timings_of(runs, timings)}
+        assert found == {"every": 1.0}
+    assert quality_page.timings_of(runs, cpu) == cpu
+    assert quality_page.timings_of([{**runs[0], "tokens": 2}], cpu) == []
 
 
 def test_a_quality_run_of_other_data_of_the_same_name_is_refused(
@@ -693,8 +744,9 @@ def test_a_quality_run_of_other_data_of_the_same_name_is_refused(
     assert (tmp_path / "runs.md").exists()
     before = out.read_text()
     other.write_text(alpaca.read_text().replace("1", "one"))
-    for arm in ("ordinary", "labelled"):  # another way would be in the same table
-        assert quality.main([*given, "--data", str(other), "--arms", arm]) == 2
+    in_one_table = (["--arms", "ordinary"], ["--arms", "labelled"], ["--first-seed", "1"])
+    for options in in_one_table:
+        assert quality.main([*given, "--data", str(other), *options]) == 2
         assert "a --data of the same name and other content" in capsys.readouterr().err
     assert quality.main([*given, "--data", str(alpaca)]) == 0
     assert out.read_text() == before
@@ -805,16 +857,19 @@ def test_the_targets_of_the_quality_page() -> None:
 
     ends = {"ordinary": 2.0, "labelled": 2.03, "sampled-0.5": 2.02, "spans-0.5": 2.2}
     ends |= {"tokenseek-0.5": 2.01, "sampled-0.25": 2.06, "tokentune-0.25": 2.3}
-    text = quality_page.targets([run_of(*item) for item in ends.items()], {"sampled-0.5": 0.5})
+    runs = [run_of(*item) for item in ends.items()]
+    runs += [{**run_of("tokentune-0.5", 1.0), "seed": 1}]  # without ordinary training's
+    text = quality_page.targets(runs, {"sampled-0.5": 0.5})
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:]]
     assert rows == [
         ["gain of labelled tokens", "97.0 %", "≥ 98 %", "**no**"],
         ["gain of sampled tokens, 50 %", "98.0 %",
          "≥ 97 %, above TokenSeek as published 99.0 %", "**no**"],
         ["gain of sampled tokens, 25 %", "94.0 %",
-         "≥ 93 %, above TokenTune as published 70.0 %", "yes; TokenSeek was not run"],
+         "≥ 93 %, above TokenTune as published 70.0 %", "yes; TokenSeek has no figure"],
         ["gain at equal time of sampled tokens, 50 %", "196.0 %", "≥ 100 %", "yes"],
     ]  # fmt: skip
+    assert "%" not in quality_page.targets(runs[1:], {})
 
 
 def test_the_pace_of_a_way_is_the_median_of_its_turns() -> None:

@@ -553,11 +553,11 @@ def test_the_plan_of_the_offline_preset() -> None:
 )
 def test_the_command_of_a_table_gives_its_runs_again(arguments: str) -> None:
     def lines(arguments: list[str]) -> list[page.Run]:
-        options = program.parse([*arguments, "--device", "cpu"])
+        options = program.parse(arguments)
         planned = [*program.planned(options)]
         return [program.line_of(options, paper.OFFLINE, *one) for one in planned]
 
-    own = lines(arguments.split())
+    own = lines([*arguments.split(), "--device", "cpu"])
     command = page.command(own).strip("`\n").split()
     assert command[:2] == ["python", "examples/reproduce"]
     assert lines(command[2:])[: len(own)] == own

@@ -169,6 +169,7 @@ def command(runs: Sequence[Run]) -> str:
     usual = {**paper.PRESETS["offline"], "model": paper.OFFLINE, "data": TEXT, "device": "cpu"}
     if (setting["model"], setting["data"]) != (usual["model"], usual["data"]):
         return ""
+    usual["device"] = None  # the default is what there is
     given = {name: value for name, value in setting.items() if value != usual[name]}
     if len(rates) == 1 and any(run["rate"] != paper.RATES[way_of(run).tuner] for run in runs):
         given["rate"] = f"{rates.pop():g}"

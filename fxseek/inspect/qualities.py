@@ -70,8 +70,8 @@ class GradientQuality:
         title = "fxseek: gradients of selected tokens against all"
         lines.insert(0, f"{title}, {batches}, up to {self.draws} draws each")
         if self.between_batches is not None:
-            lines.append(f"cosine between two batches: {self.between_batches:.3f}")
-        if any(math.isnan(choice.bias) for choice in self.choices):
+            lines.append(f"cosine between two batches: {_shown(self.between_batches)}")
+        if any("?" in row for row in rows) or "?" in lines[-1]:
             lines.append("?: drowned in the noise of the draws; more draws or batches will tell")
         if any(choice.longest_span < choice.span for choice in self.choices):
             lines.append("8 (3): spans of 8 were asked for, the longest that a row allowed had 3")
@@ -115,8 +115,12 @@ def _cells(choice: Choice) -> tuple[str, ...]:
     return (
         str(choice.ratio),
         f"{choice.span}{shortened}",
-        *("?" if math.isnan(number) else f"{number:.3f}" for number in numbers),
+        *map(_shown, numbers),
         f"{choice.seconds:.3g}",
         f"{choice.saved_bytes / 2**20:.1f} MiB",
         "" if choice.peak_bytes is None else f"{choice.peak_bytes / 2**20:.0f} MiB",
     )
+
+
+def _shown(number: float) -> str:
+    return "?" if math.isnan(number) else f"{number:.3f}"

@@ -59,10 +59,9 @@ def gradient_quality(
     is told (``ordinary.noise``): set p to 0 to leave it out.
 
     The gradient of all tokens is that of ordinary backprop, without gradient checkpointing, which
-    is switched off meanwhile; with ``loss=``, that of ``ratio=1.0``. Where the device lacks the
-    memory for it, or the configuration has a ``learn_chunk``, it is that of ``ratio=1.0`` in parts.
-    All these are the same gradient. Host memory holds one set of gradients for each batch, and four
-    more.
+    is switched off meanwhile; with ``loss=``, that of ``ratio=1.0``, which is the same. Where the
+    device lacks the memory for it, or the configuration has a ``learn_chunk``, it is made in parts.
+    Host memory holds one set of gradients for each batch, and four more.
 
     Args:
         model: a module, or one that `fxseek.compile` has compiled, whose configuration is then the
@@ -200,7 +199,8 @@ class _Mean(NamedTuple):
 
     def cosine(self, other: _Mean) -> float:
         """Of the expected gradients."""
-        return _over(_dot(self.gradient, other.gradient), _root(self.squared * other.squared))
+        norms = _root(self.squared) * _root(other.squared)
+        return _over(_dot(self.gradient, other.gradient), norms)
 
 
 class _Measure:
@@ -363,7 +363,7 @@ def _fulls(
         found.append(mean)
         taken += some
     norm, variance = sum(one.squared for one in found), sum(one.variance for one in found)
-    cosine = min(1.0, _root(_over(norm, norm + variance)))
+    cosine = min(_root(_over(norm, norm + variance)), 1.0)  # in this order NaN stays
     figures = (cosine, 1.0, 0.0, _root(_over(variance, norm)))
     return found, _told(1.0, 1, taken, figures)
 
@@ -387,18 +387,14 @@ def _choice(
         own, norm, variance = own + mean.squared, norm + full.squared, variance + mean.variance
         left += mean.left + full.left
     apart = own - 2 * inner + norm
-    expected = _over(inner, _root(norm * own))
+    expected = _over(inner, _root(norm) * _root(own))
     if left == 0:  # nothing but rounding
-        expected, apart = min(1.0, expected), max(0.0, apart)
+        expected, apart = (min(expected, 1.0) if own else 0.0), max(apart, 0.0)
     # The standard error of a squared distance, where noise has few directions: elsewhere it is less
-    if apart < left / math.sqrt(len(batches)) or not abs(expected) <= 1:
+    elif apart < left / math.sqrt(len(batches)) or not abs(expected) <= 1:
         expected = apart = math.nan
-    figures = (
-        statistics.mean(cosines),
-        expected,
-        _root(_over(apart, norm)),
-        _root(_over(variance, norm)),
-    )
+    bias, noise = _root(_over(apart, norm)), _root(_over(variance, norm))
+    figures = (statistics.mean(cosines), expected, bias, noise)
     ratio = config.ratio
     assert not callable(ratio)
     return _told(ratio, config.span, taken, figures)

@@ -58,7 +58,7 @@ class SeekCallback(TrainerCallback, ExportableState):
     Raises:
         InputError: `html_every` is no number of steps; or when training starts, there is no
             tokenizer or no score to show, the model is not compiled, the Trainer would copy it to
-            several GPUs, or has made an attached callback anew
+            several GPUs, or has made a callback that was attached, or that writes pages, anew
             (``restore_callback_states_from_checkpoint``).
     """
 
@@ -69,7 +69,7 @@ class SeekCallback(TrainerCallback, ExportableState):
         self.html_every = html_every
         self._pages = None if html_every is None else TokenPages(html_every, tokenizer)
         self._handler: Any = None
-        self._attached = False
+        self._attached = self._anew = False
         self._steps = 0
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
@@ -95,7 +95,7 @@ class SeekCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
         given = {"timings": self.timings, "html_every": self.html_every}
-        attributes = {"_steps": self._steps, "_attached": self._attached}
+        attributes = {"_steps": self._steps, "_attached": self._attached, "_anew": True}
         return {"args": given, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -114,12 +114,14 @@ class SeekCallback(TrainerCallback, ExportableState):
                 "cannot run a compiled step. Start one process for each GPU (torchrun, accelerate "
                 "launch), or show the process one GPU alone (CUDA_VISIBLE_DEVICES=0)."
             )
-        if self._attached and self._handler is None:  # made anew, from a checkpoint's state
-            raise InputError(
-                "restore_callback_states_from_checkpoint=True lets the Trainer make SeekCallback "
-                "anew, without its tokenizer and its place before the reporters. Leave it out: "
-                "SeekCallback goes on with its count by itself."
-            )
+        if self._anew:  # from a checkpoint's state
+            made = "restore_callback_states_from_checkpoint=True lets the Trainer make SeekCallback"
+            if self._attached or self._pages is not None:
+                raise InputError(
+                    f"{made} anew, without its tokenizer and its place before the reporters. Leave "
+                    "it out: SeekCallback goes on with its count by itself."
+                )
+            log.warning("%s anew, as the checkpoint has it: the one given has no effect", made)
         if self._pages is not None:
             config = step.config
             self._pages.check(kwargs.get("processing_class"), config.score, config.is_scored)
@@ -128,6 +130,7 @@ class SeekCallback(TrainerCallback, ExportableState):
             _go_on(step, state.stateful_callbacks.get(name))
         state.stateful_callbacks.setdefault(name, self.state())  # which the Trainer writes over
         step.recorder.timed = self.timings
+        self._sums, self._counts = {}, {}  # of a run that was cut short
         self._steps, self._last = step.recorder.step, step.recorder.last
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -150,6 +153,9 @@ class SeekCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take in the last micro-batch of a step; write its page where it is time."""
         self._collect(kwargs["model"])
+        step = _step(kwargs["model"])
+        if step is not None:
+            step.recorder.progress = None  # of this step: the run may end in what follows
         pages, report = self._pages, self._last
         if pages is None or report is None or state.global_step % pages.every:
             return

@@ -115,7 +115,7 @@ def tokens_of(report: StepReport, tokenizer: Any, input_ids: Tensor | None = Non
     selected, weights = (x.cpu() for x in report.by_position())
     selected &= valid  # a step at ratio 1.0 keeps padding, too
     scored = dict(report.parts)
-    if len(scored) != 1:  # a score of one part ranks as the part does
+    if report.score not in scored:  # "context" and "gradient" rank as their one part does
         scored["combined" if scored else "score"] = report.scores
     return Tokens(
         report,

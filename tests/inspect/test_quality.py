@@ -14,7 +14,8 @@ from torch import Tensor
 
 import fxseek
 from fxseek.capture.step import step_of
-from fxseek.inspect.quality import _Measure
+from fxseek.inspect.qualities import GradientQuality
+from fxseek.inspect.quality import _choice, _fulls, _Mean, _Measure, _Taken
 
 VOCAB = 37
 
@@ -401,6 +402,45 @@ def test_what_drowns_in_noise_is_not_told():
     else:
         assert abs(choice.expected_cosine) <= 1
         assert choice.bias >= choice.noise / math.sqrt(2)  # which of two draws' mean is noise
+
+
+class Found:
+    """A measure whose steps have found these gradients."""
+
+    def __init__(self, *means: _Mean) -> None:
+        self.means = means
+        self.taken = _Taken(means[0].gradient, 1.0, 0, None, 1, captured=False)
+
+    def by(self, config: Any, batch: Any) -> _Taken:
+        return self.taken
+
+    def take(self, batch: Any) -> _Taken:
+        return self.taken
+
+    def mean(self, at: int, *args: Any, **kwargs: Any) -> tuple[_Mean, list[_Taken], list[float]]:
+        return self.means[at], [self.taken], [0.0]
+
+
+def test_gradients_that_drown_have_no_cosine():
+    """Their squared norms are negative: a root of their product would be a number."""
+    drowned = _Mean(torch.tensor([0.1, 0.2]), variance=1.0, steps=2)
+    assert drowned.squared < 0
+    assert math.isnan(drowned.cosine(drowned))
+    measure: Any = Found(drowned, drowned)
+    fulls, ordinary = _fulls(None, measure, [{}, {}], 2)
+    assert math.isnan(ordinary.cosine) and math.isnan(ordinary.noise)
+    config = fxseek.SeekConfig(score="random")
+    choice = _choice(config, measure, [{}, {}], fulls, 2)
+    assert math.isnan(choice.expected_cosine) and math.isnan(choice.bias)
+    text = str(GradientQuality((), ordinary, fulls[0].cosine(fulls[1]), 2, 2, in_parts=False))
+    assert "cosine between two batches: ?" in text and "drowned in the noise" in text
+
+
+def test_a_gradient_of_zero_has_all_the_bias():
+    full = _Mean(torch.tensor([3.0, 4.0]), variance=0.0, steps=1)
+    measure: Any = Found(_Mean(torch.zeros(2), variance=0.0, steps=1))
+    choice = _choice(fxseek.SeekConfig(), measure, [{}], [full], 1)
+    assert (choice.cosine, choice.expected_cosine, choice.bias) == (0.0, 0.0, 1.0)
 
 
 def test_a_call_that_was_compiled_by_torch_stays():

@@ -471,6 +471,29 @@ def test_after_training_nothing_is_known_of_its_progress(tmp_path):
         model.train()(**batch(VOCABULARY))
 
 
+def test_after_a_run_that_was_cut_short_nothing_is_known_of_it(tmp_path):
+    class Stops(TrainerCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = compiled(small(), ratio="0.2->0.8")
+    callback = fxseek.SeekCallback()
+
+    def trainer(steps: int, *others: TrainerCallback) -> Trainer:
+        args = arguments(tmp_path, max_steps=steps)
+        callbacks = [*others, callback]
+        return Trainer(model, args, train_dataset=Rows(8), callbacks=callbacks)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(4, Stops()).train()
+    with pytest.raises(fxseek.ConfigError, match="ratio_steps="):
+        model.train()(**batch(VOCABULARY))
+    again = trainer(1)
+    again.train()  # its means are of its own forwards
+    (told,) = [line for line in again.state.log_history if "fxseek/ratio" in line]
+    assert told["fxseek/ratio"] == pytest.approx(0.2)
+
+
 def test_attached_twice_it_is_there_once(tmp_path):
     callback = fxseek.SeekCallback()
     trainer = Trainer(
@@ -505,6 +528,29 @@ def test_a_callback_that_the_trainer_makes_anew_says_so(tmp_path):
             else:
                 trainer.train(resume_from_checkpoint=last)
                 assert trainer.state.global_step == steps
+
+
+def test_a_callback_that_was_not_attached_is_made_anew_by_the_checkpoint(tmp_path, caplog):
+    """What it is given has no effect: that is said, and an error where pages would have none."""
+    words = Words([f" w{i}" for i in range(VOCABULARY)])
+
+    def train(steps: int, folder: str, **options: Any) -> None:
+        args = arguments(
+            tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=2,
+            restore_callback_states_from_checkpoint=steps > 2,
+        )  # fmt: skip
+        callbacks = [fxseek.SeekCallback(**options)]
+        trainer = Trainer(compiled(small()), args, train_dataset=Rows(16), callbacks=callbacks)
+        last = str(tmp_path / folder / "checkpoint-2") if steps > 2 else None
+        trainer.train(resume_from_checkpoint=last)
+
+    train(2, "plain")
+    assert "anew" not in caplog.text
+    train(3, "plain", html_every=1, tokenizer=words)
+    assert "the one given has no effect" in caplog.text
+    train(2, "pages", html_every=1, tokenizer=words)
+    with pytest.raises(fxseek.InputError, match=r"without its tokenizer .*Leave it out"):
+        train(3, "pages", html_every=1, tokenizer=words)
 
 
 def test_what_token_pages_need_is_said_before_a_run(tmp_path):

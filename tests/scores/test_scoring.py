@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TinyConfig, TinyDecoder, batch
+from reports import Words
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fxseek
 from fxseek.errors import ScoreError
+from fxseek.reports.tokens import tokens_of
 from fxseek.scores import SCORERS, ScoreInputs, Scorer, measures
 from fxseek.scores.base import Stream, scorer, step_generator
 from fxseek.scores.measures import accumulate_columns, attention_column_sums, gradient_magnitude
@@ -589,6 +591,8 @@ def test_a_score_of_ones_own_file():
         assert report.selected.tolist() == [[12, 13, 14, 15]] * len(report.selected)
         assert set(report.parts) == {"context"}
         assert report.context is report.parts["context"]
+        shown = tokens_of(report, Words([f" w{i}" for i in range(37)])).scales
+        assert [scale.name for scale in shown] == ["context", "combined"]
     finally:
         del SCORERS["last"]
 
