@@ -44,6 +44,7 @@ LENGTHS = "512,1024,2048,4096"
 PART_LENGTHS = "1024,2048,4096,8192"
 SHORT = 1024  # tokens of a row by which fxseek captures: its graphs serve all lengths
 UNTIMED = 2  # rounds: one captures, one counts bytes
+KILLED = "its process was killed, as a machine with too little memory does"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parts: dict[tuple[str, int], Part] = {}
     try:
+        if options.keep is not None:
+            programs.check_writable("--keep", options.keep)
         for tokens in options.tokens:
             for tuning in options.tunings:
                 parts[tuning, tokens] = remembered(tuning, tokens, options)
@@ -125,13 +128,22 @@ def remembered(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
         return apart(tuning, tokens, options)
     setting = [benchmark_page.setting_key(options), tuning, f"{tokens} tokens"]
     setting += [f"{repeats(tokens, options)} repeats", ",".join(options.methods)]
+    setting += [benchmark_page.machine(options), benchmark_page.versions()]
+    setting += [common.origin_of(common.find_model(options.model), [])["model"]]
     name = ", ".join(setting)
-    kept = json.loads(options.keep.read_text()) if options.keep.exists() else {}
-    if name not in kept:
-        part = apart(tuning, tokens, options)
+    try:
+        kept = json.loads(options.keep.read_text()) if options.keep.exists() else {}
+    except ValueError as error:
+        raise ExampleError(f"--keep {options.keep} holds no results ({error})") from error
+    if name in kept:
+        return {way: Measured(**values) for way, values in kept[name].items()}
+    part = apart(tuning, tokens, options)
+    if any(result.failed != KILLED for result in part.values()):  # that may go well next time
         kept[name] = {way: dataclasses.asdict(result) for way, result in part.items()}
-        options.keep.write_text(json.dumps(kept, indent=1) + "\n")
-    return {way: Measured(**values) for way, values in kept[name].items()}
+        whole = options.keep.with_name(f"{options.keep.name}.new")
+        whole.write_text(json.dumps(kept, indent=1) + "\n")
+        whole.replace(options.keep)
+    return part
 
 
 def repeats(tokens: int, options: argparse.Namespace) -> int:
@@ -156,9 +168,8 @@ def apart(tuning: str, tokens: int, options: argparse.Namespace) -> Part:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
             return processes.apart(measure, tuning, tokens, options)
     except BrokenProcessPool:
-        reason = "its process was killed, as a machine with too little memory does"
-        print(f"{tuning}, {tokens} tokens: {reason}", file=sys.stderr)
-        return {way: Measured(failed=reason) for way in options.methods}
+        print(f"{tuning}, {tokens} tokens: {KILLED}", file=sys.stderr)
+        return {way: Measured(failed=KILLED) for way in options.methods}
 
 
 def measure(tuning: str, tokens: int, options: argparse.Namespace) -> Part:

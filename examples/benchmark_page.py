@@ -106,12 +106,7 @@ def text(parts: Parts, options: argparse.Namespace, plots: list[str] | None = No
 def setting(parts: Parts, options: argparse.Namespace) -> str:
     """Machine, versions and command, as a reader needs them to run it again."""
     source = common.find_model(options.model)
-    if options.device.startswith("cuda"):
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     counts = sorted({len(way.seconds) for part in parts.values() for way in part.values()} - {0})
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     share = "in parts" if options.in_parts else f"ratio {options.ratio}"
     tunings = " and ".join(TUNINGS[tuning].split(" (")[0] for tuning in options.tunings)
     title = f"{source.name}, {options.device}, {share}: {tunings}, {span(options.tokens)} tokens"
@@ -120,9 +115,20 @@ def setting(parts: Parts, options: argparse.Namespace) -> str:
         f"Batch {options.batch}, {options.dtype}, {share}, "
         f"fxseek's learn stage run by `{options.backend}`; "
         f"{'one step each' if counts == [1] else f'medians of {span(counts)} steps'}.\n\n"
-        f"Machine: {machine}. Versions: Python {platform.python_version()}, {versions}. "
-        f"Command: `{options.command}`."
+        f"Machine: {machine(options)}. Versions: {versions()}. Command: `{options.command}`."
     )
+
+
+def machine(options: argparse.Namespace) -> str:
+    if options.device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
+def versions() -> str:
+    found = {"torch": torch.__version__, "transformers": transformers.__version__}
+    named = [f"{name} {version}" for name, version in found.items()]
+    return ", ".join([f"Python {platform.python_version()}", *named])
 
 
 def span(numbers: Sequence[int]) -> str:

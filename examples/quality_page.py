@@ -149,7 +149,11 @@ def against_ordinary(some: Iterable[Run], runs: Iterable[Run]) -> list[tuple[Run
     """
     ordinary = {(run["seed"], run["device"]): run for run in runs if run["arm"] == "ordinary"}
     pairs = [(run, ordinary.get((run["seed"], run["device"]))) for run in some]
-    return [(run, other) for run, other in pairs if other is not None and alike(run, other)]
+    return [
+        (run, other)
+        for run, other in pairs
+        if other is not None and alike(run, other) and gain(other) > 0  # else there is no share
+    ]
 
 
 def alike(a: Run, b: Run) -> bool:
@@ -293,7 +297,11 @@ def in_time(some: Iterable[Run], runs: Iterable[Run], pace: float | None) -> lis
     if pace is None or pace > 1:
         return []
     pairs = [(run, run["steps"] * pace, other) for run, other in against_ordinary(some, runs)]
-    return [gain(run) / gain(other, at) for run, at, other in pairs if at >= other["losses"][1][0]]
+    return [
+        gain(run) / gain(other, at)
+        for run, at, other in pairs
+        if at >= other["losses"][1][0] and gain(other, at) > 0
+    ]
 
 
 def machines_of(runs: Iterable[Run]) -> str:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "share": ("fxseek, sampled tokens in parts", {"score": "gradient", "select": "sample"}),
 }
 UNTIMED_STEPS = 2
+KILLED = "its process was killed, as by too little memory: lower --tokens or --batch"
 
 
 class Given(NamedTuple):
@@ -130,7 +132,7 @@ def main(
     ]
     print(f"\n{common.table(header, rows)}")
     print("Peaks are above what there is before a step: weights, and the optimiser's state.")
-    return 0
+    return 0 if len(results) == len(options.ways) else 2
 
 
 def parse(
@@ -179,7 +181,12 @@ def compare(trainer: Callable[[Given], Any], options: argparse.Namespace) -> lis
         results = []
         for way in options.ways:
             job = Job(way, trainer, plain, pairs, options, folder)
-            results.append(processes.apart(run, job))
+            try:
+                results.append(processes.apart(run, job))
+            except BrokenProcessPool:
+                print(f"{WAYS[way][0]}: {KILLED}", file=sys.stderr)
+    if not results:
+        raise ExampleError("no way has a result")
     return results
 
 

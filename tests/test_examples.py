@@ -120,6 +120,13 @@ def test_a_tokeniser_without_a_chat_form_gets_alpacas(tokenizer: PreTrainedToken
     assert tokenizer.decode(labelled) == "Me.</s>"
 
 
+def test_a_row_is_the_same_on_every_day(tokenizer: PreTrainedTokenizerFast) -> None:
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}: " + CHAT
+    row = common.tokenise(Pair("Who?", "Me."), dated, tokens=1000)
+    assert tokenizer.decode(row.ids).startswith("26 Jul 2024: <s>user: Who?")
+
+
 def test_no_pair_is_both_learned_and_held_out(tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = [Pair(f"Say {i}.", f"It is {i}.") for i in range(20)]
     train, held_out = common.split_rows(pairs, tokenizer, 100, train=12, held_out=5, seed=3)
@@ -427,7 +434,8 @@ def test_the_ways_of_the_demo_learn_and_fxseek_saves_less(
         assert way.loss_after_steps == pytest.approx(ordinary.loss_after_steps, abs=1e-4)
     assert (pace.steps_at_time, pace.loss_at_time) == (3, pace.loss_after_steps)
     assert "<html" in page.read_text(encoding="utf-8")
-    assert demo._spent([9, 9, 2, 2, 2], 11) and not demo._spent([9, 9, 2, 2], 11)
+    assert demo._steps_in([9, 9, 2, 2, 2], 11) == 5
+    assert demo._steps_in([9, 9, 2], None) == math.inf
 
 
 def test_the_demo_says_what_is_wrong_and_stops(
@@ -582,6 +590,63 @@ def test_a_killed_process_is_a_result(
     assert "ordinary: its process was killed, as a machine with too little" in page.read_text()
 
 
+def test_a_killed_process_is_not_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The next call measures it; one file serves machines, versions and models of one name."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    keep = tmp_path / "new" / "kept.json"
+    given = ["--model", str(folder), "--tokens", "32", "--methods", "ordinary", "--tunings", "full"]
+    given += ["--output", "-", "--keep", str(keep)]
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", OutOfMemory)
+    assert benchmark.main(given) == 0
+    assert not keep.exists()
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(benchmark, "measure", lambda *_: {"ordinary": Measured(seconds=[1.0])})
+    for version in ("5.1", "5.2", "5.2"):
+        monkeypatch.setattr("transformers.__version__", version)
+        assert benchmark.main(given) == 0
+    assert len(json.loads(keep.read_text())) == 2
+    assert [path.name for path in keep.parent.iterdir()] == [keep.name]
+    keep.write_text("{")
+    assert benchmark.main(given) == 2
+    assert f"--keep {keep} holds no results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [(demo, "--methods ordinary,every"), (trl_dpo, "--ways trl,every")],
+    ids=["demo", "trl"],
+)
+def test_a_killed_way_is_named_and_the_others_are_shown(
+    program: Any, options: str, folder: Path, alpaca: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    made: list[InThisProcess] = []
+
+    def pool(*args: Any, **kwargs: Any) -> InThisProcess:
+        made.append(InThisProcess(1, None, None) if made else OutOfMemory(1, None, None))
+        return made[-1]
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", pool)
+    result = SimpleNamespace(
+        method="every", way="every", saved_bytes=1, peak_bytes=1, first_bytes=1, step_seconds=1.0,
+        seconds=1.0, loss=1.0, loss_before=1.0, loss_after_steps=1.0, steps_at_time=None,
+        loss_at_time=None,
+    )  # fmt: skip
+    monkeypatch.setattr(demo, "run", lambda job: result)
+    monkeypatch.setattr(trl_ways, "run", lambda job: result)
+    always = f"--model {folder} --data {alpaca} --device cpu".split()
+    assert program.main([*always, *options.split()]) == 2
+    said = capsys.readouterr()
+    assert "its process was killed, as by too little memory: lower --tokens or --batch" in said.err
+    assert "| fxseek, every token" in said.out
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", OutOfMemory)
+    assert program.main([*always, *options.split()]) == 2
+    assert "no way has a result" in capsys.readouterr().err
+
+
 def test_what_a_way_cannot_do_is_its_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(model: nn.Module, **options: Any) -> None:
         raise RuntimeError("backend='inductor' raised:\nno compiler found\nmore")
@@ -714,6 +779,17 @@ def test_a_quality_run_that_diverges_is_named_with_the_page_s_error(
     assert "it diverged" in said and "no page" in said
 
 
+def test_a_result_begins_a_line(tmp_path: Path) -> None:
+    out = tmp_path / "runs.jsonl"
+    common.append_line(out, {"a": 1})
+    out.write_text(out.read_text().rstrip("\n"))  # as an editor may leave it
+    common.append_line(out, {"a": 2})
+    common.append_line(out, {"a": 3})
+    assert out.read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3}\n'
+    with pytest.raises(ExampleError, match=r"--out .* cannot be written"):
+        common.append_line(tmp_path, {})
+
+
 def test_timings_of_a_table_are_of_one_machine() -> None:
     setting = dict.fromkeys(quality_page.SETTING, 1)
     runs = [{**setting, "steps": 32, "device": "cuda"}]
@@ -843,6 +919,8 @@ def test_gain_is_read_between_evaluations() -> None:
     assert quality_page.in_time([quicker], [ordinary], 0.5) == pytest.approx([1.5 / 1.25])
     for pace in (0.2, 1.1, None):
         assert quality_page.in_time([quicker], [ordinary], pace) == []
+    worse = {**ordinary, "losses": [[0, 3.0], [10, 3.1], [40, 1.5]]}
+    assert quality_page.in_time([quicker], [worse], 0.25) == []
     assert quality_page.spread([1.0, 3.0], "{:.1f}", " %") == "2.0 ± 1.4 %"
     assert quality_page.spread([1.0], "{:.1f}") == "1.0"
 
@@ -891,6 +969,8 @@ def test_gain_is_a_share_of_what_the_same_kind_of_device_gained_on_the_same_text
     assert quality_page.gained(other, [*ordinary, *other]) == [0.5]
     of_another_text = {**other[1], "losses": [[0, 3.1], [10, 2.0]]}
     assert quality_page.gained([of_another_text], ordinary) == []
+    for end in (3.0, 4.0):  # ordinary training has gained nothing: there is no share of it
+        assert quality_page.gained(other, [run_of("ordinary", 1, "cpu", end)]) == []
     named = quality_page.machines_of([*ordinary, *other])
     assert named == "a GPU (seed 0) and 2 threads (seeds 0, 1)"
     assert quality_page.machines_of(other) == "2 threads"

@@ -16,6 +16,7 @@ from fxseek.capture.counted import Counted
 from fxseek.capture.limits import uses_cache
 from fxseek.config import SeekConfig
 from fxseek.errors import InputError
+from fxseek.ops.autocast import autocast_dtype
 from fxseek.ops.masks import read_tokens
 from fxseek.passes.facts import DECODER_INPUTS, POSITIONS, PRIMARY_INPUTS
 from fxseek.passes.sizes import may_batch, may_count
@@ -45,7 +46,7 @@ class Calls:
             parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
         )
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self._seen_positions = False
+        self._seen_documents = False
 
     @property
     def token_inputs(self) -> tuple[str, ...] | None:
@@ -68,6 +69,11 @@ class Calls:
         if not parts or any(part.is_meta for part in parts):
             return None
         return functools.reduce(torch.logical_or, map(read_tokens, parts))
+
+    def in_autocast(self, batch: dict[str, Any]) -> bool:
+        """Whether autocast is on where the batch is."""
+        primary = [batch[name] for name in self.primary_names(batch)[:1]]
+        return any(autocast_dtype(x.device.type) is not None for x in primary)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name (positional ones get the names of the signature)."""
@@ -133,14 +139,15 @@ class Calls:
         ):
             return
         batch["attention_mask"] = primary.new_ones(primary.shape[:2], dtype=torch.int64)
-        if not self._seen_positions and not positions.is_meta:
-            self._seen_positions = True
-            if bool((positions.diff(dim=-1) != 1).any()):
-                self.tell(
-                    "position_ids start again within a row. As in ordinary training, the "
-                    "documents of such a row see each other, since the model's use_cache is on: "
-                    "pass use_cache=False, or set it in the model's config, to keep them apart"
-                )
+        if self._seen_documents or positions.is_meta:
+            return
+        if bool((positions.diff(dim=-1) != 1).any()):
+            self._seen_documents = True
+            self.tell(
+                "position_ids start again within a row. As in ordinary training, the documents of "
+                "such a row see each other, since the model's use_cache is on: pass "
+                "use_cache=False, or set it in the model's config, to keep them apart"
+            )
 
     def primary_names(self, batch: dict[str, Any]) -> list[str]:
         """Arguments that may count the tokens, the likeliest first."""

@@ -28,12 +28,13 @@ from fxseek.capture.patches import capture_settings
 from fxseek.capture.progress import Captures
 from fxseek.capture.quantised import trace_dequantisation
 from fxseek.capture.recorders import install_recorders
+from fxseek.capture.returned import scalar_of, with_loss
 from fxseek.capture.sharded import Shards, config_for_shards
 from fxseek.capture.switches import Switches
 from fxseek.capture.trl import refuse_untraceable, traceable_log_probs
 from fxseek.capture.uncomputed import Uncomputed, cleared
 from fxseek.config import SeekConfig
-from fxseek.errors import CaptureError, FxseekError, InputError, lacks_memory
+from fxseek.errors import CaptureError, ConfigError, FxseekError, InputError, lacks_memory
 from fxseek.run.assemble import Step
 
 __all__ = ["SeekStep", "compiled_step", "step_of"]
@@ -135,7 +136,7 @@ class SeekStep:
                 refuse_uncaptured(name)
             # a function of ours: Dynamo would break a bare call up at the model's own hooks
             outputs = call(*args, **kwargs)
-            return None if loss is None else _scalar(loss(outputs, kwargs)), outputs
+            return None if loss is None else scalar_of(loss(outputs, kwargs)), outputs
 
         # Dynamo remembers by the name of a function which sizes and numbers have changed: other
         # models' would be taken for variables, attention's scale among them.
@@ -235,6 +236,11 @@ class SeekStep:
         """Pick how the first batch is run, and one with more rows or longer ones than before."""
         if self.config.budget is None:
             return
+        if self.calls.in_autocast(batch):
+            self._tell(
+                "memory_budget_bytes= is estimated without autocast, which keeps activations in "
+                "half precision and copies of weights: a step may need more or less than that"
+            )
         config = self.config_for(batch)
         self._fitted = self._largest(batch)
         if config != self.config:
@@ -248,15 +254,26 @@ class SeekStep:
         rows, tokens = largest = self._largest(batch)
         if largest == self._fitted:
             return self.config
-        return self.fit(self.model, self.given, tokens, rows)
+        try:
+            return self.fit(self.model, self.given, tokens, rows)
+        except ConfigError as error:
+            if largest == self._extent(batch):
+                raise
+            raise ConfigError(
+                f"{error} These are the most rows and the greatest length so far, of different "
+                "batches: one configuration has to serve both."
+            ) from error
 
     def _largest(self, batch: dict[str, Any]) -> tuple[int, int]:
         """The most rows, and the most tokens of one, of this batch and those before."""
-        rows, tokens = self._fitted
-        for name in self.calls.primary_names(batch)[:1]:
-            rows = max(rows, batch[name].shape[0])
-            tokens = max(tokens, batch[name].shape[self.config.token_dim])
+        rows, tokens = map(max, zip(self._fitted, self._extent(batch), strict=True))
         return rows, tokens
+
+    def _extent(self, batch: dict[str, Any]) -> tuple[int, int]:
+        """The rows and the tokens of a batch; 0 of one without any."""
+        for name in self.calls.primary_names(batch)[:1]:
+            return batch[name].shape[0], batch[name].shape[self.config.token_dim]
+        return 0, 0
 
     def _run(self, batch: dict[str, Any]) -> Any:
         try:
@@ -303,7 +320,7 @@ class SeekStep:
                 "loss= returned a tensor that no gradient flows through: compute it from the "
                 "model's outputs, without detach(), item() or torch.no_grad()"
             )
-        return _with_loss(outputs, loss)
+        return with_loss(outputs, loss)
 
     def _cleared(self, result: Any) -> Any:
         """The model's output with None for activations; says so where somebody else keeps one."""
@@ -338,7 +355,10 @@ class SeekStep:
 
     def _hooked(self, error: Exception) -> CaptureError | None:
         """The error to raise where hooks on a backward were in the way of a capture."""
-        if not isinstance(error, _torch.CaptureFailure):
+        # What the passes raise has the backend's name: no hook kept them from the graph.
+        if not isinstance(error, _torch.CaptureFailure) or isinstance(
+            error, _torch.BackendCompilerFailed
+        ):
             return None
         names = _torch.backward_hooked(self.model)
         hooked = [repr(name) if name else "the model" for name in names]
@@ -390,7 +410,7 @@ class SeekStep:
             with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):
                 outputs = _torch.eager_call(self.model)(**batch)
                 if self.config.loss is not None:
-                    _scalar(self.config.loss(outputs, batch))
+                    scalar_of(self.config.loss(outputs, batch))
         except FxseekError as error:
             return error
         except Exception as error:
@@ -428,23 +448,3 @@ def _quiet(batch: dict[str, Any]) -> Iterator[None]:
         if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(batch)):
             warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a")
         yield
-
-
-def _scalar(loss: Any) -> Tensor:
-    """What `loss=` returned, if it can be trained on."""
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss
-    found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    raise InputError(
-        f"loss= must return a tensor with one element, the loss to train on; it returned {found}"
-    )
-
-
-def _with_loss(outputs: Any, loss: Tensor) -> Any:
-    """The model's output with the loss in it: as ``["loss"]`` of a mapping, else first."""
-    if isinstance(outputs, dict):
-        outputs["loss"] = loss
-        return outputs
-    if isinstance(outputs, tuple):
-        return (loss, *outputs)
-    return loss, outputs

@@ -24,7 +24,7 @@ from fxseek.inspect.memory import (
     loss_of,
     module_tensors,
 )
-from fxseek.inspect.state import as_before
+from fxseek.inspect.state import accelerator_of, as_before
 from fxseek.run.assemble import Ran, Step
 
 __all__ = ["Profile", "profile"]
@@ -106,7 +106,7 @@ def profile(model: nn.Module, /, **batch: Any) -> Profile:
     with as_before(model, *leaves), tracker, following(compiled, tracker):
         _followed(model, run, tracker)
     with as_before(model, *leaves):
-        figures = _timed(compiled, run)  # warm by now
+        figures = _timed(compiled, run, accelerator_of(tensors[0].device))  # warm by now
     return Profile(**tracker.result(), **figures, device=tracker.device)
 
 
@@ -119,11 +119,12 @@ def _followed(model: nn.Module, run: Callable[[], Ran], tracker: Tracker) -> Non
     tracker.stop()
 
 
-def _timed(compiled: Step, run: Callable[[], Ran]) -> dict[str, Any]:
+def _timed(
+    compiled: Step, run: Callable[[], Ran], accelerator: torch.device | None
+) -> dict[str, Any]:
     """Of a `Profile` all but the memory over time and the device."""
-    accelerator = torch.accelerator.is_available()
-    if accelerator:
-        torch.accelerator.reset_peak_memory_stats()
+    if accelerator is not None:
+        torch.accelerator.reset_peak_memory_stats(accelerator)
     seconds: dict[str, float] = {}
     with stage_seconds(compiled.module, seconds):
         outputs, selection, scores, saved_bytes = run()
@@ -131,13 +132,16 @@ def _timed(compiled: Step, run: Callable[[], Ran]) -> dict[str, Any]:
     del scores
     start = time.perf_counter()
     loss_of(outputs).backward()
-    if accelerator:
-        torch.accelerator.synchronize()
+    if accelerator is not None:
+        torch.accelerator.synchronize(accelerator)
     seconds["backward"] = time.perf_counter() - start
+    allocated = None
+    if accelerator is not None:
+        allocated = torch.accelerator.max_memory_allocated(accelerator)
     return {
         "seconds": seconds,
         "saved_bytes": saved_bytes,
-        "allocated_bytes": torch.accelerator.max_memory_allocated() if accelerator else None,
+        "allocated_bytes": allocated,
         "tokens": tokens,
         "kept": kept,
         "batch": batch,

@@ -24,7 +24,7 @@ from fxseek.config import SeekConfig
 from fxseek.errors import InputError, lacks_memory
 from fxseek.inspect.budget import within_budget
 from fxseek.inspect.qualities import Choice, GradientQuality
-from fxseek.inspect.state import as_before, state_of
+from fxseek.inspect.state import accelerator_of, as_before, state_of
 from fxseek.ratios import Fixed
 from fxseek.run.saved import SavedBytes
 from fxseek.scores import draws_tokens
@@ -212,6 +212,8 @@ class _Measure:
         self.bar = bar
         self.step: SeekStep | None = None
         self.share = 1.0
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.accelerator = accelerator_of(device)
 
     def by(self, config: SeekConfig | None, batch: dict[str, Any]) -> _Taken:
         """From now on steps are run by a configuration, or are the model's own; runs a first one.
@@ -235,12 +237,12 @@ class _Measure:
 
     def take(self, batch: dict[str, Any]) -> _Taken:
         """Run a step."""
-        model, accelerated = self.model, torch.accelerator.is_available()
+        model, accelerator = self.model, self.accelerator
         for parameter in model.parameters():
             parameter.grad = None
-        if accelerated:
-            torch.accelerator.synchronize()
-            torch.accelerator.reset_peak_memory_stats()
+        if accelerator is not None:
+            torch.accelerator.synchronize(accelerator)
+            torch.accelerator.reset_peak_memory_stats(accelerator)
         held = [*model.parameters(), *model.buffers(), *batch.values()]
         saved = SavedBytes(exclude=held) if self.step is None else nullcontext()
         captures = None if self.step is None else self.step.captures.count
@@ -250,12 +252,12 @@ class _Measure:
                 loss = _loss(model(**batch))
                 nbytes = saved.total if isinstance(saved, SavedBytes) else 0
             loss.backward()
-            if accelerated:
-                torch.accelerator.synchronize()
+            if accelerator is not None:
+                torch.accelerator.synchronize(accelerator)
             seconds = time.perf_counter() - start
         finally:
             self.restore()
-        peak = torch.accelerator.max_memory_allocated() if accelerated else None
+        peak = None if accelerator is None else torch.accelerator.max_memory_allocated(accelerator)
         longest, report = 1, None if self.step is None else self.step.recorder.last
         captured = self.step is not None and self.step.captures.count != captures
         if report is not None:

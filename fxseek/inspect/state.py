@@ -13,7 +13,7 @@ from fxseek import _torch
 from fxseek.capture.backend import latest_kept
 from fxseek.errors import InputError
 
-__all__ = ["as_before", "devices_of", "state_of", "without_gradients"]
+__all__ = ["accelerator_of", "as_before", "devices_of", "state_of", "without_gradients"]
 
 
 @contextlib.contextmanager
@@ -51,6 +51,12 @@ def as_before(model: nn.Module, *others: Tensor) -> Iterator[None]:
         torch.random.fork_rng(devices=devices_of(model)),
     ):
         yield
+
+
+def accelerator_of(device: torch.device) -> torch.device | None:
+    """A device that has to be waited for and has an allocator of its own; None of the CPU."""
+    kind = torch.accelerator.current_accelerator()
+    return device if kind is not None and kind.type == device.type else None
 
 
 def devices_of(model: nn.Module) -> list[int]:

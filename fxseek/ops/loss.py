@@ -110,6 +110,22 @@ def cross_entropy_parts(
     [classes]; scale one for each kept position → two scalars. Sums of several chunks of positions
     add up.
     """
+    total, mass, _ = _parts(
+        logits, target, weights, class_weights, scale, ignore_index, label_smoothing
+    )
+    return total, mass
+
+
+def _parts(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    class_weights: Tensor | None,
+    scale: Tensor | None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """`cross_entropy_parts`, and the dtype of the loss; sums of float16 are in float32."""
     indices = not target.is_floating_point()
     if indices:
         target = target.masked_fill(weights.reshape(target.shape) == 0, ignore_index)
@@ -126,10 +142,10 @@ def cross_entropy_parts(
     if not indices:
         losses = losses.masked_fill(~counts, 0.0)
     masses = _masses(counts, target if indices else None, class_weights, scale)
-    share = share.to(losses.dtype)
+    share = share.to(torch.float32 if losses.dtype == torch.float16 else losses.dtype)
     if masses is not counts:
         masses = masses * share
-    return (_scaled(losses, scale) * share).sum(), masses.sum()
+    return (_scaled(losses, scale) * share).sum(), masses.sum(), losses.dtype
 
 
 class Scratch:
@@ -229,9 +245,9 @@ def selected_cross_entropy(
     all positions, as `mass_of` takes them → scalar. `reduction`: ``"sum"`` multiplies the mean by
     the mass of all positions.
     """
-    total, mass = cross_entropy_parts(logits, target, weights, class_weights, scale, **options)
+    total, mass, dtype = _parts(logits, target, weights, class_weights, scale, **options)
     if reduction != "sum":
-        return mean_of_parts(total, mass)
+        return mean_of_parts(total, mass).to(dtype)
     ignored = options.get("ignore_index", -100)
     full_mass = mass_of(full_target, class_weights, full_scale, ignore_index=ignored)
-    return mean_of_parts(total, mass, full_mass)
+    return mean_of_parts(total, mass, full_mass).to(dtype)

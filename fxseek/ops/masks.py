@@ -31,12 +31,12 @@ def read_tokens(mask: Tensor) -> Tensor:
     """Which tokens a mask lets the model read, the others being padding: Bool[batch or 1, tokens].
 
     Shapes: [batch, tokens], or [batch or 1, heads or 1, tokens, tokens], where a token is read if
-    any query reads it. An entry that is 0 is not read; in an additive mask, which has negative
-    entries, it is the only one that is.
+    any query reads it. An entry that is 0 is not read; in an additive mask it is the only one that
+    is. A floating one is additive if it has negative entries, or hides nothing: no positive ones.
     """
     read = mask != 0
     if mask.is_floating_point():
-        read = read ^ (mask < 0).any()
+        read = read ^ ((mask < 0).any() | ~(mask > 0).any())
     return read if mask.dim() == 2 else read.flatten(1, 2).any(1)
 
 

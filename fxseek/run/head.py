@@ -15,6 +15,7 @@ from fxseek.ops.loss import Scratch, cross_entropy_slope, mass_of, mean_of_parts
 from fxseek.ops.once import once_in_parts
 from fxseek.ops.shards import Unshard, in_buckets
 from fxseek.ops.sweep import CatRows, Sum, chunks_of, rows_of_chunk, sweep
+from fxseek.passes.facts import example
 from fxseek.passes.head import Head
 from fxseek.passes.ir import Given, Input, Selected
 from fxseek.passes.unshard import sharding_of
@@ -49,6 +50,7 @@ class ChunkedHead(nn.Module):
             module_of(head.logits, "Logits"), config.backend, "none"
         )
         inputs = head.stage.inputs
+        self.dtype = example(head.loss.node).dtype
         self.rows_at = inputs.index(Given(head.entry))
         self.positions_at = [i for i, item in enumerate(inputs) if isinstance(item, Selected)]
         self.weights_at = inputs.index(Selected("weights"))
@@ -86,7 +88,7 @@ class ChunkedHead(nn.Module):
         else:
             total, labelled = sweep(chunks, part, (Sum(), Sum()), weights)
         mass = mass_of(*full, ignore_index=self.head.loss.ignore_index) if full else None
-        return mean_of_parts(total, labelled, mass)
+        return mean_of_parts(total, labelled, mass).to(self.dtype)
 
     def slope(
         self, rows: Tensor, arguments: Sequence[Any], scratch: Scratch

@@ -52,7 +52,9 @@ class TokenLoss:
             return None
         if argument(node, 3, "size_average") is not None or argument(node, 5, "reduce") is not None:
             return None
-        scale = argument(node, 8, "scale")
+        scale, ignored = argument(node, 8, "scale"), argument(node, 4, "ignore_index", -100)
+        if not isinstance(ignored, int):  # it changes from step to step
+            return None
         return cls(
             node,
             logits,
@@ -60,7 +62,7 @@ class TokenLoss:
             argument(node, 2, "weight"),
             scale,
             argument(node, 6, "reduction", "mean" if scale is None else "sum"),
-            argument(node, 4, "ignore_index", -100),
+            ignored,
             argument(node, 7, "label_smoothing", 0.0),
         )
 
@@ -71,7 +73,9 @@ class TokenLoss:
 
     @property
     def plain(self) -> bool:
-        """Whether each labelled term counts as 1 in the mean."""
+        """Whether each labelled term counts as 1 in the mean, and nothing else changes."""
+        if isinstance(self.label_smoothing, fx.Node):
+            return False
         return self.class_weights is None and self.scale is None and not self.probabilities
 
     @property

@@ -15,7 +15,7 @@ from sweeps import sampled
 from torch import Tensor, nn
 
 import fxseek
-from fxseek.errors import CaptureError, InputError
+from fxseek.errors import CaptureError, GraphError, InputError
 
 Gradients = dict[str, Tensor]
 
@@ -136,6 +136,17 @@ def test_a_hook_on_a_backward_is_an_error(every, before):
         handle.remove()
     assert ("every module" if every else "'model.layers.0.mlp'") in str(caught.value)
     assert equal(step(model, arguments), without)
+
+
+def test_a_hook_on_what_is_not_called_hides_no_error():
+    model = model_of()
+    model.unused = nn.Linear(2, 2)
+    model.unused.register_full_backward_hook(lambda *_: None)
+    fxseek.compile(model, 0.3)
+    arguments = arguments_of()
+    del arguments["labels"]
+    with pytest.raises(GraphError, match="needs the gradient of the loss"):
+        model(**arguments)
 
 
 # ---- what hooks keep -----------------------------------------------------------------------------

@@ -68,7 +68,10 @@ def test_masks_that_say_what_is_read():
         assert torch.equal(read_tokens(given), mask.bool())
     for given in (square(mask), torch.zeros(()).masked_fill(~square(mask), -torch.inf)):
         assert torch.equal(read_tokens(given), mask.bool())
-    assert read_tokens(torch.zeros(1, 1, 3, 3)).sum() == 0  # no entry is read
+    for shape in ((2, 3), (1, 1, 3, 3)):
+        assert read_tokens(torch.zeros(shape)).all()  # additive: it hides nothing
+        assert not read_tokens(torch.zeros(shape, dtype=torch.int64)).any()
+        assert not read_tokens(torch.zeros(shape, dtype=torch.bool)).any()
     assert read_tokens(torch.ones(2, 3)).all()
 
 
@@ -141,6 +144,29 @@ def test_packed_rows_are_those_of_ordinary_training(cache, by, caplog):
     assert loss == pytest.approx(ordinary, rel=1e-12)
     told = [record.message for record in caplog.records if "see each other" in record.message]
     assert len(told) == (0 if cache is False else 1)
+
+
+def test_rows_that_are_packed_later_are_told(caplog):
+    model = fxseek.compile(llama(use_cache=True), 0.4)
+    one = {**batch(VOCAB, tokens=TOKENS), "position_ids": torch.arange(TOKENS)[None]}
+    with caplog.at_level(logging.WARNING, logger="fxseek"):
+        model(**one)
+        assert not caplog.records
+        for _ in range(2):
+            model(**packed())
+    assert ["see each other" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_mask_that_hides_nothing_is_no_padding(attention: str):
+    """Additive, it has zeros alone, as a tokens x tokens mask of padding that lets nothing read."""
+    arguments = batch(VOCAB, tokens=TOKENS)
+    zeros = torch.zeros(1, 1, TOKENS, TOKENS, dtype=torch.float64)
+    model = llama(attn_implementation=attention)
+    arguments["attention_mask"] = zeros
+    report = exact(model, arguments, 0.25)
+    assert report.valid.all() and (report.selected >= 0).all()
+    assert model(**arguments).loss > 1
 
 
 def test_rows_of_one_document_need_no_word(caplog):

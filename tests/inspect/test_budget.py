@@ -110,6 +110,25 @@ def test_it_is_asked_for_more_rows_and_for_longer_ones(monkeypatch: pytest.Monke
     assert asked == [(2, 8), (4, 8), (4, 9)]
 
 
+def test_what_two_batches_need_together_is_told(peaks: Peaks):
+    """The most rows and the greatest length, which came apart."""
+    budget = min(peaks(way) for way in ways(config(1), "cpu")) - 1
+    bound = fxseek.compile(model(), config(budget))
+    bound(**batch(37, batch=ROWS, tokens=8))
+    with pytest.raises(fxseek.ConfigError, match=r"cannot be reached.* of different batches"):
+        bound(**batch(37, batch=1, tokens=TOKENS))
+    with pytest.raises(fxseek.ConfigError, match="cannot be reached") as caught:
+        bound(**batch(37, batch=ROWS, tokens=TOKENS))
+    assert "different batches" not in str(caught.value)
+
+
+def test_autocast_is_told(caplog: pytest.LogCaptureFixture):
+    bound = fxseek.compile(model(), config("20GiB"))
+    with torch.autocast("cpu", torch.bfloat16):
+        bound(**batch(37, batch=1, tokens=8))
+    assert "estimated without autocast" in caplog.text
+
+
 def test_a_step_learns_the_same(peaks: Peaks, caplog: pytest.LogCaptureFixture):
     """And a larger batch picks anew, a smaller one does not."""
     budget = peaks(config(1)) - 1

@@ -95,7 +95,7 @@ def test_bad_arguments(options, message, monkeypatch):
 
 
 def test_without_tunings_those_that_the_model_can_have():
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit
     from peft import LoraConfig, get_peft_model
 
     def tunings_of(config_or_model: Any) -> list[str]:
@@ -107,8 +107,9 @@ def test_without_tunings_those_that_the_model_can_have():
     assert tunings_of(CONFIG) == ["full", "lora", "qlora"]
     model = LlamaForCausalLM(CONFIG)
     for layer in model.model.layers:
-        down = layer.mlp.down_proj
-        layer.mlp.down_proj = bitsandbytes.nn.Linear4bit(*down.weight.T.shape, bias=False).to("cpu")
+        mlp: Any = layer.mlp
+        linear = Linear4bit(*mlp.down_proj.weight.T.shape, bias=False)
+        mlp.down_proj = linear.to("cpu")
     assert tunings_of(model) == ["full", "lora"]
     adapters = LoraConfig(target_modules="all-linear")
     assert tunings_of(get_peft_model(LlamaForCausalLM(CONFIG), adapters)) == ["full"]

@@ -14,6 +14,7 @@ from torch import nn
 
 import fxseek
 from fxseek.inspect.memory import CATEGORIES
+from fxseek.inspect.state import accelerator_of
 
 STAGES = ["prefill", "score", "select", "gather", "learn", "backward"]
 
@@ -61,6 +62,20 @@ def test_categories_and_stages():
     assert (found.tokens, found.kept, found.batch, found.device) == (53, 16, 2, "cpu")
     assert found.allocated_bytes is None or found.allocated_bytes > 0
     assert {len(values) for values in found.over_time().values()} == {len(found.changes)}
+
+
+def test_an_accelerator_is_asked_about_its_own_models_alone(monkeypatch: pytest.MonkeyPatch):
+    here = torch.accelerator.current_accelerator() or torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: here)
+    second = torch.device(here.type, 1)
+    assert accelerator_of(second) == second
+    assert accelerator_of(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    model, given = tiny_llama().train(), batch(37, tokens=20)
+    found = fxseek.gradient_quality(model, [given], ratios=[0.5], spans=[1], progress=False)
+    assert found.ordinary.peak_bytes is None
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)  # the stages' hooks
+    assert fxseek.profile(compiled(model), **given).allocated_bytes is None
 
 
 def test_saved_bytes_are_the_reports():

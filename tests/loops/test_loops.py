@@ -539,7 +539,7 @@ def test_a_callback_that_was_not_attached_is_made_anew_by_the_checkpoint(tmp_pat
             tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=2,
             restore_callback_states_from_checkpoint=steps > 2,
         )  # fmt: skip
-        callbacks = [fxseek.SeekCallback(**options)]
+        callbacks: list[TrainerCallback] = [fxseek.SeekCallback(**options)]
         trainer = Trainer(compiled(small()), args, train_dataset=Rows(16), callbacks=callbacks)
         last = str(tmp_path / folder / "checkpoint-2") if steps > 2 else None
         trainer.train(resume_from_checkpoint=last)

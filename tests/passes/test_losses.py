@@ -331,6 +331,77 @@ def test_the_mean_of_many_samples_is_ordinary_training(name: str):
     assert 0.01 < found.std() < 0.1
 
 
+# ---- what changes from step to step, and what the loss is given back as --------------------------
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"score": "random", "learn_chunk": 8}], ids=str)
+def test_an_option_that_changes(options: dict[str, Any]):
+    """Dynamo makes a number that has changed an input of the graph."""
+    now = {"label_smoothing": 0.1, "ignore_index": -100}
+    model, x = model_of(), inputs_of()
+    fxseek.compile(model, 0.4, loss=lambda o, x: F.cross_entropy(*flat(o, x), **now), **options)
+    for smoothing in (0.1, 0.05, 0.3):
+        now["label_smoothing"] = smoothing
+        model.zero_grad()
+        case = Case(lambda *_: None, mean, smoothing=smoothing)  # type: ignore[arg-type]
+        loss = model(**x).loss
+        assert_step(model, loss, lambda *given, c=case: wanted_of(c, given[0], x, *given[1:]), x)
+    for ignored in (5, 7):
+        now["ignore_index"] = ignored
+        y = {**x, "labels": x["labels"].masked_fill(x["labels"] == -100, ignored)}
+        model.zero_grad()
+        if options.get("select") == "sample":
+            with pytest.raises(fxseek.GraphError, match="no cross-entropy over tokens that fxseek"):
+                model(**y)
+            return
+        model(**y).loss.backward()
+        assert fxseek.check_gradients(model, **y).error <= 1e-9
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["tokenseek", "sample"])
+def test_a_loss_of_one_element_is_that_of_none(options: dict[str, Any], caplog: Any):
+    case, x = CASES["smoothing, cut, classes second"], inputs_of()
+    for shape in ((1,), (1, 1)):
+        model = model_of()
+        fxseek.compile(model, 0.4, loss=lambda o, x, s=shape: case.loss(o, x).reshape(s), **options)
+        outputs = model(**x)
+        assert not caplog.text and outputs.loss.dim() == 0 and outputs.logits is None
+        assert_step(model, outputs.loss, lambda *y: wanted_of(case, y[0], x, *y[1:]), x)
+
+
+@pytest.mark.parametrize("classes", [None, CLASSES.half()], ids=["plain", "class weights"])
+@pytest.mark.parametrize("chunk_bytes", [None, 4096])
+def test_sums_leave_the_range_of_float16(classes: Tensor | None, chunk_bytes: int | None):
+    """Whose largest number is 65504: the mean that ordinary training computes is finite."""
+
+    def loss(o: Any, x: Any) -> Tensor:
+        logits = o.logits.flatten(0, 1) * 1000
+        of_classes = None if classes is None else classes.to(logits.dtype)
+        return F.cross_entropy(logits, x["labels"].flatten(), of_classes)
+
+    x, model = inputs_of("none"), model_of().half()
+    ordinary = float(loss(_torch.eager_call(model.float())(**x), x).detach())
+    assert ordinary < 65504 < ordinary * (x["labels"] != -100).sum()
+    fxseek.compile(model.half(), 1.0, loss=loss, chunk_bytes=chunk_bytes)
+    found = model(**x).loss
+    assert found.dtype == torch.float16
+    assert float(found.detach()) == pytest.approx(ordinary, rel=0.01)
+    found.backward()
+
+
+def test_sums_of_parts_leave_the_range_of_float16(caplog: Any):
+    x, model = inputs_of("none"), model_of().half()
+    with torch.no_grad():
+        model.head.weight *= 1000
+    ordinary = float(_torch.eager_call(model.float())(**x).loss.detach())
+    assert ordinary < 65504 < ordinary * (x["labels"] != -100).sum()
+    fxseek.compile(model.half(), 1.0, learn_chunk=8)
+    found = model(**x).loss
+    assert "one part" not in caplog.text and found.dtype == torch.float16
+    assert float(found.detach()) == pytest.approx(ordinary, rel=0.01)
+    found.backward()
+
+
 # ---- probabilities as targets ----------------------------------------------------------------
 
 

@@ -166,6 +166,21 @@ def test_keys_go_from_token_to_token(visit: Open):
     assert page.is_hidden("#tip")
 
 
+def test_keys_pass_the_ends_of_lines(visit: Open):
+    """There a token's space is in one line and its word in the next."""
+    words = [f" w{i}" if i % 40 else "\n\n" for i in range(120)]
+    page = visit(report(rows(1, 120), 5), Words(words))
+    lines = page.eval_on_selector_all(
+        ".row .t", "all => new Set(all.map(x => [...x.getClientRects()].at(-1).top)).size"
+    )
+    assert lines > 6
+    page.locator(".row .t").nth(1).click()
+    for key, positions in (("ArrowRight", range(2, 120)), ("ArrowLeft", range(118, -1, -1))):
+        for position in positions:
+            page.keyboard.press(key)
+            assert tip(page)["position"] == f"{position} of 120", key
+
+
 def test_nothing_in_a_token_runs(visit: Open, seen: list[str]):
     page = visit(report(rows(1, len(NASTY)), score="<img src=x onerror=alert(2)>"), Words(NASTY))
     shown = page.locator(".row .t").all_text_contents()
