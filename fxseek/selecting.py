@@ -271,7 +271,7 @@ def select_sample(
     share = ((1.0 - uniform) * by_mass + uniform * floor).masked_fill(~labelled, 0.0)
 
     # 1 - [0, 1) = (0, 1]: no division by zero
-    uniforms = 1.0 - torch.rand(mass.shape, generator=generator, dtype=dtype)
+    uniforms = 1.0 - torch.rand(mass.shape, generator=generator, dtype=dtype, device="cpu")
     uniforms = uniforms.to(mass.device, non_blocking=True)
     if spans is not None:
         share, mass = over_spans(share, spans), over_spans(mass, spans)

@@ -47,8 +47,8 @@ def spans_of(
         cut[:, 1:] |= alone[:, :-1]
     position = torch.arange(tokens, device=valid.device)
     within = position - torch.where(cut, position, 0).cummax(-1).values
-    draws = torch.rand((batch, 1), generator=generator).to(size.device, non_blocking=True)
-    cut |= (within + (draws * size).long()) % size == 0
+    draws = torch.rand((batch, 1), generator=generator, dtype=torch.float32, device="cpu")
+    cut |= (within + (draws.to(size.device, non_blocking=True) * size).long()) % size == 0
     return cut.long().cumsum(-1) - 1
 
 
@@ -94,7 +94,7 @@ def drawn_scores(
     for tier in tiers:
         inside = tier.gather(-1, order)
         count = inside.sum(-1, keepdim=True).clamp_min(1)
-        start = torch.rand((len(spans), 1), generator=generator)
+        start = torch.rand((len(spans), 1), generator=generator, dtype=torch.float32, device="cpu")
         start = (start.to(spans.device, non_blocking=True) * count).long()
         place = (inside.cumsum(-1) - 1 - start) % count
         scores = torch.where(tier, scores.scatter(-1, order, -place), scores)

@@ -141,11 +141,15 @@ class _Reads:
     def _masked_scores(self, product: fx.Node) -> str | None:
         """The same of queries × keys, on the way to a softmax."""
         masks: dict[Hides, None] = {}
-        queue, ended = [(product, False)], set[fx.Node]()
+        if operation(product) == "baddbmm":
+            masks |= dict.fromkeys(self._hides(product, product))
+        queue, ended = [(product, bool(masks))], set[fx.Node]()
         while queue:
             node, masked = queue.pop()
             for user in node.users:
                 if operation(user) in ("softmax", "_softmax"):
+                    if not masked:
+                        return f"the attention at {where(user)} has no mask, and reads later tokens"
                     ended.add(user)
                 elif operation(user) in _ENTRYWISE or _moves_only(user):
                     found = dict.fromkeys(self._hides(user, node))
@@ -155,8 +159,6 @@ class _Reads:
                     queue.append((user, masked))
                 else:
                     return f"{called(user)} at {where(user)} reads products of other tokens"
-        if operation(product) == "baddbmm":
-            masks |= dict.fromkeys(self._hides(product, product))
         if not ended:
             return f"{called(product)} at {where(product)} reads values of other tokens"
         self.hidden |= ended

@@ -152,6 +152,13 @@ def made_call(
     return made
 
 
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, wherever the caller put it."""
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
 def is_tensor(node: Any) -> bool:
     """Whether a node's value is one tensor."""
     return isinstance(node, fx.Node) and isinstance(example(node), torch.Tensor)

@@ -118,7 +118,8 @@ def _batched(attention: fx.Node) -> bool:
     """Whether the operands are [batch, heads, tokens, width], with as many keys as queries."""
     query, key = _shapes(attention)
     queries, keys = (_torch.size_expression(shape[-2]) for shape in (query, key))
-    return attention.kwargs.get("batch_dim") == 0 and len(query) == 4 and queries == keys
+    batch_dim = attention.kwargs.get("batch_dim")  # None with one row
+    return batch_dim in (0, None) and len(query) == 4 and queries == keys
 
 
 def _shapes(attention: fx.Node) -> list[torch.Size]:

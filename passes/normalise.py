@@ -85,7 +85,7 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
         if method in _DTYPES and len(args) == 1:
             return torch.Tensor.to, (args[0], _DTYPES[method]), {}
         if method == "type_as" or (method == "type" and len(args) == 2):
-            return torch.Tensor.to, (args[0], value.dtype), {}
+            return torch.Tensor.to, (args[0], value.device, value.dtype), {}
     name = registry.operation(node)
     if name is None:
         return None

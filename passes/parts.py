@@ -24,17 +24,16 @@ from typing import Any
 from torch import fx
 
 from fxseek.config import SeekConfig
-from fxseek.ops.attention import attend_rows
 from fxseek.ops.parts import join_rows, pass_joint
 from fxseek.ops.rows import Rows, pass_kept, scatter_rows
 from fxseek.passes.causality import Mixing, size_arguments
 from fxseek.passes.facts import Facts, ancestors, descendants, walk_up, where
-from fxseek.passes.head import Head
+from fxseek.passes.head import Head, draws_values
 from fxseek.passes.ir import Gathered, Input, Joined, Piece, placeholder_of
 from fxseek.passes.latents import is_expanded
 from fxseek.passes.outputs import Outputs
 from fxseek.passes.outside import Outside
-from fxseek.passes.rules import argument, called, find_rule, operation
+from fxseek.passes.rules import called
 from fxseek.passes.schedule import Schedule
 
 __all__ = ["Exit", "Parts", "draws", "find_exit", "find_obstacle", "join_values"]
@@ -121,20 +120,7 @@ def _has_tokens(node: fx.Node, carrying: Set[fx.Node], facts: Facts) -> bool:
 
 def draws(piece: Piece) -> bool:
     """Whether a piece is random (dropout)."""
-    return any(_draws(node) for node in piece.graph.nodes)
-
-
-def _draws(node: fx.Node) -> bool:
-    if node.target is attend_rows:
-        drops: Any = node.kwargs.get("dropout_p", 0.0)
-        return drops != 0.0
-    found = find_rule(node)
-    if found is None or found.family != "random":
-        return False
-    if operation(node) != "dropout":
-        return True
-    drops = argument(node, 1, "p", 0.5)
-    return drops != 0.0 and argument(node, 2, "training", True) is not False
+    return any(draws_values(node) for node in piece.graph.nodes)
 
 
 def join_values(body: Piece, mixing: Mixing) -> Piece:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from fxseek import _torch
 from fxseek.errors import GraphError
-from fxseek.passes.facts import example, is_tensor, where
+from fxseek.passes.facts import argument, example, is_tensor, where
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -35,7 +36,14 @@ BOOLEAN = (
 )
 """Their results are boolean; in place they are of the written tensor's type."""
 
-_BUFFER_WRITERS = ("batch_norm", "instance_norm")
+_BUFFER_WRITERS = {
+    F.batch_norm: (1, 5, "training", False),
+    F.instance_norm: (1, 5, "use_input_stats", True),
+    torch.batch_norm: (3, 5, "training", False),
+    torch.instance_norm: (3, 5, "use_input_stats", True),
+}
+"""Where the running mean is among the arguments, and the flag by which it is updated, with its
+default."""
 
 
 def set_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
@@ -47,7 +55,7 @@ def set_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
 
 def copied(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """What ``x.copy_(source)`` leaves in `x`, as a new tensor."""
-    return source.to(x.dtype).expand(x.shape).clone()
+    return source.to(x.device, x.dtype).expand(x.shape).clone()
 
 
 def filled(x: torch.Tensor, value: Any) -> torch.Tensor:
@@ -74,6 +82,17 @@ def refuse_input(node: fx.Node, written: fx.Node) -> GraphError:
     return refuse(node, f"the graph writes to {path}", remedy)
 
 
+def _updates_statistics(node: fx.Node) -> bool:
+    """Whether a norm updates its running statistics."""
+    if node.target not in _BUFFER_WRITERS:
+        return False
+    mean, place, flag, default = _BUFFER_WRITERS[node.target]
+    updates = argument(node, place, flag)
+    return is_tensor(argument(node, mean, "running_mean")) and bool(
+        default if updates is None else updates
+    )
+
+
 def write_of(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:
     """The node that is written to and the call that makes its new value, or None."""
     args, kwargs = node.args, dict(node.kwargs)
@@ -88,12 +107,7 @@ def write_of(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...
         flagged = _without_flag(node)
         if flagged is not None:
             return flagged
-        if (
-            name in _BUFFER_WRITERS
-            and len(args) > 1
-            and is_tensor(args[1])
-            and (node.kwargs.get("training", args[5] if len(args) > 5 else False))
-        ):
+        if _updates_statistics(node):
             raise refuse(
                 node,
                 f"{name} updates its running statistics in training",
@@ -201,6 +215,12 @@ def _method(
         return target, torch.zeros_like, (target,), {}
     if name == "fill_":
         return target, filled, node.args, dict(node.kwargs)
+    if name == "bernoulli_":  # which draws by p, not by what the tensor holds
+        chance = argument(node, 1, "p", 0.5)
+        if isinstance(chance, (int, float)):
+            options = {k: v for k, v in node.kwargs.items() if k != "p"}
+            return target, torch.bernoulli, (target, chance), options
+        raise refuse(node, "Tensor.bernoulli_ draws by another tensor", "Use torch.bernoulli(p).")
     pure = getattr(torch.Tensor, name[:-1], pure)
     if pure is None or name in _OF_SHAPE:
         raise refuse(node, f"Tensor.{name} changes a tensor in place", "Use a pure operation.")

@@ -89,6 +89,12 @@ class Recorder:
             self.call = CallInfo()
 
 
+KERNEL = (
+    "sdpa_kernel in the model has no effect in a training step: put it around the call of the "
+    "model and loss.backward()"
+)
+
+
 class _Latest(threading.local):
     recorder: weakref.ref[Recorder] | None = None
 
@@ -154,6 +160,8 @@ def make_backend(
             log.warning("fxseek: %s", note)
         if program.parts and isinstance(program.parts, str):
             log.warning("fxseek: %s", ONE_PART.format(reason=program.parts))
+        if any(getattr(x.target, "__name__", "") == "_sdpa_kernel" for x in gm.graph.nodes):
+            log.warning("fxseek: %s", KERNEL)
         recorder.steps.append(step)
         recorder.compile_seconds += time.perf_counter() - start
         if run is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention, flash_sdp_enabled
 from torch.utils.checkpoint import checkpoint
 
+from fxseek import _torch
 from fxseek.ops import masks
 from fxseek.ops.aligned import attend_aligned, fold, unfold
 from fxseek.ops.masks import MaskRows
@@ -121,7 +122,7 @@ def kernel(
     """
     global _attend, _grouped, _aligned
     before = _attend, _grouped, _aligned
-    _attend, _grouped, _aligned = attend, grouped, aligned
+    _attend, _grouped, _aligned = attend, (*_grouped, *grouped), {**_aligned, **aligned}
     try:
         yield
     finally:
@@ -142,12 +143,15 @@ def _takes_flag(
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """`scaled_dot_product_attention` as it is at each call, or the `kernel` in its place."""
-    return (_attend or F.scaled_dot_product_attention)(query, key, value, **options)
+    stands_in = _attend is not None and not _torch.has_values(query)
+    function = _attend if stands_in else F.scaled_dot_product_attention
+    return function(query, key, value, **options)  # type: ignore[misc]
 
 
 def attend_last(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Causal attention whose last query has the last key's position."""
-    if _attend is not None or query.shape[-2] == key.shape[-2]:
+    stands_in = _attend is not None and not _torch.has_values(query)
+    if stands_in or query.shape[-2] == key.shape[-2]:
         return attend(query, key, value, is_causal=True, **options)
     return attend_aligned(query, key, value, options["dropout_p"], options["scale"])
 

@@ -104,14 +104,15 @@ def scatter_rows(
 ) -> Tensor:
     """A full value with its selected rows replaced; the others are constants from `base`.
 
-    Rows that are `filled` up with positions that are not selected pass no gradient.
+    Rows that are `filled` up with positions that are not selected are among the others.
 
     Shapes: base [..., tokens, ...], rows [..., kept, ...], filled Bool [batch, kept] →
     [..., tokens, ...].
     """
     row, batch, _, heads = at
     if filled is not None:
-        rows = torch.where(placed(filled, rows, at), rows.detach(), rows)
+        own = gather_rows(base, kept, at)
+        rows = torch.where(placed(filled, rows, at), own.detach(), rows)
     if batch is None:
         return base.index_copy(row, _index(base, kept, at), rows)
     kept = _repeated(kept, heads)

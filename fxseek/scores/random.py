@@ -40,5 +40,6 @@ def random_scores(
 
     The global generators are neither read nor moved, and every device gets the same numbers.
     """
-    scores = torch.rand(shape, generator=step_generator(seed, step, Stream.RANDOM_SCORE))
+    generator = step_generator(seed, step, Stream.RANDOM_SCORE)
+    scores = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     return scores.to(device, non_blocking=True)

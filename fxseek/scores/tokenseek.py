@@ -122,7 +122,7 @@ def _minmax(values: Tensor, valid: Tensor) -> Tensor:
 def _rank(values: Tensor, valid: Tensor) -> Tensor:
     values = values.to(wide(values)).masked_fill(~valid, math.inf)
     lower = torch.searchsorted(values.sort(-1).values, values)
-    return lower / (valid.sum(-1, keepdim=True) - 1).clamp_min(1)
+    return lower.to(values.dtype) / (valid.sum(-1, keepdim=True) - 1).clamp_min(1)
 
 
 def _zscore(values: Tensor, valid: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from fxseek.ops.log_probs import by_weight, token_statistics
 from fxseek.ops.loss import scaled_cross_entropy
 from fxseek.ops.rows import rows_at
 from fxseek.passes.entries import Entries, moved_rows
-from fxseek.passes.facts import Facts, Placed, Rows, RowsLike, example, is_tensor
+from fxseek.passes.facts import Facts, Placed, Rows, RowsLike, argument, example, is_tensor
 from fxseek.passes.writes import set_item
 
 
@@ -76,13 +76,6 @@ class Plan:
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, wherever the caller put it."""
-    if position < len(node.args):
-        return node.args[position]
-    return node.kwargs.get(name, default)
 
 
 class Call:

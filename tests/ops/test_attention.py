@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES
-from models import batch, tiny_llama, without_casts
+from models import TinyConfig, TinyDecoder, batch, tiny_llama, without_casts
 from oracle import Body, Model, assert_exact, model_of
 from torch import Tensor, nn
 
 import fxseek
 from fxseek.ops import attention
-from fxseek.ops.attention import CausalRows, attend_rows, shared_mask
+from fxseek.ops.attention import CausalRows, attend, attend_rows, kernel, shared_mask
 
 KEYS = 11
 
@@ -202,6 +202,36 @@ def test_every_position_needs_no_mask(
     found = step({"learn_chunk": chunk, "recompute": recompute}, inputs, tiny_llama)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     assert set(masks) == {"flag"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_causal_flag_stays_one(
+    chunk: int | None, batch_size: int, aligned: None, masks: list[Any]
+):
+    def made() -> nn.Module:
+        return TinyDecoder(TinyConfig(attention="sdpa_causal"))
+
+    inputs = batch(37, batch=batch_size, tokens=23, padding="none")
+    wanted = step(None, inputs, made)
+    masks.clear()
+    found = step({"learn_chunk": chunk}, inputs, made)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert set(masks) == {"flag"}
+
+
+def test_the_kernel_of_an_estimate_is_for_its_tensors_alone():
+    """Another thread may train meanwhile."""
+
+    def fails(*args: Any, **options: Any) -> Tensor:
+        raise AssertionError
+
+    query, key, value = operands(4, 2)
+    wanted = attend(query, key, value)
+    with kernel(fails, (), {}):
+        assert torch.equal(attend(query, key, value), wanted)
+        with pytest.raises(AssertionError):
+            attend(*(x.to("meta") for x in (query, key, value)))
 
 
 @pytest.mark.parametrize("kind", ["padded", "window"])

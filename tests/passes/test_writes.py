@@ -806,6 +806,43 @@ def test_writes_to_inputs_are_refused(name):
     assert torch.equal(inputs[name], before)
 
 
+STATISTICS: dict[str, Callable[..., Tensor]] = {
+    "by name": lambda x, mean, var: F.batch_norm(
+        x, running_mean=mean, running_var=var, training=True
+    ),
+    "instances, by default": lambda x, mean, var: F.instance_norm(x, mean, var),
+    "of torch": lambda x, mean, var: torch.batch_norm(
+        x, None, None, mean, var, True, 0.1, 1e-5, False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_are_refused_wherever_they_are_given(name):
+    def body(m: Model, x: Tensor) -> Tensor:
+        norm: Any = m.layers[0]
+        return STATISTICS[name](x.transpose(1, 2), norm.running_mean, norm.running_var).mT
+
+    model = fxseek.compile(model_of(body, nn.BatchNorm1d(WIDTH)), 0.4, score="random")
+    with pytest.raises(fxseek.GraphError, match="eval mode"):
+        model(**inputs_of())
+
+
+def test_a_draw_in_place_is_by_its_probability():
+    """In place it is 0.5, and not what the tensor holds."""
+    seen: list[Tensor] = []
+
+    def body(m: Model, x: Tensor) -> Tensor:
+        return x * torch.ones_like(x).bernoulli_() * torch.zeros_like(x).bernoulli_(p=0.9)
+
+    model = fxseek.compile(model_of(body), 1.0, score="random", outputs="full")
+    model.first.register_forward_hook(lambda *_: None)
+    kept = fxseek.compile(model_of(lambda m, x: torch.ones_like(x).bernoulli_(0.5)), 1.0)
+    for _ in range(2):
+        seen += [model(**inputs_of())["loss"].detach(), kept(**inputs_of())["loss"].detach()]
+    assert seen[0] != seen[2] and seen[1] != seen[3]
+
+
 def test_batch_norm_is_refused_in_training_and_exact_in_eval():
     def body(m: Model, x: Tensor) -> Tensor:
         return m.layers[0](x.transpose(1, 2)).transpose(1, 2)

@@ -25,9 +25,11 @@ from models import (
     tiny_lora,
     without_casts,
 )
+from oracle import WIDTH, Model, assert_exact, model_of
 from strategies import batches, ratios, tiny_configs
 from sweeps import sampled
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from tuners import TUNERS
 
@@ -675,6 +677,61 @@ def test_little_is_trained(attention, trained):
     other, found = gradients(model, arguments, 0.5, learn_chunk=4)
     torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_product_behind_the_last_attention_reads_tokens_of_all_chunks():
+    """It has no softmax, so that it is none of the attentions; its keys carry gradient."""
+
+    def body(m: Model, x: Tensor) -> Tensor:
+        x = x + F.scaled_dot_product_attention(x, x * m.scale, x, is_causal=True)
+        weights = (m.layers[0](x) @ x.mT).relu().tril()
+        return x + weights @ m.layers[1](x)
+
+    for options in ({}, {"chunk_bytes": 256}, {"chunk_bytes": 256, "learn_chunk": 3}):
+        assert_exact(model_of(body, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)), **options)
+
+
+def test_one_masked_softmax_of_two_hides_nothing_of_the_other(caplog):
+    def body(m: Model, x: Tensor) -> Tensor:
+        scores = m.layers[0](x) @ x.transpose(1, 2)
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        local = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ x
+        return x + local + scores.softmax(-1) @ (x * m.scale)
+
+    with caplog.at_level(logging.WARNING, "fxseek"):
+        assert_exact(model_of(body, nn.Linear(WIDTH, WIDTH)), learn_chunk=3)
+    assert "learned in one part" in caplog.text and "reads later tokens" in caplog.text
+
+
+def test_an_encoder_that_draws_is_run_once():
+    """In each chunk of logits the last cross-attention would see another one."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=37, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.2,
+        decoder_start_token_id=0, pad_token_id=0, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).double().train()
+    given = batch(37, tokens=TOKENS)
+    given = {"input_ids": given["input_ids"], "labels": given["labels"][:, :13].contiguous()}
+    losses = []
+    for chunk_bytes in (1 << 10, 1 << 26):
+        fxseek.compile(model, 0.5, score="random", chunk_bytes=chunk_bytes)
+        torch.manual_seed(0)
+        losses.append(model(**given).loss.detach())
+        fxseek.uncompile(model)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+
+
+def test_a_kernel_that_the_model_asks_for_is_told(caplog):
+    def body(m: Model, x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return x + F.scaled_dot_product_attention(x, x * m.scale, x, is_causal=True)
+
+    with caplog.at_level(logging.WARNING, "fxseek"):
+        assert_exact(model_of(body))
+    assert "sdpa_kernel in the model has no effect" in caplog.text
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

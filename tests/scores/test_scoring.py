@@ -25,6 +25,7 @@ from fxseek.scores.own import check_scores
 from fxseek.scores.random import random_scores
 from fxseek.scores.tokenseek import combine, mass
 from fxseek.selecting import select_sample
+from fxseek.spans import drawn_scores, spans_of
 
 BATCH, KV_HEADS, GROUPS, TOKENS, WIDTH = 2, 3, 2, 11, 5
 HEADS = KV_HEADS * GROUPS
@@ -466,6 +467,39 @@ def test_random_scores_follow_from_seed_and_step():
     assert first.lt(1).all()
     for seed, step in ((2, 1), (1, 3), (1 + 2**32, 2)):
         assert not torch.equal(random_scores((3, 7), seed=seed, step=step), first)
+
+
+def test_draws_are_the_same_by_any_default():
+    """Of torch's device, which a generator of the CPU does not fit, and dtype."""
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    spans = torch.arange(40).div(5, rounding_mode="floor").expand(2, -1).clone()
+    size = torch.full((2, 1), 5)
+
+    def draws() -> list[Tensor]:
+        generators = [step_generator(0, 1, stream) for stream in Stream]
+        sample = select_sample(
+            spans.float(), 9, valid=valid, supervised=None, generator=generators[0]
+        )
+        return [
+            random_scores((2, 40), step=1),
+            sample.kept,
+            sample.weights,
+            spans_of(size, valid=valid, labelled=None, begins=None, required=None,
+                     generator=generators[1]),
+            drawn_scores(spans.float(), spans, [valid], generators[2]),
+            combine(spans.float(), -spans.float(), valid, normalise="rank"),
+        ]  # fmt: skip
+
+    wanted = draws()
+    with torch.device("meta"):
+        found = draws()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found += draws()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, 2 * wanted, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def test_streams_of_a_step_are_unrelated():
