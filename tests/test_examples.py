@@ -124,7 +124,7 @@ def test_a_row_is_the_same_on_every_day(tokenizer: PreTrainedTokenizerFast) -> N
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = "{{ strftime_now('%d %b %Y') }}: " + CHAT
     row = common.tokenise(Pair("Who?", "Me."), dated, tokens=1000)
-    assert tokenizer.decode(row.ids).startswith("26 Jul 2024: <s>user: Who?")
+    assert str(tokenizer.decode(row.ids)).startswith("26 Jul 2024: <s>user: Who?")
 
 
 def test_no_pair_is_both_learned_and_held_out(tokenizer: PreTrainedTokenizerFast) -> None:
