@@ -248,14 +248,15 @@ class _Slope:
         ends = {node: made[node] for node in self.end.cuts}
         hidden = made[self.plan.start.node]
         made.clear()
-        cotangents, loss = self.end.cotangents(env, ends, valid, supervised)
+        cotangents, loss, factor = self.end.cotangents(env, ends, valid, supervised)
         pairs = [
             (y, dy) for y, dy in zip(ends.values(), cotangents, strict=True) if y.requires_grad
         ]
         del ends, cotangents
         (slope,) = torch.autograd.grad([y for y, _ in pairs], hidden, [dy for _, dy in pairs])
         slope = _batch_major(slope, self.plan.start.rows, valid)
-        return gradient_magnitude(slope, self.norm), loss
+        # Divided last: float16 would lose the gradient of a mean over many labels.
+        return gradient_magnitude(slope, self.norm) / factor, loss
 
 
 def _mass(env: Env, targets: Targets, valid: Tensor) -> Tensor:
@@ -264,6 +265,12 @@ def _mass(env: Env, targets: Targets, valid: Tensor) -> Tensor:
     target = valid.numel() if target is None else target
     mass = mass_of(target, *rest, ignore_index=targets.ignore_index)
     return torch.as_tensor(mass, device=valid.device)
+
+
+Cotangents = tuple[Sequence[Tensor], Tensor, Tensor]
+
+_MOST = 2**14
+"""Of the factor where the loss itself, which may be float16, is multiplied."""
 
 
 class _LossEnd:
@@ -279,13 +286,17 @@ class _LossEnd:
         ends: dict[fx.Node, Tensor],
         valid: Tensor,
         supervised: Tensor | None,
-    ) -> tuple[Sequence[Tensor], Tensor]:
-        """∂ loss / ∂ each end, and the loss."""
+    ) -> Cotangents:
+        """∂ loss / ∂ each end, times a factor; the loss, and the factor."""
         (loss,) = ends.values()
-        value = loss.detach()
-        if self.targets is not None and self.targets.sums:
-            value = mean_of_parts(value, _mass(env, self.targets, valid))
-        return [torch.ones_like(loss)], value
+        value, factor = loss.detach(), torch.ones_like(loss)
+        if self.targets is not None:
+            mass = _mass(env, self.targets, valid)
+            if self.targets.sums:
+                value = mean_of_parts(value, mass)
+            else:
+                factor = divisor(mass).clamp(max=_MOST).to(loss.dtype)
+        return [factor], value, factor
 
 
 class _HeadEnd:
@@ -305,8 +316,8 @@ class _HeadEnd:
         ends: dict[fx.Node, Tensor],
         valid: Tensor,
         supervised: Tensor | None,
-    ) -> tuple[Sequence[Tensor], Tensor]:
-        """∂ loss / ∂ each end, and the loss."""
+    ) -> Cotangents:
+        """∂ loss / ∂ each end, times a factor; the loss, and the factor."""
         assert supervised is not None and self.targets is not None
         kept = _labelled_first(supervised)
         weights = supervised.gather(1, kept).to(torch.float32)
@@ -329,7 +340,7 @@ class _HeadEnd:
             return (*torch.autograd.grad(entry, starts, found, allow_unused=True), loss)
 
         collect = [Put(torch.zeros_like(y), kept, self.rows[node]) for node, y in ends.items()]
-        return _with_loss(chunks, run, collect, kept)
+        return *_with_loss(chunks, run, collect, kept), total
 
     def _of_head(
         self, env: Env, entry: Tensor, kept: Tensor, weights: Tensor, total: Tensor
@@ -344,7 +355,7 @@ class _HeadEnd:
             rows = gather_rows(entry, places[:, chunk], head.rows).requires_grad_()
             values = env.constants(head.stage.inputs, {head.entry: rows}, selection)
             found, loss = self.head.slope(rows, values, scratch)
-            return found / total, loss / total
+            return found, loss / total
 
         collect = (Put(torch.zeros_like(entry), places, head.rows), Sum(_zero(entry)))
         slope, loss = sweep(self.head.chunks(*kept.shape), run, collect, kept)
@@ -371,8 +382,8 @@ class _MapEnd:
         ends: dict[fx.Node, Tensor],
         valid: Tensor,
         supervised: Tensor | None,
-    ) -> tuple[Sequence[Tensor], Tensor]:
-        """∂ loss / ∂ each end, and the loss."""
+    ) -> Cotangents:
+        """∂ loss / ∂ each end, times a factor; the loss, and the factor."""
         assert supervised is not None and self.targets is not None
         batch, tokens = supervised.shape
         row_bytes = max(1, self.end.logit_bytes, self.end.map_bytes * tokens)
@@ -385,12 +396,11 @@ class _MapEnd:
             weights = supervised[:, chunk].to(torch.float32)
             with torch.enable_grad():
                 part, _ = self.runner(env, leaves, Selection(places[:, chunk], weights))
-                part = part / total
             found = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
-            return (*found, part.detach())
+            return (*found, part.detach() / total)
 
         collect = [Sum(torch.zeros_like(value)) for value in leaves.values()]
-        return _with_loss(chunks, run, collect, supervised)
+        return *_with_loss(chunks, run, collect, supervised), total
 
 
 def _with_loss(

@@ -469,6 +469,27 @@ def test_random_scores_follow_from_seed_and_step():
         assert not torch.equal(random_scores((3, 7), seed=seed, step=step), first)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("chunk_bytes", [None, 1 << 16])
+def test_a_gradient_in_float16_does_not_vanish(attention: str, chunk_bytes: int | None):
+    """That of a mean over many labels is divided by their number last."""
+
+    def scored(dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(0)
+        model = TinyDecoder(TinyConfig(attention=attention)).to(dtype).train()
+        with torch.no_grad():
+            model.head.weight *= 1e-2
+        fxseek.compile(model, 0.3, score="gradient", chunk_bytes=chunk_bytes)
+        model(**batch(37, batch=6, tokens=600, padding="none"))
+        gradient = fxseek.report(model).gradient
+        assert gradient is not None
+        return gradient
+
+    wanted = scored(torch.float32)
+    apart = (scored(torch.float16) - wanted).abs() / wanted  # a last token has no label
+    assert apart[:, :-1].median() < 0.02
+
+
 def test_draws_are_the_same_by_any_default():
     """Of torch's device, which a generator of the CPU does not fit, and dtype."""
     valid = torch.ones(2, 40, dtype=torch.bool)
