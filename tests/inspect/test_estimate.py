@@ -296,7 +296,7 @@ def test_what_a_model_has_already_is_not_added_again():
         with pytest.raises(fxseek.ConfigError, match=r"has its own: pass 'full'"):
             fxseek.estimate(adapted, 64, tuning=tuning)
     with pytest.raises(fxseek.ConfigError, match=r"^tunings=.*has its own: pass 'full'"):
-        fxseek.compare_memory(adapted, 64)
+        fxseek.compare_memory(adapted, 64, tunings=("full", "lora"))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert fxseek.estimate(adapted, 64).trainable == trained
     for parameter in adapted.parameters():
