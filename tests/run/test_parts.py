@@ -687,7 +687,8 @@ def test_a_product_behind_the_last_attention_reads_tokens_of_all_chunks():
         weights = (m.layers[0](x) @ x.mT).relu().tril()
         return x + weights @ m.layers[1](x)
 
-    for options in ({}, {"chunk_bytes": 256}, {"chunk_bytes": 256, "learn_chunk": 3}):
+    ways: list[dict[str, Any]] = [{}, {"chunk_bytes": 256}, {"chunk_bytes": 256, "learn_chunk": 3}]
+    for options in ways:
         assert_exact(model_of(body, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)), **options)
 
 
@@ -707,12 +708,12 @@ def test_an_encoder_that_draws_is_run_once():
     """In each chunk of logits the last cross-attention would see another one."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=37, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.2,
-        decoder_start_token_id=0, pad_token_id=0, use_cache=False,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 37, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+        "decoder_start_token_id": 0, "pad_token_id": 0, "use_cache": False,
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(config).double().train()
+    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.2)).double().train()
     given = batch(37, tokens=TOKENS)
     given = {"input_ids": given["input_ids"], "labels": given["labels"][:, :13].contiguous()}
     losses = []
