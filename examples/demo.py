@@ -55,7 +55,6 @@ NAMES = {
 SHOWN = "tokenseek"  # a page shows its last step
 PACE = "checkpointing"  # equal time is the time that its steps take
 MOST = 4  # times as many steps as the others, in equal time
-KILLED = "its process was killed, as by too little memory: lower --tokens or --batch"
 UNTIMED_STEPS = 2  # the first captures the graph; in the second saved tensors are counted
 
 
@@ -177,7 +176,7 @@ def compare(options: argparse.Namespace) -> list[Result]:
             try:
                 results[method] = processes.apart(run, job)
             except BrokenProcessPool:
-                print(f"{NAMES[method]}: {KILLED}", file=sys.stderr)
+                print(f"{NAMES[method]}: {processes.KILLED}", file=sys.stderr)
     if not results:
         raise ExampleError("no way has a result")
     return [results[method] for method in options.methods if method in results]

@@ -16,6 +16,9 @@ from typing import ParamSpec, TypeVar
 
 from tqdm import tqdm
 
+KILLED = "its process was killed, as by too little memory: lower --tokens or --batch"
+"""What a program says of a way whose process ended so (`BrokenProcessPool`)."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

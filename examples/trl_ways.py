@@ -34,7 +34,6 @@ WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "share": ("fxseek, sampled tokens in parts", {"score": "gradient", "select": "sample"}),
 }
 UNTIMED_STEPS = 2
-KILLED = "its process was killed, as by too little memory: lower --tokens or --batch"
 
 
 class Given(NamedTuple):
@@ -184,7 +183,7 @@ def compare(trainer: Callable[[Given], Any], options: argparse.Namespace) -> lis
             try:
                 results.append(processes.apart(run, job))
             except BrokenProcessPool:
-                print(f"{WAYS[way][0]}: {KILLED}", file=sys.stderr)
+                print(f"{WAYS[way][0]}: {processes.KILLED}", file=sys.stderr)
     if not results:
         raise ExampleError("no way has a result")
     return results

@@ -87,10 +87,8 @@ def _updates_statistics(node: fx.Node) -> bool:
     if node.target not in _BUFFER_WRITERS:
         return False
     mean, place, flag, default = _BUFFER_WRITERS[node.target]
-    updates = argument(node, place, flag)
-    return is_tensor(argument(node, mean, "running_mean")) and bool(
-        default if updates is None else updates
-    )
+    written = is_tensor(argument(node, mean, "running_mean"))
+    return written and bool(argument(node, place, flag, default))
 
 
 def write_of(node: fx.Node) -> tuple[fx.Node, Callable[..., Any], tuple[Any, ...], dict] | None:

@@ -141,17 +141,19 @@ def _takes_flag(
     )
 
 
+def _stand_in(query: Tensor) -> Callable[..., Tensor] | None:
+    """The `kernel` in force, for a tensor without values."""
+    return None if _attend is None or _torch.has_values(query) else _attend
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """`scaled_dot_product_attention` as it is at each call, or the `kernel` in its place."""
-    stands_in = _attend is not None and not _torch.has_values(query)
-    function = _attend if stands_in else F.scaled_dot_product_attention
-    return function(query, key, value, **options)  # type: ignore[misc]
+    return (_stand_in(query) or F.scaled_dot_product_attention)(query, key, value, **options)
 
 
 def attend_last(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Causal attention whose last query has the last key's position."""
-    stands_in = _attend is not None and not _torch.has_values(query)
-    if stands_in or query.shape[-2] == key.shape[-2]:
+    if _stand_in(query) or query.shape[-2] == key.shape[-2]:
         return attend(query, key, value, is_causal=True, **options)
     return attend_aligned(query, key, value, options["dropout_p"], options["scale"])
 

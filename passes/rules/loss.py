@@ -73,7 +73,7 @@ class TokenLoss:
 
     @property
     def plain(self) -> bool:
-        """Whether each labelled term counts as 1 in the mean, and nothing else changes."""
+        """Whether each labelled term counts as 1 in the mean, and its options are constants."""
         if isinstance(self.label_smoothing, fx.Node):
             return False
         return self.class_weights is None and self.scale is None and not self.probabilities
