@@ -13,7 +13,7 @@ from fxseek.errors import FxseekError, GraphError
 from fxseek.passes.adapters import merge_adapters
 from fxseek.passes.causality import find_mixing
 from fxseek.passes.chunks import chunk_tokens
-from fxseek.passes.ditch import ditch
+from fxseek.passes.ditch import ditch, refuse_lost_gradient
 from fxseek.passes.extract import extract
 from fxseek.passes.factors import split_factors
 from fxseek.passes.facts import Facts, needs_grad, switches_mode
@@ -174,6 +174,7 @@ def build(
     learn = then(hoist_gathers, learn)
     if expands:
         learn = then(expand_latents, learn, graph, facts)
+    then(refuse_lost_gradient, learn)
     drawn = draws(learn) or (isinstance(parts, Parts) and parts.draws)
     if outside is not None and outside.read is not None and kind == "full" and not drawn:
         learn = then(reuse_values, learn, facts, outside)
@@ -235,6 +236,7 @@ def in_parts(
     body = then(hoist_gathers, body)
     if config.recompute != "none":
         body = then(expand_latents, body, graph, facts)
+    then(refuse_lost_gradient, body)
     mixing = then(find_mixing, body, facts)
     if isinstance(mixing, str):
         return mixing

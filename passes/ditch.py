@@ -46,8 +46,10 @@ from fxseek.passes.facts import (
     needs_grad,
     numel,
     tensors_of,
+    where,
 )
 from fxseek.passes.ir import (
+    Gathered,
     Given,
     Input,
     Piece,
@@ -80,6 +82,24 @@ def ditch(
     in that order.
     """
     return _Ditch(source, facts, set(carrying), set(given), set(constants)).run(outputs)
+
+
+def refuse_lost_gradient(piece: Piece) -> None:
+    """Check that what has gradient is read from the prefill as the base of a scatter alone.
+
+    Raises:
+        GraphError: another operation reads it, and would be given no gradient.
+    """
+    for node, item in piece.placeholders().items():
+        if not (isinstance(item, (Prefilled, Gathered)) and needs_grad(item.node)):
+            continue
+        for user in node.users:
+            is_base = user.target in (scatter_rows, scatter_entries) and user.args[0] is node
+            if not is_base or node in user.args[1:]:
+                raise GraphError(
+                    f"{user.name} would read {item.node.name} without its gradient "
+                    f"({where(item.node)}). This is a defect of fxseek: please report it."
+                )
 
 
 class _Ditch:
@@ -409,4 +429,4 @@ def _marker() -> None:
     """Stands before the first operation while a stage is built."""
 
 
-__all__ = ["ditch"]
+__all__ = ["ditch", "refuse_lost_gradient"]

@@ -292,6 +292,7 @@ class Facts:
     `rows`: where each value's tokens are; a value without an entry has none that is known.
     `stream`: nodes that carry gradient or are floating-point values made from the token input.
     `token_made`: the latter alone.
+    `of_rows`: all that is made from inputs that have each row's own tokens.
     `general`: why a node takes the general path.
     `guesses`: where the tokens of a value without a plan are, as far as its sizes tell.
     `chosen`: values without gradient that follow from choices of tokens (the experts of a token, an
@@ -305,6 +306,7 @@ class Facts:
     stream: set[fx.Node] = field(default_factory=set)
     general: dict[fx.Node, str] = field(default_factory=dict)
     token_made: set[fx.Node] = field(default_factory=set)
+    of_rows: set[fx.Node] = field(default_factory=set)
     guesses: dict[fx.Node, Rows | None] = field(default_factory=dict)
     chosen: set[fx.Node] = field(default_factory=set)
     disordered: set[fx.Node] = field(default_factory=set)
@@ -321,6 +323,10 @@ class Facts:
         """Whether any dimension of any tensor of the node grows with the tokens."""
         return any(self.sizes.has_tokens(size) for shape in self.shapes(node) for size in shape)
 
+    def first_token_dim(self, node: fx.Node) -> int:
+        """Which dimension of a token-sized tensor is the first that grows with the tokens."""
+        return [self.sizes.has_tokens(size) for size in self.shape(node)].index(True)
+
     def square(self, node: fx.Node) -> bool:
         """Whether the value has two token dimensions, as an attention map has."""
         return any(
@@ -331,13 +337,13 @@ class Facts:
         """Whether all rows of a batch share the value (position tables, relative biases).
 
         It is made once, not once per row of the batch, so there is no selection to apply
-        before a value with a batch reads it.
+        before a value with a batch reads it. Of a batch of 1, what no row's tokens are read for.
         """
         batch = self.sizes.batch
-        return (
-            batch is not None
-            and node not in self.token_made
-            and not any(batch in size.free_symbols for shape in self.shapes(node) for size in shape)
+        if batch is None:
+            return node not in self.of_rows
+        return node not in self.token_made and not any(
+            batch in size.free_symbols for shape in self.shapes(node) for size in shape
         )
 
 
@@ -355,9 +361,11 @@ def walk_up(
     return _reached(nodes, lambda node: node.all_input_nodes, through)
 
 
-def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and all that is computed from them."""
-    return set(_reached(nodes, lambda node: node.users, None))
+def descendants(
+    nodes: Iterable[fx.Node], through: Callable[[fx.Node], bool] | None = None
+) -> set[fx.Node]:
+    """The nodes and all that is computed from them; those alone that `through` holds for."""
+    return set(_reached(nodes, lambda node: node.users, through))
 
 
 def _reached(

@@ -19,14 +19,24 @@ selected tokens alone, so that weights learn from these.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import networkx as nx
 from torch import fx
 
 from fxseek.ops.rows import Rows, every_token, pass_kept, scatter_rows
 from fxseek.passes.ditch import ditch
-from fxseek.passes.facts import Facts, example, is_tensor, numel, tensors_of
-from fxseek.passes.ir import Gathered, Given, Input, Piece, Prefilled, Selected, placeholder_of
+from fxseek.passes.facts import Facts, example, is_tensor, needs_grad, numel, tensors_of
+from fxseek.passes.ir import (
+    Gathered,
+    Given,
+    Input,
+    Piece,
+    Prefilled,
+    Selected,
+    origin,
+    placeholder_of,
+)
 from fxseek.passes.modes import erase_unread, regions
 from fxseek.passes.rules import find_rule
 from fxseek.passes.tokens import per_token
@@ -86,9 +96,13 @@ class _Stage:
         """
         readers = {node for wanted in piece.outputs for node in scattered[wanted]}
         carried = {x for node in piece.given() if (x := self.learn.compact.get(node)) is not None}
-        met = [node for node in self.graph.nodes if node in readers or node in carried]
+        trained = self._trained(piece)
+        if not carried or None in trained.values():
+            return
+        before = carried.union(trained.values())
+        met = [node for node in self.graph.nodes if node in readers or node in before]
         first = next(node for node in met if node in readers)
-        if not carried or not carried.issuperset(met[: len(carried)]):
+        if not before.issuperset(met[: len(before)]):
             return
         with self.graph.inserting_before(first):
             made: dict[fx.Node, fx.Node] = {}
@@ -100,6 +114,8 @@ class _Stage:
                 elif isinstance(item, Selected):
                     latent, value = next(iter(whole.items()))
                     made[node] = self._call(every_token, value, self.facts.rows[latent])
+                elif item in trained:
+                    made[node] = trained[item]
                 else:
                     made[node] = self._input(item)
             for node in piece.graph.nodes:
@@ -115,6 +131,22 @@ class _Stage:
                     passed = self._call(pass_kept, made[result], kept, at, filled)
                     passed.meta["origin"] = wanted
                     reader.replace_all_uses_with(passed)
+
+    def _trained(self, piece: Piece) -> dict[Input, Any]:
+        """Where the stage has what `piece` reads of what is made from trained parameters.
+
+        The prefill's has no gradient. None where the stage has none.
+        """
+        wanted = {
+            item.node: item
+            for item in piece.inputs
+            if isinstance(item, Prefilled) and needs_grad(item.node)
+        }
+        found: dict[Input, Any] = dict.fromkeys(wanted.values())
+        for node in self.graph.nodes:
+            if node.op != "placeholder" and origin(node) in wanted:
+                found[wanted[origin(node)]] = node  # its detached copy comes after it, if any
+        return found
 
     def _whole(self, latent: fx.Node) -> fx.Node:
         """A latent of all tokens, with gradient at the selected ones if it carries any."""

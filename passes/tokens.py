@@ -39,7 +39,8 @@ def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
     for index, node in enumerate(nodes):
         if node.op not in ("call_function", "call_method"):
             if node in facts.stream and is_tensor(node):
-                facts.rows[node] = sizes.rows(facts.shape(node))
+                shared = facts.shared(node)
+                facts.rows[node] = None if shared else sizes.rows(facts.shape(node))
             continue
         if node not in facts.stream:
             _settle_choice(node, facts)
@@ -64,7 +65,11 @@ def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
 def _find_stream(graph: fx.Graph, facts: Facts) -> None:
     """Nodes that carry gradient, and floating-point values made from the token input."""
     counting = [node for node in user_tensors(graph) if facts.token_sized(node)]
-    reached = descendants(primary(counting) or counting[:1])
+    first = primary(counting) or counting[:1]
+    reached = descendants(first, _has_tensors)
+    place = min(map(facts.first_token_dim, first), default=0)
+    rows = [node for node in counting if facts.first_token_dim(node) >= place]
+    facts.of_rows |= descendants(rows, _has_tensors)
     for node in graph.nodes:
         if node.op == "placeholder" and not (node in reached or needs_grad(node)):
             continue
@@ -79,6 +84,11 @@ def _find_stream(graph: fx.Graph, facts: Facts) -> None:
             facts.stream.add(node)
 
 
+def _has_tensors(node: fx.Node) -> bool:
+    """What is made of a size alone has none of a row's tokens."""
+    return any(True for _ in tensors_of(example(node)))
+
+
 def _settle(node: fx.Node, facts: Facts) -> None:
     """Give a node its plan and rows, or the general path."""
     if node.target is operator.getitem and not is_tensor(node.args[0]):
@@ -86,6 +96,9 @@ def _settle(node: fx.Node, facts: Facts) -> None:
         return
     if not is_tensor(node) and any(user.target is not operator.getitem for user in node.users):
         _general(node, facts, "its tuple is read whole")
+        return
+    if facts.sizes.batch is None and facts.token_sized(node) and facts.shared(node):
+        _general(node, facts, "all rows of a batch would share it")
         return
     found = find_rule(node)
     if found is None:

@@ -82,7 +82,8 @@ def masked_backprop(
     The model is left as it was: hooks, ``.grad``, buffers, training mode, the random state and a
     compiled call (which is bypassed) are all put back. The model runs in the mode it is in; it runs
     once with gradient and, beforehand, twice without, to learn which dimension of each module's
-    result counts tokens, and whether the loss shifts its labels.
+    result counts tokens, and whether the loss shifts its labels. A batch of 1 is tried as two equal
+    rows, if the model takes that: what has no row of its own then is shared by all rows.
 
     Args:
         model: Any module that takes ``batch`` as keyword arguments.
@@ -129,8 +130,9 @@ def masked_backprop(
             shift = _finds_shift(inner, inputs, labels_of(batch, sizes), virtual)
             restore()
         probed = None
-        if tokens is None:
-            probed = _run_recorded(inner, inputs, sizes, counting, virtual)
+        for rows in (2, 1) if sizes.batch == 1 else (sizes.batch,):
+            if tokens is None and probed is None:
+                probed = _run_recorded(inner, inputs, sizes, counting, virtual, rows)
         functions = {n for n, m in inner.named_modules() if next(m.parameters(), None) is None}
         layout = _Layout(sizes, probed, functions)
         restore()
@@ -155,7 +157,8 @@ class _Layout:
 
     Sizes alone cannot tell: the batch, a width or a head count may equal the number of tokens. So
     the model is run beforehand on another number of tokens; the dimensions that changed are
-    those that count tokens.
+    those that count tokens. With one row alone, what all rows would share (learned positions) looks
+    like that row's own; so it is run on two rows, whose results the batch dimension tells.
 
     Nor do sizes tell the order of rows that are merged with the batch: a mixture of experts calls
     its activation on rows in the order of the experts. So results of `functions`, modules without
@@ -199,13 +202,15 @@ class _Layout:
         row = 1 if len(shape) >= 2 and shape[0] == batch and shape[1] == tokens else None
         packed = len(shape) >= 2 and shape[:1] == (batch * tokens,)
         if other is not None and self.probed is not None and 2 <= len(other) == len(shape):
+            rows, fewer = self.probed[0]
             changed = [d for d, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
-            row = changed[0] if len(changed) == 1 and changed != [0] else None
+            inner = [d for d in changed if d > 0]
+            row = inner[0] if len(inner) == 1 else None
             if row is not None:
-                ours = (batch, tokens, self.probed[0].tokens)
-                if (*shape[:1], shape[row], other[row]) != ours:
+                ours = (batch, rows, tokens, fewer)
+                if (shape[0], other[0], shape[row], other[row]) != ours:
                     row = None  # heads before tokens are fine, anything else is not one token's
-            packed = packed and changed == [0] and other[0] == batch * self.probed[0].tokens
+            packed = packed and changed == [0] and other[0] == rows * fewer
         return row if row is not None else "packed" if packed else None
 
 
@@ -215,8 +220,12 @@ def _run_recorded(
     sizes: Lengths,
     counting: Sequence[str],
     virtual: int,
+    rows: int,
 ) -> tuple[Lengths, Shapes] | None:
-    """Shapes of every module's results on another number of tokens; None where that fails."""
+    """Shapes of every module's results on another number of tokens; None where that fails.
+
+    `rows`: how many the batch is to have, other than its own only where that is 1.
+    """
     shapes: Shapes = defaultdict(list)
 
     def record(name: str, call: int, result: Any) -> Any:
@@ -230,24 +239,27 @@ def _run_recorded(
     tokens = given - 1 if given > 1 else 2
     keep = torch.arange(tokens).clamp(max=given - 1)
 
-    def resized(value: Any) -> Any:
+    def resized(value: Any, counts_tokens: bool) -> Any:
         if isinstance(value, dict):
-            return {key: resized(part) for key, part in value.items()}
+            return {key: resized(part, counts_tokens) for key, part in value.items()}
         if not isinstance(value, Tensor):
             return value
         for dim in range(1, value.ndim):  # embeddings have a width, which may be the same number
             counts = dim == 1 or value.ndim == 4 or not value.is_floating_point()
-            if counts and value.shape[dim] == given:
+            if counts_tokens and counts and value.shape[dim] == given:
                 value = value.index_select(dim, keep.to(value.device))
+        if rows != sizes.batch and value.ndim > 1:  # positions may be [3, batch, tokens]
+            first = 1 if value.ndim == 3 and value.shape[0] > 1 == value.shape[1] else 0
+            value = torch.cat([value] * rows, first) if value.shape[first] == 1 else value
         return value
 
-    other = {name: resized(x) if name in counting else x for name, x in inputs.items()}
+    other = {name: resized(x, name in counting) for name, x in inputs.items()}
     try:
         with torch.no_grad(), _hooked(model, record):
             _run(model, other)
     except Exception:
         return None  # a length the model does not take: sizes must do
-    return Lengths(sizes.batch, tokens + virtual), dict(shapes)
+    return Lengths(rows, tokens + virtual), dict(shapes)
 
 
 @contextlib.contextmanager

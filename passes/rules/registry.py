@@ -128,7 +128,8 @@ class Call:
         if node in self.facts.guesses:
             return self.facts.guesses[node]
         shape = self.shape(node)
-        rows = self.sizes.rows(shape)
+        shared = self.sizes.batch is None and self.facts.shared(node)
+        rows = None if shared else self.sizes.rows(shape)
         if rows is not None and rows.packed:
             name, source = operation(node), node.args[0] if node.args else None
             if name in ("reshape", "flatten") and isinstance(source, fx.Node):

@@ -116,6 +116,54 @@ def test_a_latent_without_gradient(chunk):
     assert program.learned[0].graph.find_nodes(op="call_function", target=target)
 
 
+class Scaled(nn.Linear):
+    """A weight that is itself made of parameters, and a result that is scaled by them."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, self.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale[:, None]) * self.scale.exp()
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+def test_what_is_made_of_parameters_learns_from_keys_and_values(chunk, recompute):
+    torch.manual_seed(0)
+    model = FrozenLatent()
+    model.up = Scaled(model.up.in_features, model.up.out_features)
+    model = fxseek.compile(model.double(), 0.5, learn_chunk=chunk, recompute=recompute)
+    ids = torch.randint(20, (2, 12))
+    fxseek.check_gradients(model, 1e-9, input_ids=ids, labels=ids)
+    target = pass_kept if chunk is None else pass_joint
+    assert program_of(model).learned[0].graph.find_nodes(op="call_function", target=target)
+
+
+def test_a_stage_that_would_lose_gradient_is_refused(monkeypatch):
+    monkeypatch.setattr("fxseek.passes.latents._Stage._trained", lambda *_: {})
+    model = FrozenLatent()
+    model.up = Scaled(model.up.in_features, model.up.out_features)
+    fxseek.compile(model.double(), 0.5)
+    ids = torch.randint(20, (2, 12))
+    with pytest.raises(fxseek.GraphError, match=r"without its gradient \(.*self\.scale"):
+        model(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_dora(chunk):
+    with double_throughout():
+        model = peft.get_peft_model(
+            FAMILY.make(num_hidden_layers=1),
+            peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=True),
+        )
+        model = model.double().train()
+        spread(model)
+        fxseek.compile(model, 0.3, learn_chunk=chunk)
+        fxseek.check_gradients(model, 1e-9, **FAMILY.batch(dtype=torch.float64))
+    assert kept_widths(program_of(model)) == {LATENT, ROTARY}
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_what_is_drawn_is_not_drawn_again(chunk):

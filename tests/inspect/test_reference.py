@@ -325,6 +325,31 @@ def test_sizes_that_are_equal_are_not_confused(rows, tokens, options):
     assert compare(dict(zip(names, found, strict=True)), reference.gradients).error < 1e-11
 
 
+class PlacesAsKeys(nn.Module):
+    """Queries of tokens, keys of learned positions, which all rows of a batch share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places, self.head = nn.Embedding(9, 4), nn.Embedding(7, 4), nn.Linear(4, 9)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x, keys = self.embed(input_ids), self.places(torch.arange(input_ids.shape[1])[None])
+        return {"logits": self.head((x @ keys.mT).softmax(-1) @ x)}
+
+
+def test_a_batch_of_one_shares_what_two_rows_would():
+    torch.manual_seed(0)
+    model = PlacesAsKeys().double()
+    inputs, kept = batch(9, 1, 7, seed=3), torch.tensor([[1, 4]])
+    inputs = {name: inputs[name] for name in ("input_ids", "labels")}
+    one = masked_backprop(model, inputs, kept, shift=False)
+    two = masked_backprop(
+        model, {name: x.repeat(2, 1) for name, x in inputs.items()}, kept.repeat(2, 1), shift=False
+    )
+    assert compare(one.gradients, two.gradients).error < 1e-11
+    assert one.gradients["places.weight"].norm(dim=1).all()
+
+
 class Pair(NamedTuple):
     first: Tensor
     rest: Any

@@ -7,18 +7,20 @@ operations, checkpointed regions.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from oracle import VOCAB, WIDTH, Model, assert_exact, inputs_of, model_of
+from oracle import TOKENS, VOCAB, WIDTH, Model, assert_exact, inputs_of, model_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fxseek
 from fxseek.capture.step import step_of
+from fxseek.inspect.compare import compare
 from fxseek.passes.facts import where
 
 Body = Callable[[Model, Tensor], Tensor]
@@ -352,6 +354,49 @@ def test_layer(name):
 @pytest.mark.parametrize("body", [merged_heads, segments, own_function], ids=lambda b: b.__name__)
 def test_a_batch_of_one(body):
     assert_exact(model_of(body), batch=1)
+
+
+def bias_of_lags(m: Model, x: Tensor) -> Tensor:
+    """Learned slopes, as ALiBi's: the bias of a key is that of its place, for all queries."""
+    bias = m.scale[:, None, None] * torch.arange(x.shape[1])
+    q = x[:, None] * m.scale[:, None, None]
+    return ((q @ q.mT + bias).softmax(-1) @ q).sum(1)
+
+
+def keys_of_places(m: Model, x: Tensor) -> Tensor:
+    places = m.layers[0](torch.arange(x.shape[1]))
+    return (x @ places.T).softmax(-1) @ x
+
+
+def keys_of_a_batch_of_places(m: Model, x: Tensor) -> Tensor:
+    places = m.layers[0](torch.arange(x.shape[1])[None])
+    return (x @ places.mT).softmax(-1) @ x
+
+
+def places_are_added(m: Model, x: Tensor) -> Tensor:
+    x = x + m.layers[0](torch.arange(x.shape[1])[None])
+    return (x @ x.mT).softmax(-1) @ x
+
+
+@pytest.mark.parametrize(
+    "body",
+    [bias_of_lags, keys_of_places, keys_of_a_batch_of_places, places_are_added],
+    ids=lambda b: b.__name__,
+)
+def test_a_batch_of_one_shares_what_a_larger_batch_would(body):
+    """The gradient of a row's loss is that of the same row twice."""
+    torch.manual_seed(1)
+    places = nn.Embedding(TOKENS, WIDTH)
+    gradients = []
+    for rows in (1, 2):
+        torch._dynamo.reset()
+        model = fxseek.compile(model_of(body, copy.deepcopy(places)), "labelled")
+        model(**{name: x.repeat(rows, 1) for name, x in inputs_of(1).items()})["loss"].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    found = compare(*gradients)
+    assert found.error <= 1e-9, f"gradient of {found.name} is off by {found.error:.2e}"
+    torch._dynamo.reset()
+    assert_exact(model_of(body, places), batch=1)
 
 
 def test_what_took_the_general_path_is_named():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from calls import Chains, has_tokens, rows_of
 from graphs import (
     Captured,
+    NodeMask,
     assert_equal_gradients,
     capture,
     dims_of,
@@ -25,7 +26,6 @@ from graphs import (
     evaluate,
     gradients,
     is_tensor,
-    node_mask,
     replay,
     selections,
     spelled,
@@ -333,7 +333,7 @@ def assert_exact(captured: Captured, node: fx.Node, batch: int, *, packed: bool 
     values = evaluate(captured.graph, captured.inputs)
     for kept in selections(size, tokens):
         (found,) = replay(captured, [("full", node)], values, kept)
-        mask = node_mask(kept, tokens, packed=packed)
+        mask = NodeMask(kept, tokens, packed=packed)
         masked = evaluate(captured.graph, captured.inputs, mask)[node]
         torch.testing.assert_close(found, masked, rtol=1e-9, atol=1e-9)
         slope = torch.randn(masked.shape, dtype=masked.dtype)

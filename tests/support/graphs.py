@@ -108,14 +108,17 @@ def dynamic_dims(specs: Sequence[str], batch: int) -> list[list[int]]:
 
 
 def evaluate(
-    graph: fx.Graph, inputs: Sequence[Any], mask: Callable[[Tensor], Tensor | None] | None = None
+    graph: fx.Graph, inputs: Sequence[Any], mask: NodeMask | None = None
 ) -> dict[fx.Node, Any]:
     """Every node's value. `mask` may give the elements of a value that gradient passes."""
     values: dict[fx.Node, Any] = {}
+    of_rows: set[fx.Node] = set()
     given = iter(inputs)
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = next(given)
+            if mask is not None and mask.of_rows(values[node]):
+                of_rows.add(node)
             continue
         args = map_arg(node.args, values.__getitem__)
         kwargs = map_arg(node.kwargs, values.__getitem__)
@@ -131,39 +134,47 @@ def evaluate(
             values[node] = args[0]
             continue
         value = values[node]
+        if not (isinstance(value, int) or of_rows.isdisjoint(node.all_input_nodes)):
+            of_rows.add(node)  # a length is no part of a row
         if mask is not None and isinstance(value, Tensor) and value.requires_grad:
-            passes = mask(value)
+            passes = mask(value, node in of_rows)
             if passes is not None:
                 values[node] = torch.where(passes, value, value.detach())
     return values
 
 
-def node_mask(
-    kept: Tensor, tokens: int, *, packed: bool = True
-) -> Callable[[Tensor], Tensor | None]:
+class NodeMask:
     """Which elements of a result belong to selected tokens, by sizes that differ from all others.
 
     A result with one token dimension belongs to those tokens, and one with batch × tokens in one
     dimension too where these are `packed` row by row. A result with no token dimension, or with
-    two, is left alone: what reads it has one again.
+    two, is left alone: what reads it has one again. So is, of a batch of 1, what is made of no
+    row's tokens (learned positions, a bias for each lag): all rows of a larger batch would share
+    it.
     """
-    batch = kept.shape[0]
-    at = kept.where(kept >= 0, tokens)
-    marked = torch.zeros(batch, tokens + 1).bool().scatter_(1, at, True)[:, :tokens]
 
-    def mask(value: Tensor) -> Tensor | None:
-        shape = list(value.shape)
-        if packed and batch > 1 and shape.count(batch * tokens) == 1 and tokens not in shape:
+    def __init__(self, kept: Tensor, tokens: int, *, packed: bool = True) -> None:
+        self.batch, self.tokens, self.packed = kept.shape[0], tokens, packed
+        at = kept.where(kept >= 0, tokens)
+        marked = torch.zeros(self.batch, tokens + 1).bool().scatter_(1, at, True)
+        self.marked = marked[:, :tokens]
+
+    def of_rows(self, given: Any) -> bool:
+        """Whether an input has tokens of the rows: [batch, tokens, ...]."""
+        return isinstance(given, Tensor) and self.tokens in given.shape[1:]
+
+    def __call__(self, value: Tensor, of_rows: bool) -> Tensor | None:
+        """The elements that gradient passes, None for all; `of_rows`: made from such an input."""
+        shape, batch, tokens = list(value.shape), self.batch, self.tokens
+        if self.packed and batch > 1 and shape.count(batch * tokens) == 1 and tokens not in shape:
             rows = Rows(shape.index(batch * tokens), packed=True)
-        elif shape.count(tokens) == 1 and batch == 1:
+        elif shape.count(tokens) == 1 and batch == 1 and of_rows:
             rows = Rows(shape.index(tokens))
-        elif shape.count(tokens) == 1 and shape.count(batch) == 1:
+        elif shape.count(tokens) == 1 and batch > 1 and shape.count(batch) == 1:
             rows = Rows(shape.index(tokens), shape.index(batch))
         else:
             return None
-        return elements_of(marked, value.shape, rows)
-
-    return mask
+        return elements_of(self.marked, value.shape, rows)
 
 
 def run_stage(
@@ -309,6 +320,7 @@ def assert_equal_gradients(
 
 __all__ = [
     "Captured",
+    "NodeMask",
     "assert_equal_gradients",
     "capture",
     "carrying_nodes",
@@ -319,7 +331,6 @@ __all__ = [
     "example",
     "gradients",
     "is_tensor",
-    "node_mask",
     "replay",
     "run_stage",
     "selections",

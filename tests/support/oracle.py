@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from graphs import node_mask
+from graphs import NodeMask
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -39,7 +39,9 @@ class Marked(TorchFunctionMode):
 
     def __init__(self, kept: Tensor, tokens: int, *, packed: bool = True) -> None:
         super().__init__()
-        self.mask = node_mask(kept, tokens, packed=packed)
+        self.mask = NodeMask(kept, tokens, packed=packed)
+        self.made: dict[int, bool] = {}  # by id: whether from an input that has rows' tokens
+        self.held: list[Tensor] = []  # so that no other tensor has its id
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -47,14 +49,21 @@ class Marked(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         written = func is Tensor.__setitem__ or (name[-1:] == "_" != name[-2:-1])
-        self._mark(args[0] if written else result, written)
+        of_rows = any(map(self._of_rows, _tensors((*args, *(kwargs or {}).values()))))
+        self._mark(args[0] if written else result, written, of_rows)
         return result
 
-    def _mark(self, value: Any, written: bool) -> None:
+    def _of_rows(self, given: Tensor) -> bool:
+        """Whether an operand is an input that has tokens of the rows, or made from one."""
+        return self.made.get(id(given), self.mask.of_rows(given))
+
+    def _mark(self, value: Any, written: bool, of_rows: bool) -> None:
         for tensor in _tensors(value):
+            self.made[id(tensor)] = of_rows
+            self.held.append(tensor)
             if written and tensor._base is not None:
-                self._mark(tensor._base, False)
-            passes = self.mask(tensor) if tensor.grad_fn is not None else None
+                self._mark(tensor._base, False, of_rows)
+            passes = self.mask(tensor, of_rows) if tensor.grad_fn is not None else None
             if passes is not None:
                 tensor.register_hook(lambda slope, passes=passes: slope * passes)
 
