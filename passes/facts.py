@@ -60,7 +60,8 @@ class Sizes:
         key = _torch.size_expression(size) if isinstance(size, torch.SymInt) else size
         found = self._unified.get(key)
         if found is None:
-            found = self._unified[key] = sympy.expand(sympy.sympify(key).xreplace(self.same))
+            found = _divided(sympy.sympify(key).xreplace(self.same))
+            found = self._unified[key] = sympy.expand(found)
         return found
 
     def shape(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
@@ -120,18 +121,33 @@ class Sizes:
         return tuple(kept if i == rows.row else size for i, size in enumerate(shape))
 
 
+def _divided(size: Any) -> Any:
+    """A size without divisions that leave no rest, such as ``tokens**2 // tokens``."""
+
+    def quotient(division: Any) -> Any:
+        of, by = division.args
+        exact = sympy.cancel(of / by)
+        symbols = exact.free_symbols
+        whole = exact.is_polynomial(*symbols) and (
+            exact.is_Integer or all(x.is_Integer for x in sympy.Poly(exact, *symbols).coeffs())
+        )
+        return exact if whole else division
+
+    return size.replace(lambda x: type(x).__name__ == "FloorDiv", quotient)
+
+
 def example(node: fx.Node) -> Any:
     """The example value that Dynamo recorded (fake tensors, numbers, tuples of them)."""
     return node.meta.get("example_value")
 
 
-def value_of(call: fx.Node) -> Any:
-    """What a call makes of the example values of its operands."""
+def value_of(call: fx.Node, *, recorded: bool = True) -> Any:
+    """What a call makes of the example values of its operands; `recorded`: by autograd."""
     args, kwargs = map_arg((call.args, call.kwargs), example)  # type: ignore[misc]
     target: Any = call.target
     function = getattr(type(args[0]), target) if call.op == "call_method" else target
     # Whether it carries gradient is the graph's to say.
-    with torch.enable_grad(), _torch.symbolic_sizes():
+    with torch.set_grad_enabled(recorded), _torch.symbolic_sizes():
         return function(*args, **kwargs)
 
 

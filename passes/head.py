@@ -24,12 +24,12 @@ from typing import Any
 from torch import fx
 
 from fxseek import _torch
-from fxseek.ops.attention import attend_rows
 from fxseek.ops.loss import cross_entropy_parts, selected_cross_entropy
 from fxseek.passes.ditch import ditch
+from fxseek.passes.draws import acts_on_gradient, draws_values
 from fxseek.passes.facts import Facts, Rows, ancestors, descendants, example
 from fxseek.passes.ir import Given, Input, Piece, Selected, input_of, placeholder_of
-from fxseek.passes.rules import argument, find_rule, operation
+from fxseek.passes.rules import argument
 from fxseek.passes.rules.loss import TokenLoss
 from fxseek.passes.structure import Structure
 
@@ -65,6 +65,8 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
     if any(node in facts.stream and node not in facts.plans for node in between):
         return None
     carrying = _trained_before(loss, entry, facts)
+    if any(map(acts_on_gradient, carrying)):
+        return None  # chunks have gradients of their own, which don't add up
     outside = carrying - between
     if any(facts.token_sized(node) for node in outside):
         return None  # a part of the stream goes past the entry
@@ -83,20 +85,6 @@ def find_head(facts: Facts, structure: Structure) -> Head | None:
         tuple(None if node is None else input_of(node) for node in found.full),
         logit_bytes(found.logits),
     )
-
-
-def draws_values(node: fx.Node) -> bool:
-    """Whether an operation is random: dropout, of attentions too."""
-    if node.target is attend_rows or operation(node) == "scaled_dot_product_attention":
-        drops: Any = argument(node, 4, "dropout_p", 0.0)
-        return drops != 0.0
-    found = find_rule(node)
-    if found is None or found.family != "random":
-        return False
-    if operation(node) != "dropout":
-        return True
-    drops = argument(node, 1, "p", 0.5)
-    return drops != 0.0 and argument(node, 2, "training", True) is not False
 
 
 def to_parts(stage: Piece) -> Piece:

@@ -137,15 +137,16 @@ class _Stage:
 
         The prefill's has no gradient. None where the stage has none.
         """
-        wanted = {
+        wanted: dict[fx.Node | None, Input] = {
             item.node: item
             for item in piece.inputs
             if isinstance(item, Prefilled) and needs_grad(item.node)
         }
         found: dict[Input, Any] = dict.fromkeys(wanted.values())
         for node in self.graph.nodes:
-            if node.op != "placeholder" and origin(node) in wanted:
-                found[wanted[origin(node)]] = node  # its detached copy comes after it, if any
+            item = wanted.get(origin(node))
+            if item is not None and node.op != "placeholder":
+                found[item] = node  # its detached copy comes after it, if any
         return found
 
     def _whole(self, latent: fx.Node) -> fx.Node:

@@ -27,8 +27,9 @@ from fxseek.config import SeekConfig
 from fxseek.ops.parts import join_rows, pass_joint
 from fxseek.ops.rows import Rows, pass_kept, scatter_rows
 from fxseek.passes.causality import Mixing, size_arguments
+from fxseek.passes.draws import acts_on_gradient, draws_values
 from fxseek.passes.facts import Facts, ancestors, descendants, walk_up, where
-from fxseek.passes.head import Head, draws_values
+from fxseek.passes.head import Head
 from fxseek.passes.ir import Gathered, Input, Joined, Piece, placeholder_of
 from fxseek.passes.latents import is_expanded
 from fxseek.passes.outputs import Outputs
@@ -110,6 +111,15 @@ def find_obstacle(
     for node in walk_up(wanted, lambda x: x is not cut.end and x.op != "placeholder"):
         if node in carrying and node not in after and _has_tokens(node, carrying, facts):
             return f"{called(node)} at {where(node)} carries gradient past the loss"
+    for node in ancestors([cut.entry]) & carrying:
+        if not facts.token_sized(node):
+            if acts_on_gradient(node):
+                return (
+                    f"{called(node)} at {where(node)} acts on the gradient of what has no tokens, "
+                    "which parts would give it piece by piece"
+                )
+            if draws_values(node):
+                return f"{called(node)} at {where(node)} would draw anew in each part"
     return ""
 
 

@@ -208,9 +208,9 @@ class _Layout:
             row = inner[0] if len(inner) == 1 else None
             if row is not None:
                 ours = (batch, rows, tokens, fewer)
-                if (shape[0], other[0], shape[row], other[row]) != ours:
+                if (*shape[:1], *other[:1], shape[row], other[row]) != ours:
                     row = None  # heads before tokens are fine, anything else is not one token's
-            packed = packed and changed == [0] and other[0] == rows * fewer
+            packed = packed and changed == [0] and other[:1] == (rows * fewer,)
         return row if row is not None else "packed" if packed else None
 
 

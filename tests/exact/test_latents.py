@@ -119,12 +119,12 @@ def test_a_latent_without_gradient(chunk):
 class Scaled(nn.Linear):
     """A weight that is itself made of parameters, and a result that is scaled by them."""
 
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
+    def __init__(self, given: int, made: int) -> None:
+        super().__init__(given, made)
         self.scale = nn.Parameter(torch.linspace(0.5, 1.5, self.out_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.scale[:, None]) * self.scale.exp()
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight * self.scale[:, None]) * self.scale.exp()
 
 
 @pytest.mark.parametrize("chunk", [None, 3])

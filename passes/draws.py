@@ -1,0 +1,148 @@
+"""What can't be made again piece by piece: draws, and functions that act on gradients.
+
+A stage that is run on parts of the tokens, or beside the prefill, draws other values, and a
+backward that isn't linear gives another sum for each way of adding up.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxseek.ops.attention import attend_rows
+from fxseek.passes.facts import example, hooks_gradient, value_of
+from fxseek.passes.ir import origin
+from fxseek.passes.rules import argument, called, find_rule, operation
+
+__all__ = ["acts_on_gradient", "draws_values"]
+
+
+def draws_values(node: fx.Node) -> bool:
+    """Whether an operation is random: dropout, of attentions too; of a piece or captured.
+
+    One that no rule knows is asked of torch, which tags its operations.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target is attend_rows or operation(node) == "scaled_dot_product_attention":
+        drops: Any = argument(node, 4, "dropout_p", 0.0)
+        return drops != 0.0
+    found = find_rule(node)
+    if called(node).endswith("autograd_function_apply"):
+        return any(map(draws_values, _body(node, 0)))
+    if found is None:
+        return _draws_by_tags(origin(node) or node)
+    if found.family != "random":
+        return False
+    if operation(node) != "dropout":
+        return True
+    drops = argument(node, 1, "p", 0.5)
+    return drops != 0.0 and argument(node, 2, "training", True) is not False
+
+
+def acts_on_gradient(node: fx.Node) -> bool:
+    """Whether an operation's backward may be other than linear: a hook, or a function of a user's.
+
+    The gradient of a sum is then not the sum of its parts' gradients.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if hooks_gradient(node):
+        return True
+    if called(node).endswith("autograd_function_apply"):
+        return not _is_linear(node)
+    custom = isinstance(node.target, (OpOverload, OpOverloadPacket))
+    return custom and find_rule(node) is None
+
+
+_DRAWS = "fxseek: draws"
+"""Where a captured node has the answer of `_draws_by_tags`."""
+
+
+class _Tags(TorchDispatchMode):
+    """Notes whether an operation runs that torch knows as random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _draws_by_tags(node: fx.Node) -> bool:
+    if example(node) is None:  # a pass has put it there
+        return False
+    if _DRAWS not in node.meta:
+        node.meta[_DRAWS] = _draws_on_examples(node)
+    return node.meta[_DRAWS]
+
+
+def _draws_on_examples(node: fx.Node) -> bool:
+    try:
+        with _Tags() as tags:
+            value_of(node, recorded=False)  # a checkpoint around the model would see it
+    except Exception:  # it doesn't run on examples: in doubt, it draws
+        return True
+    return tags.drawn
+
+
+def _body(node: fx.Node, at: int) -> Iterator[fx.Node]:
+    """The operations of an autograd function's forward (0) or backward (1) graph."""
+    attribute, owner = node.args[at], node.graph.owning_module
+    assert isinstance(attribute, fx.Node) and owner is not None
+    body = owner.get_submodule(str(attribute.target))
+    assert isinstance(body, fx.GraphModule)
+    yield from body.graph.nodes
+
+
+_MOVING = (
+    "clone", "contiguous", "detach", "expand", "flatten", "getitem", "mean", "movedim", "narrow",
+    "neg", "permute", "reshape", "select", "squeeze", "sum", "t", "to", "transpose", "unflatten",
+    "unsqueeze",
+)  # fmt: skip
+_SCALING = ("mul", "matmul", "mm", "bmm", "einsum", "linear")
+
+
+def _is_linear(function: fx.Node) -> bool:
+    """Whether the slopes that a function's backward gives are linear in those that it is given.
+
+    Only where each operation on the way moves, scales or adds up slopes.
+    """
+    forward = list(_body(function, 0))
+    results: Any = forward[-1].args[0][0]  # type: ignore[index]
+    count = len(results) if isinstance(results, (list, tuple)) else 1
+    backward = list(_body(function, 1))
+    slopes = set([node for node in backward if node.op == "placeholder"][:count])
+    for node in backward:
+        given = [x for x in node.all_input_nodes if x in slopes]
+        if not given or node.op in ("placeholder", "output"):
+            continue
+        if node.op not in ("call_function", "call_method"):
+            return False
+        name = called(node)
+        moved = name in _MOVING and node.args[0] in slopes and len(given) == 1
+        scaled = name in _SCALING and len(given) == 1 and _times(node, given[0]) == 1
+        divided = name == "div" and node.args[0] in slopes and len(given) == 1
+        added = name in ("add", "sub") and all(x in slopes for x in node.args[:2])
+        sizes = name in ("size", "shape", "getattr") or node.target is operator.getitem
+        if moved or scaled or divided or added:
+            slopes.add(node)
+        elif not (sizes and not isinstance(example(node), torch.Tensor)):
+            return False
+    return True
+
+
+def _times(node: fx.Node, operand: fx.Node) -> int:
+    """How often a product reads an operand."""
+    found: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found.count(operand)
