@@ -121,8 +121,12 @@ class Reuse:
         if check.same is not None:
             make = functools.partial(make, source_b=self._moved(make.keywords["source_b"]))
         elif check.guard.create_fn_name() == "TENSOR_MATCH":
-            if check.guard.originating_source in self.traced.inputs:
+            source = check.guard.originating_source
+            if source in self.traced.inputs:
                 return  # Dynamo guards it when it makes it an input of the region
+            known = self.tx.output.input_source_to_sizes_strides
+            if source in known:  # this layer's is of that size, as _hold() has found
+                known.setdefault(self._moved(source), known[source])
             make = GuardBuilder.TENSOR_MATCH  # of its own value, not the first layer's
         guard = self._moved(check.guard.originating_source).make_guard(make)
         guard.user_stack = check.guard.user_stack

@@ -17,7 +17,7 @@ import fxseek
 from fxseek import _torch
 from fxseek.capture import alike, reuse
 from fxseek.capture.alike import Regions
-from fxseek.capture.step import SeekStep
+from fxseek.capture.step import SeekStep, step_of
 from fxseek.inspect.explain import capture
 from fxseek.passes.inline import inline
 
@@ -74,10 +74,11 @@ def captured(
         made.append(Regions(find if wanted else dict, **options))
         return made[-1]
 
-    monkeypatch.setattr(alike, "Regions", regions)
     torch._dynamo.reset()
     config = fxseek.SeekConfig.make(0.5, score="random")
-    found = capture(SeekStep(model, config), inputs)
+    with monkeypatch.context() as patched:
+        patched.setattr(alike, "Regions", regions)
+        found = capture(SeekStep(model, config), inputs)
     return told(inline(found.graph)), made[-1]
 
 
@@ -317,6 +318,69 @@ def test_arguments_that_differ(given: Any, traced: int, monkeypatch: pytest.Monk
     assert (calls, found) == (5, 1 + traced)
     fxseek.compile(model, ratio=0.5, score="random")
     assert fxseek.check_gradients(model, **inputs).error <= 1e-9
+
+
+def _leaves(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """What a kernel is for that is not installed."""
+    return x.sigmoid()
+
+
+class ReadsOnly(nn.Module):
+    """Reads a tensor of its own, which the graph has no use for."""
+
+    def __init__(self, width: int, kind: str, form: str) -> None:
+        super().__init__()
+        w = torch.ones(width)
+        if kind == "buffer":
+            self.register_buffer("w", w)
+        else:
+            self.w = nn.Parameter(w, requires_grad=kind == "trained")
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "argument":
+            return _leaves(x, weight=self.w)
+        if self.form == "shape":
+            return x * (1 / self.w.shape[0])
+        return x if self.w is None else x.tanh()
+
+
+@needs_regions
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("trained", "argument"),
+        ("frozen", "shape"),
+        ("buffer", "none"),
+        *(
+            pytest.param(*case, marks=pytest.mark.sweep)
+            for case in [
+                ("trained", "shape"),
+                ("trained", "none"),
+                ("frozen", "argument"),
+                ("frozen", "none"),
+                ("buffer", "argument"),
+                ("buffer", "shape"),
+            ]
+        ),
+    ],
+)
+def test_a_tensor_that_is_only_read(kind: str, form: str, monkeypatch: pytest.MonkeyPatch):
+    model: Any = without_casts(tiny_llama(num_hidden_layers=2).double())
+    for layer in model.model.layers:
+        layer.mlp.act_fn = ReadsOnly(29, kind, form).double()
+    inputs: dict[str, Any] = batch(37)
+    assert regions_of(model, inputs, monkeypatch) == (2, 1)
+    fxseek.compile(model, ratio=0.5, score="random")
+    assert fxseek.check_gradients(model, **inputs).error <= 1e-9
+    step = step_of(model)
+    assert step is not None and step._alike and len(step.recorder.steps) == 1
+    last = model.model.layers[1].mlp.act_fn
+    last.w.requires_grad_(kind != "trained")
+    assert fxseek.check_gradients(model, **inputs).error <= 1e-9
+    assert len(step.recorder.steps) == 2
+    model(**inputs)
+    assert len(step.recorder.steps) == 2
 
 
 @needs_regions
