@@ -10,17 +10,19 @@ import contextlib
 import gc
 import logging
 import threading
+import warnings
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from fxseek.capture.alike import overrides
 from fxseek.capture.stand_ins import StandIn, StandIns
 
-__all__ = ["capture_settings", "resting"]
+__all__ = ["capture_settings", "quiet", "resting"]
 
 
 @contextlib.contextmanager
@@ -88,6 +90,15 @@ def resting() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def quiet(batch: dict[str, Any]) -> Iterator[None]:
+    """Dynamo looks at an input's .grad; torch warns about that of an alias of a trained input."""
+    with warnings.catch_warnings():
+        if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(batch)):
+            warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a")
+        yield
 
 
 _SETTLED = StandIns()

@@ -46,11 +46,12 @@ class Captures:
     """The captures of one model's step: it says when each starts, and when it is done.
 
     What a step itself compiles when it first runs (``backend="inductor"``) is no capture.
+    `called`: how many times what was captured has been called.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.count = 0
+        self.count = self.called = 0
         self._started: float | None = None
         self._runs = False
 
@@ -85,6 +86,7 @@ class Captures:
             say("fxseek: captured and rewritten in %.1f s", time.perf_counter() - self._started)
 
         def run(*inputs: Any) -> Any:
+            self.called += 1
             self._runs = True
             try:
                 return function(*inputs)

@@ -7,14 +7,12 @@ import inspect
 import itertools
 import logging
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from fxseek import _torch
 from fxseek.capture.alike import alike_layers
@@ -24,7 +22,7 @@ from fxseek.capture.counted import Counted
 from fxseek.capture.encoders import OUTSIDE, Encoders
 from fxseek.capture.limits import refuse_model, refuse_uncaptured
 from fxseek.capture.lora import traceable_target_parameters
-from fxseek.capture.patches import capture_settings
+from fxseek.capture.patches import capture_settings, quiet
 from fxseek.capture.progress import Captures
 from fxseek.capture.quantised import trace_dequantisation
 from fxseek.capture.recorders import install_recorders
@@ -283,7 +281,7 @@ class SeekStep:
                 capture_settings(captures=_CAPTURES, first=first, once=once),
                 traceable_log_probs(),
                 traceable_target_parameters(),
-                _quiet(batch),
+                quiet(batch),
                 self.captures.watched(),
             ):
                 result = self._captured(batch)
@@ -378,7 +376,7 @@ class SeekStep:
         trace_dequantisation()
         while True:
             image = batch[self.calls.primary_names(batch)[0]]
-            known = len(self.recorder.steps)
+            known, called = len(self.recorder.steps), self.captures.called
             wanted = self._alike and not self._sharded
             with alike_layers(self.model, wanted=wanted, guarded=self.run is None) as regions:
                 try:
@@ -386,7 +384,10 @@ class SeekStep:
                         return self._compiled(**batch)
                 except Exception as error:
                     if len(self.recorder.steps) > known:
-                        raise  # it was captured
+                        if self.captures.called > called:
+                            raise  # it was captured
+                        self.recorder.steps.pop()  # its guards can't be built: nothing will run it
+                        self._functions.pop()
                     if self.counted.found(error, image):
                         self._prepare()
                     elif not install_recorders(self.model, error):
@@ -439,12 +440,3 @@ def _weak(function: Callable[..., Any]) -> Callable[..., Any]:
         return called(*args)
 
     return call
-
-
-@contextlib.contextmanager
-def _quiet(batch: dict[str, Any]) -> Iterator[None]:
-    """Dynamo looks at an input's .grad; torch warns about that of an alias of a trained input."""
-    with warnings.catch_warnings():
-        if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(batch)):
-            warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a")
-        yield

@@ -10,6 +10,7 @@ import torch
 from families import FAMILIES
 from models import batch, tiny_llama, tiny_lora, without_casts
 from torch import Tensor, fx, nn
+from torch._dynamo.guards import install_guard
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
@@ -416,14 +417,27 @@ def test_a_layer_that_is_changed_later(change: Callable[[Any], None]):
     assert fxseek.check_gradients(model, **inputs).error <= 1e-9
 
 
-@needs_regions
-def test_a_capture_that_fails_with_regions(monkeypatch: pytest.MonkeyPatch):
-    def settled(self: Any, *, guarded: bool) -> bool:
-        raise RuntimeError("unsupported guard")
+def _fails(*_: Any, **__: Any) -> bool:
+    raise RuntimeError("unsupported guard")
 
-    monkeypatch.setattr(reuse.Reuse, "settled", settled)
+
+def _guards_what_fails(self: Any, check: Any) -> None:
+    """Guards are built when the graph has been compiled."""
+    install_guard(self._moved(check.guard.originating_source).make_guard(_fails))
+
+
+@needs_regions
+@pytest.mark.parametrize(
+    ("name", "method"), [("settled", _fails), ("_install", _guards_what_fails)]
+)
+def test_a_capture_that_fails_with_regions(
+    name: str, method: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(reuse.Reuse, name, method)
     model = without_casts(tiny_llama(num_hidden_layers=3).double())
     fxseek.compile(model, ratio=0.5, score="random")
     inputs: dict[str, Any] = batch(37)
     model(**inputs).loss.backward()
     assert fxseek.check_gradients(model, **inputs).error <= 1e-9
+    step = step_of(model)
+    assert step is not None and not step._alike and len(step.recorder.steps) == 1
