@@ -35,6 +35,12 @@ _TOLERANCES = {
 }
 
 
+_HAS_LOSS = (
+    "loss= is for a call that leaves the loss to its caller, without labels or with "
+    "fused_lm_head=True; this one has the model's own, or that of fxseek.compile: leave loss= out"
+)
+
+
 @dataclass(frozen=True)
 class GradientCheck:
     """How far the gradients are from masked full backprop.
@@ -73,11 +79,11 @@ def check_gradients(
     Raises:
         GradientMismatch: the error is above the tolerance.
         InputError: the model is not compiled, or is in eval mode; has hooks that may change weights
-            in a backward; the batch cannot be trained on;
-            ``loss`` is given and the model computes its own; dropout is on (prefill and learn draw
-            separately, so that exactness is stated with dropout off); or the error is above the
-            tolerance and the reference can't tell, since keys or values of all tokens are made from
-            a parameter by a plain function, whose result no module's hook sees.
+            in a backward; the batch cannot be trained on; the call returns no loss, and ``loss`` is
+            not given; it is given and the model computes its own; dropout is on (prefill and learn
+            draw separately, so that exactness is stated with dropout off); or the error is above
+            the tolerance and the reference can't tell, since keys or values of all tokens are made
+            from a parameter by a plain function, whose result no module's hook sees.
         CaptureError, GraphError: as the training step would.
     """
     step = compiled_step(model)
@@ -98,17 +104,14 @@ def check_gradients(
     if fused:
         loss = loss or _likelihood
     elif loss is not None and (step.config.loss is not None or step.calls.has_labels(batch)):
-        raise InputError(
-            "loss= is for a call that leaves the loss to its caller, without labels or with "
-            "fused_lm_head=True; this one has the model's own, or that of fxseek.compile"
-        )
+        raise InputError(_HAS_LOSS)
     with _put_back(model, step) as restore:
         output = model(**batch)
-        (loss or _own_loss)(output, batch).backward()
-        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         last, latest = step.recorder.last, step.recorder.latest
         assert last is not None and latest is not None
         program = latest.program
+        (loss or _own_loss)(output, batch).backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         for parameter in model.parameters():
             parameter.grad = None
         restore()
@@ -189,9 +192,25 @@ def _of_outside(
 
 
 def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
-    if isinstance(outputs, Tensor):
-        return outputs
-    return outputs[0] if isinstance(outputs, tuple) else outputs["loss"]
+    """The loss that a call returns: alone, first of a tuple, or named.
+
+    Raises:
+        InputError: it returns none.
+    """
+    if isinstance(outputs, (tuple, list)):
+        loss = outputs[0] if outputs else None
+    elif isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    else:
+        loss = outputs if isinstance(outputs, Tensor) else getattr(outputs, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise InputError(
+            f"the call with {', '.join(batch)} returned no loss, alone, first of a tuple, or as "
+            "`loss`. Pass labels, or loss= to check_gradients if the call leaves the loss to its "
+            "caller, or compile with the one that it returns elsewhere, such as "
+            "fxseek.compile(model, ..., loss=lambda outputs, batch: outputs[1])."
+        )
+    return loss
 
 
 class _Terms(NamedTuple):

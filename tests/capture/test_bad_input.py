@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import batch, tiny_gpt2, tiny_llama, tiny_lora, without_casts
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxseek
 from fxseek.capture.step import step_of
@@ -289,6 +290,33 @@ def test_embeddings_instead_of_ids(shared):
 def test_neither_ids_nor_embeddings(shared):
     with pytest.raises(fxseek.InputError, match="no tensor argument has a token dimension"):
         shared(labels=torch.tensor(3))
+
+
+class Paired(nn.Module):
+    """A model that returns logits and loss, whose labels have a name of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: Any = without_casts(tiny_llama().double())
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits = self.inner(input_ids=idx).logits
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def test_the_check_of_a_call_without_a_loss():
+    model = fxseek.compile(Paired().train(), 0.3, score="context")
+    ids = torch.randint(VOCABULARY, (2, 13))
+    calls: list[dict[str, Any]] = [{"idx": ids}, {"idx": ids, "targets": ids}]
+    for given in calls:
+        with pytest.raises(fxseek.InputError, match=r"returned no loss.*Pass labels.*loss="):
+            fxseek.check_gradients(model, **given)
+    fxseek.check_gradients(model, loss=lambda outputs, _: outputs[0].square().mean(), idx=ids)
+    plain = fxseek.compile(tiny_llama(), 0.3, score="context")
+    with pytest.raises(fxseek.InputError, match=r"input_ids returned no loss.*Pass labels.*loss="):
+        fxseek.check_gradients(plain, input_ids=ids)
 
 
 def test_a_length_at_which_the_position_table_ends():
