@@ -110,6 +110,8 @@ def check_gradients(
         last, latest = step.recorder.last, step.recorder.latest
         assert last is not None and latest is not None
         program = latest.program
+        if loss is not None and not fused and program.structure.losses:
+            raise InputError(_HAS_LOSS)
         (loss or _own_loss)(output, batch).backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         for parameter in model.parameters():

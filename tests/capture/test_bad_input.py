@@ -306,6 +306,14 @@ class Paired(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def of_logits(outputs: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(outputs[0].flatten(0, 1), batch["targets"].flatten())
+
+
+def of_the_second(outputs: Any, batch: Any) -> Tensor:
+    return outputs[1]
+
+
 def test_the_check_of_a_call_without_a_loss():
     model = fxseek.compile(Paired().train(), 0.3, score="context")
     ids = torch.randint(VOCABULARY, (2, 13))
@@ -317,6 +325,17 @@ def test_the_check_of_a_call_without_a_loss():
     plain = fxseek.compile(tiny_llama(), 0.3, score="context")
     with pytest.raises(fxseek.InputError, match=r"input_ids returned no loss.*Pass labels.*loss="):
         fxseek.check_gradients(plain, input_ids=ids)
+
+
+def test_a_loss_for_the_check_of_a_model_that_has_its_own():
+    ids = torch.randint(VOCABULARY, (2, 13))
+    model = fxseek.compile(Paired().train(), 0.3, score="context")
+    for loss in (of_logits, of_the_second):
+        with pytest.raises(fxseek.InputError, match="this one has the model's own"):
+            fxseek.check_gradients(model, loss=loss, idx=ids, targets=ids)
+    fxseek.uncompile(model)
+    fxseek.compile(model, 0.3, score="context", loss=of_the_second)
+    assert fxseek.check_gradients(model, idx=ids, targets=ids).error <= 1e-9
 
 
 def test_a_length_at_which_the_position_table_ends():
