@@ -68,8 +68,8 @@ def plan_scores(
     if config.select == "sample" and structure.left:
         raise GraphError(
             "select='sample' weighs each token's loss, and the loss is computed outside the "
-            "captured graph, from values of all tokens. Pass labels to the model, or use "
-            "select='topk'."
+            "captured graph, from values of all tokens. Pass labels to the model, or a loss= with "
+            "a cross-entropy over tokens to fxseek.compile, or use select='topk'."
         )
     if config.select == "sample" and targets is None:
         raise GraphError(
@@ -99,9 +99,11 @@ def plan_scores(
         return plan
     if structure.objective is None:
         raise GraphError(
-            f"score={kind!r} needs the gradient of the loss, and the captured graph returns no "
-            "scalar with gradient (or several): the loss is computed outside it. "
-            'Pass labels to the model, or use score="context", "random" or a callable.'
+            f"score={kind!r} needs the gradient of the loss, and the captured graph has none that "
+            "is known: it returns no scalar with gradient, or several, or one without labels. "
+            "Pass labels to the model, or compile with loss=lambda outputs, batch: outputs.loss "
+            'if it computes its loss from other arguments, or use score="context", "random" or a '
+            "callable."
         )
     if stream is None:
         raise GraphError(

@@ -67,7 +67,9 @@ class Structure:
         if self.left:
             return [
                 "the loss is computed outside the model, from values of all tokens; their gradients"
-                " are those of the selected tokens, and get smaller with the ratio"
+                " are those of the selected tokens, and get smaller with the ratio. If the model "
+                "computes it, from arguments that are not called labels, compile with "
+                "loss=lambda outputs, batch: outputs.loss"
             ]
         if not self.losses and (self.pooled or not self.has_loss):
             return []

@@ -23,6 +23,8 @@ from fxseek.passes.sizes import may_batch, may_count
 
 __all__ = ["Calls"]
 
+_LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+"""As models of transformers call them, and its Trainer; the last ones are an answer's bounds."""
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states")
 
 
@@ -95,7 +97,7 @@ class Calls:
     def has_labels(self, batch: dict[str, Any]) -> bool:
         """Whether a call has labels."""
         return any(
-            isinstance(value, Tensor) and (name == "labels" or name.endswith("_labels"))
+            isinstance(value, Tensor) and (name in _LABELS or name.endswith(("_labels", "_label")))
             for name, value in batch.items()
         )
 

@@ -14,7 +14,7 @@ import ddp
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TinyConfig, TinyDecoder, batch, tiny_llama
+from models import TinyConfig, TinyDecoder, batch, tiny_llama, without_casts
 from torch import Tensor, nn
 
 import fxseek
@@ -342,6 +342,61 @@ def test_no_labels(model, inputs):
     fxseek.compile(model)
     with pytest.raises(fxseek.GraphError, match=r"Pass labels to the model.*score="):
         model(input_ids=inputs["input_ids"])
+
+
+@pytest.mark.parametrize("score", ["tokenseek", "context"])
+def test_labels_by_another_name(score: str, caplog: pytest.LogCaptureFixture):
+    """The bounds of an answer, by which a model of transformers computes its loss itself."""
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    config = BertConfig(
+        vocab_size=37, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = fxseek.compile(BertForQuestionAnswering(config).double().train(), 0.3, score=score)
+    given: dict[str, Any] = {
+        "input_ids": torch.randint(37, (2, 13)),
+        "start_positions": torch.tensor([2, 5]),
+        "end_positions": torch.tensor([4, 9]),
+    }
+    assert fxseek.check_gradients(model, **given).error <= 1e-9
+    assert "no cross-entropy over tokens" in caplog.text and "outside" not in caplog.text
+    fxseek.uncompile(model)
+    fxseek.compile(model, 0.3, score=score, select="sample")
+    with pytest.raises(fxseek.GraphError, match=r"no cross-entropy over tokens.*select='topk'"):
+        model(**given)
+
+
+class Regression(nn.Module):
+    """Computes its loss itself, from targets that nobody would take for labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: Any = without_casts(tiny_llama())
+
+    def forward(self, input_ids: Tensor, wanted: Tensor) -> Any:
+        outputs = self.inner(input_ids=input_ids)
+        outputs["loss"] = (outputs.logits.mean(-1) - wanted).square().mean()
+        return outputs
+
+
+@pytest.mark.parametrize("score", ["tokenseek", "context"])
+def test_a_loss_that_is_not_known_for_one(score: str, caplog: pytest.LogCaptureFixture):
+    given: dict[str, Any] = {
+        "input_ids": torch.randint(37, (2, 13)),
+        "wanted": torch.zeros(2, 13).double(),
+    }
+    model = fxseek.compile(Regression().train(), 0.3, score=score)
+    remedy = "loss=lambda outputs, batch: outputs.loss"
+    if score == "context":
+        model(**given)
+        assert remedy in caplog.text
+    else:
+        with pytest.raises(fxseek.GraphError, match=remedy):
+            model(**given)
+    fxseek.uncompile(model)
+    fxseek.compile(model, 0.3, score=score, loss=lambda outputs, batch: outputs.loss)
+    assert fxseek.check_gradients(model, **given).error <= 1e-9
 
 
 def test_a_second_compile(model):
