@@ -40,9 +40,10 @@ def capture_settings(
     Modules that FSDP has sharded are guarded as others are, so that parameters may be frozen. The
     settings live in private config modules. transformers adds `warning_once` to `logging.Logger`;
     Dynamo breaks on Logger methods unless they are listed. Torch 2.11 then fails to write that
-    setting to a log of its own, and says so at length. In a `first` call, which captures, the
-    garbage collector rests. `once`: the code of a function that is captured and never called
-    again, so that its capture needs no guards.
+    setting to a log of its own, and says so at length. A parameter that a forward makes, as PEFT's
+    DoRA does of a GPT-2 layer's transposed weight, is captured; by default Dynamo refuses it. In a
+    `first` call, which captures, the garbage collector rests. `once`: the code of a function that
+    is captured and never called again, so that its capture needs no guards.
     """
     from torch.fx.experimental import _config as fx_config
 
@@ -53,6 +54,9 @@ def capture_settings(
         functions.add(warning_once)
     metrics = logging.getLogger("torch._dynamo.metrics_context")
     told, metrics.disabled = metrics.disabled, True
+    made: dict[str, Any] = {}
+    if hasattr(torch._dynamo.config, "graph_break_on_nn_param_ctor"):
+        made["graph_break_on_nn_param_ctor"] = False
     before, _CAPTURED.once = _CAPTURED.once, once
     try:
         with (
@@ -64,6 +68,7 @@ def capture_settings(
                 skip_fsdp_guards=False,
                 fake_tensor_cache_enabled=False,
                 run_gc_after_compile=False,
+                **made,
             ),
             fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
             _SETTLED.on(_settlements),

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import IGNORED, batch
+from models import IGNORED, batch, tiny_gpt2, without_casts
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tuners import TUNERS, VIRTUAL, Tuner, tuned
+from tuners import TUNERS, VIRTUAL, Tuner, spread, tuned
 
 import fxseek
 from fxseek.capture.step import step_of
@@ -169,6 +169,21 @@ def test_a_prefix_is_attended_to_and_never_scored():
     torch.testing.assert_close(
         report.context[valid].double(), received[:, VIRTUAL:][valid], rtol=1e-5, atol=1e-5
     )
+
+
+def test_dora_of_transposed_weights():
+    """peft makes a parameter of them in each forward (Conv1D, as GPT-2 has)."""
+    config = {"r": 2, "use_dora": True, "fan_in_fan_out": True, "target_modules": ["c_attn"]}
+    model = Tuner("dora", "LoraConfig", config).tune(without_casts(tiny_gpt2()))
+    spread(model)
+    fxseek.compile(model.double().train(), RATIO)
+    for tokens in (TOKENS, TOKENS + 4):
+        inputs = inputs_for(tokens=tokens)
+        assert_exact(model, inputs)
+        gradients = [p.grad for p in trained(model).values()]
+        assert len(gradients) == 6 and all(g is not None and g.any() for g in gradients)
+        model.zero_grad()
+        assert fxseek.check_gradients(model, **inputs).error <= EXACT
 
 
 # ---- dropout -----------------------------------------------------------------------------------
