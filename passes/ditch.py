@@ -29,12 +29,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from fxseek.errors import GraphError
 from fxseek.ops.rows import gather_entries, gather_rows, scatter_entries, scatter_rows
-from fxseek.passes.draws import draws_values
+from fxseek.passes.draws import of_other_values
 from fxseek.passes.entries import Entries
 from fxseek.passes.facts import (
     KEPT,
@@ -42,7 +41,6 @@ from fxseek.passes.facts import (
     Placed,
     Rows,
     ancestors,
-    descendants,
     example,
     is_tensor,
     leaves_autocast,
@@ -116,7 +114,7 @@ class _Ditch:
     ) -> None:
         self.source = source
         self.facts = facts
-        carrying = carrying | _of_other_values(source, facts, carrying)
+        carrying = carrying | of_other_values(source, facts, carrying)
         self.carrying = carrying - constants - given
         self.replayed = (carrying | constants) - given
         self.replayed |= follows_choices(source, facts, self.replayed) - given
@@ -419,29 +417,6 @@ class _Ditch:
                     if size == length:
                         return self.graph.call_method("size", (self._full(node), dim))
         raise GraphError(f"no input has the length {length}")
-
-
-def _of_other_values(source: fx.Graph, facts: Facts, carrying: set[fx.Node]) -> set[fx.Node]:
-    """What has no gradient and isn't what the prefill has: made from draws, or from a loss.
-
-    A replayed draw is another one, and a replayed loss is that of selected tokens.
-    """
-    other = [
-        node for node in carrying if draws_values(node) or (node in facts.plans and _is_loss(node))
-    ]
-
-    def follows(node: fx.Node) -> bool:
-        tensors = list(tensors_of(example(node)))
-        if not tensors or node in facts.chosen or any(free_unbacked_symbols(x) for x in tensors):
-            return False
-        return node in carrying or not needs_grad(node)
-
-    return descendants(other, follows) if other else set()
-
-
-def _is_loss(node: fx.Node) -> bool:
-    found = find_rule(node)
-    return found is not None and found.family == "loss"
 
 
 def _kept_from_gradient(node: fx.Node) -> bool:

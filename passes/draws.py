@@ -13,15 +13,24 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxseek.ops.attention import attend_rows
-from fxseek.passes.facts import example, hooks_gradient, value_of
+from fxseek.passes.facts import (
+    Facts,
+    descendants,
+    example,
+    hooks_gradient,
+    needs_grad,
+    tensors_of,
+    value_of,
+)
 from fxseek.passes.ir import origin
 from fxseek.passes.rules import argument, called, find_rule, operation
 
-__all__ = ["acts_on_gradient", "draws_values"]
+__all__ = ["acts_on_gradient", "draws_values", "of_other_values"]
 
 
 def draws_values(node: fx.Node) -> bool:
@@ -60,6 +69,29 @@ def acts_on_gradient(node: fx.Node) -> bool:
         return not _is_linear(node)
     custom = isinstance(node.target, (OpOverload, OpOverloadPacket))
     return custom and find_rule(node) is None
+
+
+def of_other_values(source: fx.Graph, facts: Facts, carrying: set[fx.Node]) -> set[fx.Node]:
+    """What has no gradient and isn't what the prefill has: made from draws, or from a loss.
+
+    A replayed draw is another one, and a replayed loss is that of selected tokens.
+    """
+    other = [
+        node for node in carrying if draws_values(node) or (node in facts.plans and _is_loss(node))
+    ]
+
+    def follows(node: fx.Node) -> bool:
+        tensors = list(tensors_of(example(node)))
+        if not tensors or node in facts.chosen or any(free_unbacked_symbols(x) for x in tensors):
+            return False
+        return node in carrying or not needs_grad(node)
+
+    return descendants(other, follows) if other else set()
+
+
+def _is_loss(node: fx.Node) -> bool:
+    found = find_rule(node)
+    return found is not None and found.family == "loss"
 
 
 _DRAWS = "fxseek: draws"
