@@ -14,6 +14,7 @@ from fxseek.passes.adapters import merge_adapters
 from fxseek.passes.causality import find_mixing
 from fxseek.passes.chunks import chunk_tokens
 from fxseek.passes.ditch import ditch, refuse_lost_gradient
+from fxseek.passes.draws import of_other_values
 from fxseek.passes.extract import extract
 from fxseek.passes.factors import split_factors
 from fxseek.passes.facts import Facts, needs_grad, switches_mode
@@ -37,7 +38,7 @@ from fxseek.passes.score import plan_scores
 from fxseek.passes.score_plan import ScorePlan
 from fxseek.passes.sizes import find_sizes
 from fxseek.passes.structure import Structure, find_structure
-from fxseek.passes.tokens import find_tokens, made_from_rows
+from fxseek.passes.tokens import find_tokens, made_from_rows, settle_values
 from fxseek.passes.unbatch import unbatch
 from fxseek.passes.unshard import place_by_blocks, sharding_of, unshard
 from fxseek.passes.unshift import unshift
@@ -153,9 +154,10 @@ def build(
     whole = full_outputs or (config.outputs == "loss" and not structure.has_loss)
     kind = "full" if whole else config.outputs
     outputs = then(find_outputs, graph, facts, kind, len(writes.written))
-    head = then(find_head, facts, structure)
 
     carrying = {node for node in graph.nodes if needs_grad(node)}
+    then(settle_values, graph, facts, of_other_values(graph, facts, carrying) - carrying)
+    head = then(find_head, facts, structure)
     constants = then(made_from_rows, graph, facts)
     on_host: list[fx.Node] = []
     masks: frozenset[Gathered] = frozenset()

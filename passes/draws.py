@@ -6,7 +6,6 @@ backward that isn't linear gives another sum for each way of adding up.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,11 +136,12 @@ def _body(node: fx.Node, at: int) -> Iterator[fx.Node]:
 
 
 _MOVING = (
-    "clone", "contiguous", "detach", "expand", "flatten", "getitem", "mean", "movedim", "narrow",
-    "neg", "permute", "reshape", "select", "squeeze", "sum", "t", "to", "transpose", "unflatten",
-    "unsqueeze",
+    "bfloat16", "clone", "contiguous", "detach", "double", "expand", "flatten", "float", "getitem",
+    "half", "mean", "movedim", "narrow", "neg", "permute", "reshape", "select", "squeeze", "sum",
+    "t", "to", "transpose", "type_as", "unflatten", "unsqueeze",
 )  # fmt: skip
-_SCALING = ("mul", "matmul", "mm", "bmm", "einsum", "linear")
+_PRODUCTS = ("mul", "matmul", "mm", "bmm", "einsum", "linear")
+_ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
 def _is_linear(function: fx.Node) -> bool:
@@ -152,25 +152,49 @@ def _is_linear(function: fx.Node) -> bool:
     forward = list(_body(function, 0))
     results: Any = forward[-1].args[0][0]  # type: ignore[index]
     count = len(results) if isinstance(results, (list, tuple)) else 1
-    backward = list(_body(function, 1))
+    *backward, output = _body(function, 1)
     slopes = set([node for node in backward if node.op == "placeholder"][:count])
+    zeros = {node for node in backward if called(node) in _ZEROS}
     for node in backward:
-        given = [x for x in node.all_input_nodes if x in slopes]
-        if not given or node.op in ("placeholder", "output"):
+        if slopes.isdisjoint(node.all_input_nodes) or node in zeros:
             continue
-        if node.op not in ("call_function", "call_method"):
+        if not isinstance(example(node), torch.Tensor):  # a size, say
+            continue
+        if not _keeps_linear(node, slopes, zeros):
             return False
-        name = called(node)
-        moved = name in _MOVING and node.args[0] in slopes and len(given) == 1
-        scaled = name in _SCALING and len(given) == 1 and _times(node, given[0]) == 1
-        divided = name == "div" and node.args[0] in slopes and len(given) == 1
-        added = name in ("add", "sub") and all(x in slopes for x in node.args[:2])
-        sizes = name in ("size", "shape", "getattr") or node.target is operator.getitem
-        if moved or scaled or divided or added:
-            slopes.add(node)
-        elif not (sizes and not isinstance(example(node), torch.Tensor)):
-            return False
-    return True
+        slopes.add(node)
+    return slopes.union(zeros).issuperset(output.all_input_nodes)
+
+
+def _keeps_linear(node: fx.Node, slopes: set[fx.Node], zeros: set[fx.Node]) -> bool:
+    """Whether an operation on slopes is linear in them."""
+    name, first, rest = called(node), node.args[:1], node.args[1:]
+    given = [x for x in node.all_input_nodes if x in slopes]
+    alone = len(given) == 1 and _times(node, given[0]) == 1
+    if not example(node).is_floating_point():
+        return False
+    if name in ("add", "sub", "cat", "stack"):
+        terms = first[0] if name in ("cat", "stack") else node.args[:2]
+        nodes = slopes | zeros
+        return isinstance(terms, (list, tuple)) and (
+            all(isinstance(x, fx.Node) and x in nodes for x in terms)
+            and nodes.issuperset(node.all_input_nodes)
+        )
+    if name == "where":
+        nodes = slopes | zeros
+        linear = all(x in nodes if isinstance(x, fx.Node) else x == 0 for x in rest)
+        return first[0] not in slopes and len(rest) == 2 and linear
+    if not alone:
+        return False
+    if name in _PRODUCTS:
+        return name != "linear" or argument(node, 2, "bias") is None
+    if first != (given[0],):
+        return False
+    if name == "div":
+        return argument(node, 2, "rounding_mode") is None
+    if name == "masked_fill":
+        return argument(node, 2, "value") == 0
+    return name in _MOVING or (name == "getattr" and rest[0] in ("T", "mT"))
 
 
 def _times(node: fx.Node, operand: fx.Node) -> int:

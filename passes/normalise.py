@@ -80,6 +80,8 @@ def _spell(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
         return None
     source: Any = args[0]
     value = example(node)
+    if getattr(node.target, "__name__", "") == "tracable_create_parameter":
+        return torch.Tensor.detach, (source,), {}  # nobody can ask for its gradient
     if node.op == "call_method" and is_tensor(args[0]):
         method = str(node.target)
         if method in _DTYPES and len(args) == 1:

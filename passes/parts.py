@@ -100,10 +100,11 @@ def find_obstacle(
                     f"with outputs={config.outputs!r} {called(node)} at {where(node)} carries "
                     "gradient past the loss"
                 )
+        acting = next(filter(acts_on_gradient, carrying), None)
         return (
             "what follows the last attention is not per-token throughout, or the loss is no sum "
             "over tokens"
-        )
+        ) + (f", or {called(acting)} at {where(acting)} acts on gradients" if acting else "")
     if cut.entry not in carrying:
         return "nothing is trained before the end of the last attention"
     after = descendants([cut.end])

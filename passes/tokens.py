@@ -62,6 +62,14 @@ def find_tokens(graph: fx.Graph, sizes: Sizes) -> Facts:
     return facts
 
 
+def settle_values(graph: fx.Graph, facts: Facts, values: set[fx.Node]) -> None:
+    """Give values outside the stream that learn makes anew their plans and rows, in `facts`."""
+    for node in graph.nodes:
+        if node in values and node not in facts.stream and node not in facts.chosen:
+            facts.stream.add(node)
+            _settle(node, facts)
+
+
 def _find_stream(graph: fx.Graph, facts: Facts) -> None:
     """Nodes that carry gradient, and floating-point values made from the token input."""
     counting = [node for node in user_tensors(graph) if facts.token_sized(node)]
@@ -304,4 +312,11 @@ def _try_rows(later: list[fx.Node], start: fx.Node, facts: Facts) -> list[fx.Nod
     return None
 
 
-__all__ = ["Element", "find_tokens", "follows_choices", "made_from_rows", "per_token"]
+__all__ = [
+    "Element",
+    "find_tokens",
+    "follows_choices",
+    "made_from_rows",
+    "per_token",
+    "settle_values",
+]

@@ -51,6 +51,12 @@ __all__ = ["Reference", "masked_backprop"]
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "decoder_attention_mask")
 """Where an encoder has tokens of its own, those that are selected are the decoder's."""
 
+_TOKENS = (
+    *("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", "inputs_embeds"),
+    "pixel_values",
+)
+"""What gives a row its tokens, the decoder's first: labels, where its inputs are made of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
@@ -82,8 +88,8 @@ def masked_backprop(
     The model is left as it was: hooks, ``.grad``, buffers, training mode, the random state and a
     compiled call (which is bypassed) are all put back. The model runs in the mode it is in; it runs
     once with gradient and, beforehand, twice without, to learn which dimension of each module's
-    result counts tokens, and whether the loss shifts its labels. A batch of 1 is tried as two equal
-    rows, if the model takes that: what has no row of its own then is shared by all rows.
+    result counts tokens, and whether the loss shifts its labels. A batch of 1 is tried beside a row
+    of other tokens, if the model takes that: what is the same for both is made of no row's tokens.
 
     Args:
         model: Any module that takes ``batch`` as keyword arguments.
@@ -158,7 +164,7 @@ class _Layout:
     Sizes alone cannot tell: the batch, a width or a head count may equal the number of tokens. So
     the model is run beforehand on another number of tokens; the dimensions that changed are
     those that count tokens. With one row alone, what all rows would share (learned positions) looks
-    like that row's own; so it is run on two rows, whose results the batch dimension tells.
+    like that row's own; so it is run on another row as well, and results that are equal are shared.
 
     Nor do sizes tell the order of rows that are merged with the batch: a mixture of experts calls
     its activation on rows in the order of the experts. So results of `functions`, modules without
@@ -224,13 +230,19 @@ def _run_recorded(
 ) -> tuple[Lengths, Shapes] | None:
     """Shapes of every module's results on another number of tokens; None where that fails.
 
-    `rows`: how many the batch is to have, other than its own only where that is 1.
+    `rows`: how many the batch is to have. Two of a batch of 1 are it and one of other tokens; what
+    is equal for both has the shape of one row.
     """
     shapes: Shapes = defaultdict(list)
+    another = rows != sizes.batch
+
+    def shape_of(x: Tensor) -> tuple[int, ...]:
+        equal = another and x.ndim > 1 and x.shape[0] == rows and bool((x[0] == x[1]).all())
+        return (1, *x.shape[1:]) if equal else tuple(x.shape)
 
     def record(name: str, call: int, result: Any) -> Any:
         found: list[tuple[int, ...]] = []
-        _map_tensors(lambda x: (found.append(tuple(x.shape)), x)[1], result)
+        _map_tensors(lambda x: (found.append(shape_of(x)), x)[1], result)
         shapes[name].append(found)
         return result
 
@@ -239,21 +251,27 @@ def _run_recorded(
     tokens = given - 1 if given > 1 else 2
     keep = torch.arange(tokens).clamp(max=given - 1)
 
-    def resized(value: Any, counts_tokens: bool) -> Any:
+    def resized(value: Any, counts_tokens: bool, has_tokens: bool) -> Any:
         if isinstance(value, dict):
-            return {key: resized(part, counts_tokens) for key, part in value.items()}
+            return {key: resized(x, counts_tokens, has_tokens) for key, x in value.items()}
         if not isinstance(value, Tensor):
             return value
         for dim in range(1, value.ndim):  # embeddings have a width, which may be the same number
             counts = dim == 1 or value.ndim == 4 or not value.is_floating_point()
             if counts_tokens and counts and value.shape[dim] == given:
                 value = value.index_select(dim, keep.to(value.device))
-        if rows != sizes.batch and value.ndim > 1:  # positions may be [3, batch, tokens]
+        if another and value.ndim > 1:  # positions may be [3, batch, tokens]
             first = 1 if value.ndim == 3 and value.shape[0] > 1 == value.shape[1] else 0
-            value = torch.cat([value] * rows, first) if value.shape[first] == 1 else value
+            if value.shape[first] == 1:
+                other = value.roll(1, -1 if value.ndim == 4 else 1) if has_tokens else value
+                value = torch.cat([value, other], first)
         return value
 
-    other = {name: resized(x, name in counting) for name, x in inputs.items()}
+    tensors = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.ndim > 1]
+    own = next((name for name in (*_TOKENS, *tensors) if name in tensors), None)
+    if another and (own is None or bool((inputs[own] == inputs[own].roll(1, 1)).all())):
+        return None  # one token throughout: no other row is known
+    other = {name: resized(x, name in counting, name == own) for name, x in inputs.items()}
     try:
         with torch.no_grad(), _hooked(model, record):
             _run(model, other)

@@ -6,6 +6,7 @@ them without gradient is theirs too. A backward that isn't linear must run once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 import fxseek
 from fxseek.capture.step import step_of
 from fxseek.inspect.compare import compare
+from fxseek.program import Program
 
 # Dynamo makes an instance of an autograd function, which torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -35,6 +37,12 @@ def attention(m: Model, x: Tensor) -> Tensor:
     q = (x * m.scale)[:, None]
     k, v = m.first(x)[:, None], x[:, None]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+
+
+def program_of(model: nn.Module) -> Program:
+    step = step_of(model)
+    assert step is not None
+    return step.recorder.steps[-1].program
 
 
 def weight_of(m: Model) -> Tensor:
@@ -144,6 +152,8 @@ def test_what_is_made_of_a_draw_is_of_the_same_draw(body, options):
         torch._dynamo.reset()
         model = fxseek.compile(model_of(each), **{"ratio": "labelled", **options})
         losses.append(model(**inputs_of())["loss"])
+    if "learn_chunk" in options and body in (chosen_by_sign, masked_by_sign):
+        assert not isinstance(program_of(model).parts, str)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-9)
 
 
@@ -171,6 +181,67 @@ class Decayed(torch.autograd.Function):
         return slope + 0.01 * ctx.saved_tensors[0]
 
 
+class Replaced(torch.autograd.Function):
+    """A backward that gives what isn't made of its slope, beside one that is."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(w)
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+        return 0.01 * ctx.saved_tensors[0]
+
+
+class WithTerm(torch.autograd.Function):
+    """As DeepSeek's models add the slope of another loss: 1, whatever the first one's is."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, term: Tensor) -> Tensor:  # type: ignore[override]
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return slope, slope.new_ones(1)
+
+
+class Divided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:  # type: ignore[override]
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.div(slope, 1e-3, rounding_mode="floor") * 1e-3
+
+
+class Biased(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(w)
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.add(slope, other=ctx.saved_tensors[0], alpha=0.01)
+
+
+class Straight(torch.autograd.Function):
+    """A straight-through estimator, whose backward is linear."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(w)
+        return w.round(decimals=1)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+        (w,) = ctx.saved_tensors
+        kept = torch.where(w.abs() < 0.3, slope, torch.zeros_like(slope))
+        return kept.masked_fill(w.abs() < 0.01, 0.0) + torch.zeros_like(slope)
+
+
 class Halved(torch.autograd.Function):
     """A backward that is linear, and may run for each part."""
 
@@ -194,8 +265,14 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "clipped": Clipped.apply,
     "decayed": Decayed.apply,
     "hooked": hooked,
+    "replaced": Replaced.apply,
+    "with a term": lambda w: WithTerm.apply(w, w.sum().reshape(1)),  # type: ignore[return-value]
+    "divided": Divided.apply,
+    "biased": Biased.apply,
     "halved": Halved.apply,
+    "straight": Straight.apply,
 }
+LINEAR = ("halved", "straight")
 OPTIONS = [{"learn_chunk": 2}, {"chunk_bytes": 1000}, {"learn_chunk": 2, "recompute": "block"}]
 
 
@@ -208,11 +285,8 @@ def test_a_weight_with_a_backward_of_its_own(name, options):
     torch.manual_seed(1)
     model = model_of(body, nn.Linear(6, 6))
     assert_exact(model, **options)
-    step = step_of(model)
-    assert step is not None
-    program = step.recorder.steps[0].program
     if "learn_chunk" in options:
-        assert isinstance(program.parts, str) is (name != "halved")
+        assert isinstance(program_of(model).parts, str) is (name not in LINEAR)
 
 
 class OwnHead(Model):
@@ -233,6 +307,11 @@ def test_a_head_with_a_backward_of_its_own(name, of_tokens, options):
     function = WEIGHTS[name]
     made = OwnHead(torch.clone, function) if of_tokens else OwnHead(function, torch.clone)
     assert_exact(made.double().train(), **options)
+    program = program_of(made)
+    if not (of_tokens and name == "straight"):  # its function has no rule
+        assert (program.head is not None) is (name in LINEAR)
+    if "learn_chunk" in options and name not in LINEAR:
+        assert re.search(r"or \w.* at .*test_other_values.* acts on gradients", str(program.parts))
 
 
 # ---- draws that no rule knows --------------------------------------------------------------------
@@ -261,9 +340,7 @@ def test_a_weight_that_is_drawn_is_drawn_once(drawn):
 
     model = fxseek.compile(model_of(body, nn.Linear(6, 6)), 0.4, learn_chunk=2)
     model(**inputs_of())["loss"].backward()
-    step = step_of(model)
-    assert step is not None
-    assert "would draw anew in each part" in str(step.recorder.steps[0].program.parts)
+    assert "would draw anew in each part" in str(program_of(model).parts)
 
 
 # ---- sizes ---------------------------------------------------------------------------------------

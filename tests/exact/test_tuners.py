@@ -186,6 +186,16 @@ def test_dora_of_transposed_weights():
         assert fxseek.check_gradients(model, **inputs).error <= EXACT
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_dora_of_transposed_weights_with_dropout(chunk):
+    """The parameter that a forward makes is made again in backward."""
+    config = {"r": 2, "use_dora": True, "fan_in_fan_out": True, "target_modules": ["c_attn"]}
+    model = Tuner("dora", "LoraConfig", {**config, "lora_dropout": 0.1}).tune(tiny_gpt2())
+    fxseek.compile(model.train(), RATIO, recompute="block", learn_chunk=chunk)
+    model(**inputs_for()).loss.backward()
+    assert all(p.grad is not None for p in trained(model).values())
+
+
 # ---- dropout -----------------------------------------------------------------------------------
 
 

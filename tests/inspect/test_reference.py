@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import fxseek
 from fxseek.errors import InputError
 from fxseek.inspect.compare import compare
 from fxseek.inspect.reference import masked_backprop
@@ -328,12 +329,16 @@ def test_sizes_that_are_equal_are_not_confused(rows, tokens, options):
 class PlacesAsKeys(nn.Module):
     """Queries of tokens, keys of learned positions, which all rows of a batch share."""
 
-    def __init__(self) -> None:
+    def __init__(self, expanded: bool = False) -> None:
         super().__init__()
         self.embed, self.places, self.head = nn.Embedding(9, 4), nn.Embedding(7, 4), nn.Linear(4, 9)
+        self.expanded = expanded
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        x, keys = self.embed(input_ids), self.places(torch.arange(input_ids.shape[1])[None])
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        places = torch.arange(input_ids.shape[1])[None]
+        if self.expanded:
+            places = places.expand(input_ids.shape[0], -1)
+        x, keys = self.embed(input_ids), self.places(places)
         return {"logits": self.head((x @ keys.mT).softmax(-1) @ x)}
 
 
@@ -348,6 +353,21 @@ def test_a_batch_of_one_shares_what_two_rows_would():
     )
     assert compare(one.gradients, two.gradients).error < 1e-11
     assert one.gradients["places.weight"].norm(dim=1).all()
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_places_of_a_batch_of_one_are_those_of_a_step(expanded):
+    class Trained(PlacesAsKeys):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            found = super().forward(input_ids)
+            if labels is not None:
+                found["loss"] = F.cross_entropy(found["logits"].mT, labels)
+            return found
+
+    torch.manual_seed(0)
+    model = fxseek.compile(Trained(expanded).double(), 0.4, score="random")
+    ids = torch.randint(9, (1, 7))
+    assert fxseek.check_gradients(model, 1e-9, input_ids=ids, labels=ids).error < 1e-9
 
 
 class Pair(NamedTuple):
