@@ -160,34 +160,29 @@ def test_what_is_made_of_a_draw_is_of_the_same_draw(body, options):
 # ---- backwards that aren't linear ----------------------------------------------------------------
 
 
-class Clipped(torch.autograd.Function):
+class Copied(torch.autograd.Function):
+    """The forward that those below have in common; the copy's backward is each one's own."""
+
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(w)
         return w.clone()
 
+
+class Clipped(Copied):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
         return slope.clamp(-1e-3, 1e-3)
 
 
-class Decayed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, w: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(w)
-        return w.clone()
-
+class Decayed(Copied):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
         return slope + 0.01 * ctx.saved_tensors[0]
 
 
-class Replaced(torch.autograd.Function):
+class Replaced(Copied):
     """A backward that gives what isn't made of its slope, beside one that is."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(w)
-        return w.clone()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
@@ -206,22 +201,13 @@ class WithTerm(torch.autograd.Function):
         return slope, slope.new_ones(1)
 
 
-class Divided(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, w: Tensor) -> Tensor:  # type: ignore[override]
-        return w.clone()
-
+class Divided(Copied):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
         return torch.div(slope, 1e-3, rounding_mode="floor") * 1e-3
 
 
-class Biased(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, w: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(w)
-        return w.clone()
-
+class Biased(Copied):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
         return torch.add(slope, other=ctx.saved_tensors[0], alpha=0.01)
